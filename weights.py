@@ -1,0 +1,229 @@
+"""Folders on disk: named tensors in and out, strictly; whole folders written beside and renamed; what made them, and from what.
+
+in   a Hugging Face model folder: model.safetensors, or shards with an index, or pytorch_model.bin
+out  tensors by name, one at a time; new folders that appear complete or not at all, each with a recipe.json
+see  the safetensors format (8-byte header length, JSON header, raw little-endian tensors)
+run  python weights.py out/base                    # name, shape and dtype of every tensor of a folder
+"""
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+def read_json(path):
+    """The JSON value of a file; a ValueError names the file if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_lines(path):
+    """The objects of a JSON-lines file; a ValueError names file and line of the first that is not one."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number}: got {line.strip()[:40]!r}, wanted a JSON object {{...}}")
+    return rows
+
+
+class Tensors:
+    """The named tensors of a model folder, read lazily: `Tensors(folder)[name]` touches the disk for that tensor alone.
+
+    Raises FileNotFoundError or ValueError, in one line, for a folder that is missing, damaged or points outside itself.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such model folder")
+        self.home = {}                                                     # tensor name -> the file that holds it
+        self.files = {}                                                    # file -> open safetensors handle, or dict of a .bin
+        single = next((f for f in ("model.safetensors", "pytorch_model.bin") if (self.folder / f).exists()), None)
+        index = next((f for f in ("model.safetensors.index.json", "pytorch_model.bin.index.json") if (self.folder / f).exists()), None)
+        if single:
+            self.home = dict.fromkeys(self._open(single), single)
+        elif index:
+            self.home = read_json(self.folder / index).get("weight_map", {})
+            for file in sorted(set(self.home.values())):
+                if Path(file).name != file:
+                    raise ValueError(f"{self.folder / index}: names the shard {file!r}, which is not a plain file name inside the folder")
+                have = set(self._open(file))
+                lost = [name for name, home in self.home.items() if home == file and name not in have]
+                if lost:
+                    raise ValueError(f"{self.folder / file}: {lost[0]} is missing, though the index puts it there")
+        if not self.home:
+            raise FileNotFoundError(f"{folder}: no model.safetensors, no shards with an index, no pytorch_model.bin in it")
+
+    def _open(self, file):
+        path = self.folder / file
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: shard missing; the index names it")
+        try:
+            if file.endswith(".bin"):
+                self.files[file] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                self.files[file] = safe_open(path, framework="pt")
+            return list(self.files[file].keys())
+        except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged, cannot be read ({str(error).splitlines()[0]})") from None
+        except Exception as error:                                         # weights_only refuses foreign pickles with its own error class
+            raise ValueError(f"{path}: refused, not a plain tensor file ({type(error).__name__})") from None
+
+    def __iter__(self):
+        return iter(self.home)
+
+    def __contains__(self, name):
+        return name in self.home
+
+    def path(self, name):
+        return self.folder / self.home[name]
+
+    def shape(self, name):
+        file = self.files[self.home[name]]
+        return tuple(file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape())
+
+    def __getitem__(self, name):
+        file = self.files[self.home[name]]
+        return file[name] if isinstance(file, dict) else file.get_tensor(name)
+
+
+def load_into(module, folder, rename=lambda name: name, optional=()):
+    """Fill a module's parameters from a folder, strictly both ways, each keeping the dtype it has on disk.
+
+    `rename` maps a name on disk to ours, or to None for what is deliberately dropped; `optional` names of ours may be absent.
+    The module may live on the meta device: tensors are assigned, not copied.
+    """
+    have, tensors, want = {}, Tensors(folder), module.state_dict()
+    for name in tensors:
+        if rename(name) is not None:
+            have[rename(name)] = name
+    missing, unused = want.keys() - have.keys() - set(optional), have.keys() - want.keys()
+    if missing or unused:
+        raise ValueError(f"{folder}: tensors do not match the config: missing {sorted(missing)[:3]}, unused {sorted(unused)[:3]} "
+                         f"({len(missing)} and {len(unused)} in all)")
+    for ours, name in have.items():
+        if tuple(want[ours].shape) != tensors.shape(name):
+            raise ValueError(f"{tensors.path(name)}: {name} has shape {tensors.shape(name)}, the config wants {tuple(want[ours].shape)}")
+    state = {ours: tensors[name].clone() for ours, name in have.items()}   # clone: no tensor stays tied to a file that may change
+    for ours, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{tensors.path(have[ours])}: {have[ours]} holds NaN or infinity")
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+def save(folder, tensors):
+    """Write named tensors as folder/model.safetensors. Shared storage (tied weights) must be dropped by the caller."""
+    file = Path(folder) / "model.safetensors"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file.with_suffix(".tmp"), {"format": "pt"})
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def write_file(path, data, overwrite=False):
+    """Write text or bytes to a file beside `path`, then rename: a reader sees the old file or the new, never half of one."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(partial, path)
+
+
+@contextmanager
+def new_folder(out, inputs=(), overwrite=False, resume=False):
+    """Yield OUT.partial to write into; when the block ends well, add recipe.json and rename it to OUT.
+
+    `inputs` are the files and folders it is made from (their hashes go into the recipe). With `resume` an earlier
+    OUT.partial is kept, for its owner to go on from; else it is thrown away. OUT itself is replaced only with
+    `overwrite`, only at the very end, and only if this project made it (it has a recipe.json).
+    """
+    out = Path(out)
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    if out.exists():
+        if not overwrite:
+            raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or another --out")
+        if not (out / "recipe.json").exists():
+            raise FileExistsError(f"{out} was not made by this project (it has no recipe.json); remove it yourself, or pass another --out")
+    if partial.exists() and not resume:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    made = recipe(inputs)                                                  # before the work: inputs are hashed as they were read
+    yield partial
+    (partial / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
+    if out.exists():
+        os.replace(out, old)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recipe(inputs=()):
+    """What made an output: the command, the versions, a fingerprint of each input."""
+    return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "inputs": {str(path): fingerprint(path) for path in inputs if path}}
+
+
+def fingerprint(path):
+    """sha256 of a file; of a folder, that of its files' names and hashes (recipe.json left out: it tells how, not what)."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(f for f in path.rglob("*") if f.is_file() and f.name != "recipe.json"):
+            digest.update(f"{file.relative_to(path)} {fingerprint(file)}\n".encode())
+    else:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- commands --------------------------------------------------------------------------------------------------------------
+
+def run(main):
+    """Run a script's main(); a bad input or a full disk ends in one line and exit status 1, Ctrl-C in another and 130.
+
+    `python -X dev SCRIPT ...` shows the traceback instead.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        sys.exit(f"{Path(sys.argv[0]).name}: {said}")
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command starts or resumes it", file=sys.stderr)
+        sys.exit(130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="List a model folder's tensors.")
+    parser.add_argument("folder", help="a Hugging Face model folder")
+    tensors = Tensors(parser.parse_args().folder)
+    for name in tensors:
+        print(f"{name:60} {str(tensors.shape(name)):20} {str(tensors[name].dtype).removeprefix('torch.')}")
+
+
+if __name__ == "__main__":
+    run(main)
