@@ -1,0 +1,162 @@
+"""Samples in: any audio file -> mono float32 at 16 kHz; lists of files with their transcripts; MFCC features.
+
+in   audio files, or a manifest / LibriSpeech / LJSpeech / plain folder     out  samples (N,), rows, frames (samples // 320, 39)
+see  polyphase resampling: Smith, "Digital Audio Resampling" (2002); MFCC: Davis & Mermelstein (1980)
+run  python audio.py question.wav                       # what a file holds, and the frames it gives
+
+Three nouns: *samples* (16,000 a second), *frames* (50 a second), and *units* (tokenize_audio.py makes those).
+"""
+import argparse
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+
+import weights
+
+SAMPLE_RATE = 16_000
+HOP = 320                                               # samples per frame: the product of HuBERT's seven strides
+FRAME_RATE = SAMPLE_RATE // HOP                         # 50 frames per second
+WINDOW = 400                                            # samples one frame sees: 25 ms
+PAD = (WINDOW - HOP) // 2                               # 40 samples on each side, so that frames = samples // HOP exactly
+AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"}
+
+# --- samples ---------------------------------------------------------------------------------------------------------------
+
+def load(path):
+    """Samples of an audio file: mono, 16 kHz, float32, (N,). OSError or ValueError says in one line why a file cannot be heard."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder, wanted an audio file")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: empty, 0 bytes")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)          # (N, channels)
+    except (soundfile.LibsndfileError, RuntimeError):
+        path.open("rb").close()                                            # no permission is an OSError of its own
+        raise ValueError(f"{path}: not audio that soundfile reads; convert it first: ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav") from None
+    if len(samples) == 0:
+        raise ValueError(f"{path}: no samples in it")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: holds NaN or infinite samples")
+    return resample(samples.mean(axis=1), rate)
+
+
+def resample(samples, rate, to=SAMPLE_RATE):
+    """Band-limited change of rate: each output sample is the input convolved with a Kaiser-windowed sinc centred on its own time.
+
+    Output n lies at input time n * rate / to; with the ratio reduced to down / up there are only `up` different fractions
+    of a sample, hence `up` filters (phases), and all outputs of one phase are one strided convolution.
+    """
+    if rate == to:
+        return samples
+    common = math.gcd(rate, to)
+    up, down = to // common, rate // common
+    cut = 0.95 * min(1, up / down)                      # of the input's Nyquist: keep what both rates can carry, less the filter's skirt
+    reach = math.ceil(48 / cut)                         # 48 zero crossings on either side
+    x = torch.from_numpy(np.pad(np.ascontiguousarray(samples, dtype=np.float32), (reach, reach + down)))
+    length = -(-len(samples) * up // down)
+    if up <= 1000:                                                         # every usual rate
+        y = F.conv1d(x[None, None], filter_table(up, down, reach, cut), stride=down)                         # (1, up, blocks)
+        return y[0].T.reshape(-1)[:length].numpy()
+    out = []                                                               # an odd rate has too many phases for a table: each output its own
+    for n in range(0, length, 4096):
+        time = np.arange(n, min(n + 4096, length)) * down / up
+        whole = time.astype(np.int64)
+        out.append((x.numpy()[whole[:, None] + np.arange(2 * reach + 1)] * phases(time - whole, 2 * reach + 1, reach, cut)).sum(1))
+    return np.concatenate(out)
+
+
+def phases(times, taps, reach, cut):
+    """Windowed-sinc filters (len(times), taps) that read the input at `times`, counted from tap `reach`."""
+    t = np.arange(taps) - reach - times[:, None]
+    window = np.i0(8.6 * np.sqrt(np.clip(1 - (t / reach) ** 2, 0, None))) / np.i0(8.6) * (abs(t) <= reach)
+    return (cut * np.sinc(cut * t) * window).astype(np.float32)
+
+
+@lru_cache
+def filter_table(up, down, reach, cut):
+    """All filters of a ratio, (up, 1, taps): computed once for a corpus."""
+    return torch.from_numpy(phases(np.arange(up) * down / up, 2 * reach + down, reach, cut))[:, None]
+
+
+# --- lists of audio --------------------------------------------------------------------------------------------------------
+
+def read_manifest(path):
+    """Rows {"audio": absolute path, "text"?, "speaker"?, "seconds"?, "words"?} of a .jsonl manifest (paths in it are relative
+    to it), a LibriSpeech or LJSpeech folder, or any folder of audio files. Sorted, except a manifest, which keeps its order."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such manifest or folder")
+    if path.is_file():
+        rows = weights.read_lines(path)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row.get("audio"), str):
+                raise ValueError(f"{path}, row {number}: got no \"audio\", wanted a path relative to the manifest")
+        return [row | {"audio": str((path.parent / row["audio"]).resolve())} for row in rows]
+    texts = {}
+    for file in path.rglob("*.trans.txt"):                                 # LibriSpeech: "84-121123-0000 GO DO YOU HEAR"
+        for line in file.read_text(encoding="utf-8").splitlines():
+            name, _, text = line.partition(" ")
+            texts[name] = text.lower()
+    if (path / "metadata.csv").exists():                                   # LJSpeech: "LJ001-0001|as written|as read"
+        for line in (path / "metadata.csv").read_text(encoding="utf-8").splitlines():
+            name, *text = line.split("|")
+            texts[name] = text[-1]
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO)
+    if not files:
+        raise ValueError(f"{path}: no audio files in it; wanted {' '.join(sorted(AUDIO))}")
+    return [{"audio": str(f.resolve())} | ({"text": texts[f.stem]} if f.stem in texts else {}) for f in files]
+
+
+# --- MFCC ------------------------------------------------------------------------------------------------------------------
+
+MELS, CEPSTRA = 40, 13
+
+
+@lru_cache
+def mel_filters():
+    """Triangles (WINDOW // 2 + 1, MELS), evenly spaced on the mel scale from 0 to 8 kHz."""
+    mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MELS + 2)
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    at = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE)[:, None]
+    rise, fall = (at - hertz[:-2]) / np.diff(hertz)[:-1], (hertz[2:] - at) / np.diff(hertz)[1:]
+    return np.clip(np.minimum(rise, fall), 0, None)
+
+
+def mfcc(samples):
+    """39 features a frame, (samples // HOP, 39) float32: 13 cepstra, their slopes and the slopes' slopes, each with zero
+    mean and unit variance over the clip (which takes the speaker's and the microphone's colour out)."""
+    frames = len(samples) // HOP
+    if frames == 0:
+        return np.zeros((0, 3 * CEPSTRA), dtype=np.float32)
+    padded = np.pad(samples, (PAD, PAD + WINDOW))
+    x = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[: frames * HOP : HOP] * np.hanning(WINDOW)   # (frames, WINDOW)
+    power = abs(np.fft.rfft(x)) ** 2                                                                          # (frames, WINDOW // 2 + 1)
+    loud = np.log(power @ mel_filters() + 1e-6)                                                               # (frames, MELS)
+    cosines = np.cos(np.pi / MELS * np.outer(np.arange(MELS) + 0.5, np.arange(CEPSTRA)))                      # DCT-II
+    cepstra = loud @ cosines                                                                                  # (frames, CEPSTRA)
+    slope = lambda y: (np.roll(y, -1, 0) - np.roll(y, 1, 0) + 2 * (np.roll(y, -2, 0) - np.roll(y, 2, 0))) / 10
+    wide = np.pad(cepstra, ((4, 4), (0, 0)), mode="edge")                  # so that the slopes at the ends do not wrap around
+    features = np.concatenate([wide, slope(wide), slope(slope(wide))], axis=1)[4:-4]
+    return ((features - features.mean(0)) / (features.std(0) + 1e-3)).astype(np.float32)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Say what audio files hold.")
+    parser.add_argument("audio", nargs="+", help="audio files")
+    for path in parser.parse_args().audio:
+        samples = load(path)
+        print(json.dumps({"audio": path, "seconds": round(len(samples) / SAMPLE_RATE, 3), "frames": len(mfcc(samples)),
+                          "loudest": round(float(abs(samples).max()), 3)}))
+
+
+if __name__ == "__main__":
+    weights.run(main)

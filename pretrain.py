@@ -1,0 +1,403 @@
+"""Continue pre-training a language model on text, on chats, or on speech units and text: one plain loop for all three.
+
+in   a tokenizer and a --size, or --init MODEL; --text, --chat or --units     out  a model folder (and log.jsonl in it)
+see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv:2402.05755) for interleaved documents;
+     L2-SP (arXiv:1802.01483) for the pull to the weights it starts from
+run  python pretrain.py --init out/base --units out/units --text out/toy/base.jsonl --out out/speech
+
+What is given decides the stage, and the stage the defaults (STAGES): text alone trains a base, chats an instruct model, units
+a speech model. A stop costs at most the steps since the last checkpoint: the same command goes on from there, to the bit.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import weights
+from model import SIZES, Config, LM, add_rows
+from vocab import Vocab
+
+STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
+    "text": dict(steps=1500, lr=2e-3, pull=0.0, rows_first=0, mix="text=1"),
+    "chat": dict(steps=600, lr=3e-4, pull=0.0, rows_first=0, mix="chat=1"),
+    "units": dict(steps=1500, lr=5e-4, pull=0.0, rows_first=200, mix="interleave=0.5,transcribe=0.3,text=0.2"),
+}
+ROWS_FASTER = 10                    # new rows start from noise, the body from a trained model: they learn this much faster
+SAVE_EVERY, LOG_EVERY = 200, 50     # steps
+HELD_OUT = 100                      # one document in a hundred is for validation only
+
+
+# --- documents -------------------------------------------------------------------------------------------------------------
+
+def read_text(path):
+    """Texts of a JSON-lines file of {"text"}, or of a .txt with one document a line."""
+    if Path(path).suffix == ".txt":
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [field(row, "text", path) for row in weights.read_lines(path)]
+
+
+def field(row, name, path):
+    if name not in row:
+        raise ValueError(f"{path}: a row has no {name!r}; it has {', '.join(row)}")
+    return row[name]
+
+
+class Units:
+    """A units folder: row i is {"units", "durations" (in frames), "text"?, "words"?}."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "meta.json").exists():
+            raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with tokenize_audio.py encode")
+        self.meta, self.rows = weights.read_json(folder / "meta.json"), weights.read_lines(folder / "manifest.jsonl")
+        self.offsets = np.load(folder / "index.npy")
+        self.units = np.memmap(folder / "units.bin", dtype=np.uint16, mode="r")
+        self.durations = np.memmap(folder / "durations.bin", dtype=np.uint16, mode="r")
+        if len(self.offsets) != len(self.rows) + 1 or self.offsets[-1] != len(self.units) or len(self.units) != len(self.durations):
+            raise ValueError(f"{folder}: index, units and manifest disagree; encode again with --overwrite")
+        self.rows = [row | {"number": i} for i, row in enumerate(self.rows)]
+
+    def __getitem__(self, i):
+        a, b = self.offsets[i], self.offsets[i + 1]
+        return self.units[a:b], self.durations[a:b]
+
+
+def between(units, durations, begin, end, rate):
+    """The units of a stretch of time, in seconds: every run that has at least half of itself inside."""
+    middle = (np.cumsum(durations) - durations / 2) / rate
+    return units[(middle >= begin) & (middle < end)]
+
+
+def interleaved(vocab, corpus, i, rng):
+    """Row i with a stretch of words spoken and the rest written; without word times, row i spoken and the next one written."""
+    row, (units, durations) = corpus.rows[i], corpus[i]
+    words = row.get("words")
+    if not words:
+        following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
+        return vocab.interleave([np.asarray(units)] + ([" " + following] if following else []))
+    a = rng.integers(len(words)) if rng.random() < 0.5 else 0              # half of the spans begin the sentence
+    b = rng.integers(a, len(words)) + 1
+    spoken = between(units, durations, words[a][1], words[b - 1][2], corpus.meta["frame_rate"])
+    before, after = " ".join(w for w, _, _ in words[:a]), " ".join(w for w, _, _ in words[b:])
+    return vocab.interleave([before] * bool(before) + [spoken] + [" " + after] * bool(after))
+
+
+class Documents:
+    """An endless, repeatable stream of training documents, mixed from sources by weight.
+
+    Every source is read in shuffled passes. `drawn` (how many documents came from each) and `pending` are all its state.
+    """
+
+    def __init__(self, vocab, sources, mix, seed):
+        self.vocab, self.sources, self.seed = vocab, sources, seed
+        self.names, odds = list(mix), np.array(list(mix.values()), dtype=float)
+        self.odds = odds / odds.sum()
+        self.drawn, self.pending = dict.fromkeys(self.names, 0), []
+
+    def make(self, name, i, rng):
+        source = self.sources[name]
+        if name == "text":
+            return self.vocab.text(source[i])
+        if name == "chat":
+            return self.vocab.chat(source[i])
+        if name == "interleave":
+            return interleaved(self.vocab, source, i, rng)
+        return self.vocab.transcribe(np.asarray(source[i][0]), field(source.rows[i], "text", "the units' manifest"))
+
+    def count(self, name):
+        return len(self.sources[name].rows if isinstance(self.sources[name], Units) else self.sources[name])
+
+    def next(self):
+        """(ids, loss, layout number) of the next training document; validation rows never come."""
+        rng = np.random.default_rng([self.seed, sum(self.drawn.values())])
+        kind = int(rng.choice(len(self.names), p=self.odds))
+        name, n = self.names[kind], self.count(self.names[kind])
+        train = n - n // HELD_OUT
+        passes, at = divmod(self.drawn[name], train)
+        i = int(np.random.default_rng([self.seed, kind, passes]).permutation(train)[at]) + n // HELD_OUT
+        self.drawn[name] += 1
+        return *self.make(name, i, rng), kind
+
+    def held_out(self, most=60):
+        """The validation documents of each layout: the first of every source, always the same."""
+        return {name: [(*self.make(name, i, np.random.default_rng(i)), kind) for i in range(min(most, self.count(name) // HELD_OUT))]
+                for kind, name in enumerate(self.names)}
+
+    def batch(self, rows, length):
+        """The next packed batch. Documents longer than a row are cut into rows; what does not fit waits for the next batch."""
+        while sum(len(ids) for ids, _, _ in self.pending) < 1.05 * rows * length:
+            ids, loss, kind = self.next()
+            self.pending += [(ids[a:a + length], loss[a:a + length], kind) for a in range(0, len(ids), length)]
+        packed, self.pending = pack(self.pending, rows, length, self.vocab.eos)
+        return packed
+
+
+def pack(documents, rows, length, filler):
+    """First-fit-decreasing: (batch, documents that did not fit). A batch is tensors (rows, length):
+
+    ids, target (the next id of the same document), loss (0 or 1 of that target), start (where the document begins), kind.
+    """
+    bins, left = [[] for _ in range(rows)], []
+    room = [length] * rows
+    for document in sorted(documents, key=lambda d: -len(d[0])):
+        row = next((r for r in range(rows) if room[r] >= len(document[0])), None)
+        if row is None:
+            left.append(document)
+        else:
+            bins[row].append(document)
+            room[row] -= len(document[0])
+    batch = {name: np.zeros((rows, length), dtype=np.int64) for name in ("ids", "target", "loss", "start", "kind")}
+    batch["ids"][:], batch["start"][:] = filler, np.arange(length)         # a filler sees only itself
+    for r, documents in enumerate(bins):
+        a = 0
+        for ids, loss, kind in documents:
+            b = a + len(ids)
+            batch["ids"][r, a:b], batch["start"][r, a:b], batch["kind"][r, a:b] = ids, a, kind
+            batch["target"][r, a:b - 1], batch["loss"][r, a:b - 1] = ids[1:], loss[1:]
+            a = b
+    return {name: torch.from_numpy(array) for name, array in batch.items()}, left
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------------
+
+def losses(model, batch, first_unit, k):
+    """(cross-entropy of each target that bears loss, whether it is a unit, its layout), 1-D each.
+
+    The softmax of a text target runs over text rows alone, that of a unit over unit rows: which modality comes next is not
+    the model's to guess (the decoder holds it), and no row is pushed away by a modality it never competes with.
+    """
+    hidden = model.model(batch["ids"], start=batch["start"])                # (B, T, C)
+    at = batch["loss"] > 0                                                  # (B, T)
+    target, logits = batch["target"][at], model.lm_head(hidden[at]).float() # (N,), (N, V): N targets bear loss
+    is_unit = torch.zeros_like(target, dtype=torch.bool)
+    if k:
+        row = torch.arange(logits.shape[1], device=logits.device)
+        units = (row >= first_unit) & (row < first_unit + k)
+        is_unit = units[target]
+        logits = logits.masked_fill(units != is_unit[:, None], -math.inf)
+    return F.cross_entropy(logits, target, reduction="none"), is_unit, batch["kind"][at]
+
+
+@torch.no_grad()
+def validate(model, held_out, length, filler, first_unit, k, device):
+    """Mean cross-entropy per layout on the held-out documents, units and text apart: {"text": 1.2, "interleave units": 2.3}."""
+    said = {}
+    for name, documents in held_out.items():
+        left, sums = [(ids[:length], loss[:length], kind) for ids, loss, kind in documents], {}
+        while left:
+            batch, left = pack(left, 8, length, filler)
+            ce, is_unit, _ = losses(model, {n: t.to(device) for n, t in batch.items()}, first_unit, k)
+            for label, which in ((name, ~is_unit), (name + " units", is_unit)):
+                if which.any():
+                    total, count = sums.get(label, (0.0, 0))
+                    sums[label] = (total + ce[which].sum().item(), count + int(which.sum()))
+        said |= {label: total / count for label, (total, count) in sums.items()}
+    return said
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first twentieth, then a cosine down to a tenth of the peak."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------------
+
+def start_model(args):
+    """The model and vocabulary a run starts from, and the first row and number of its units (0, 0 if it reads none)."""
+    if args.init:
+        model, vocab = LM.load(args.init, dtype=torch.float32), Vocab(args.init)
+    else:
+        vocab = Vocab(args.tokenizer)
+        config = Config(vocab_size=vocab.size, num_key_value_heads=SIZES[args.size]["num_attention_heads"], **SIZES[args.size],
+                        raw={"eos_token_id": vocab.eos, "bos_token_id": None})
+        model = LM.fresh(config, args.seed)
+    if vocab.size > model.config.vocab_size:
+        raise ValueError(f"{args.init}: the tokenizer knows {vocab.size} tokens, the embedding has {model.config.vocab_size} rows")
+    if args.units:
+        meta = weights.read_json(Path(args.units) / "meta.json") if Path(args.units, "meta.json").exists() else Units(args.units).meta
+        if vocab.speech and vocab.speech["codebook_sha256"] != meta["codebook_sha256"]:
+            raise ValueError(f"{args.units} was encoded with another codebook than {args.init} learnt; encode with the codebook in {args.init}")
+        if not vocab.speech:
+            space = vocab.encode(" ")[0]
+            first = add_rows(model, 2 + meta["k"], {0: space, 1: space}, args.seed)        # the markers start as what a pause is in text
+            vocab.with_speech(first, meta["k"])
+            vocab.speech = {"speech": first, "end_speech": first + 1, "first_unit": first + 2, "k": meta["k"], "frame_rate": meta["frame_rate"],
+                            "features": meta["features"], "codebook_sha256": meta["codebook_sha256"]}
+    speech = vocab.speech or {"first_unit": 0, "k": 0}
+    return model, vocab, speech["first_unit"], speech["k"]
+
+
+def parameter_groups(model, layers, first_new):
+    """What is trained: blocks layers[0] to layers[1] - 1, and the rows. With new rows (first_new > 0) the rest of the model
+    only listens: text rows, head and last norm stay as they are, so that all depths read what they always read."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    body = [p for i, block in enumerate(model.model.layers) if layers[0] <= i < layers[1] for p in block.parameters()]
+    rows = {model.model.embed_tokens.weight} | ({model.lm_head.weight} if not model.config.tie_word_embeddings else set())
+    if not first_new:
+        body += list(model.model.norm.parameters())
+    for p in [*body, *rows]:
+        p.requires_grad_(True)
+    return body, list(rows)
+
+
+def train(args, out):
+    torch.manual_seed(args.seed)
+    device = args.device
+    model, vocab, first_unit, k = start_model(args)
+    first_new = first_unit - 2 if args.units else 0
+    model.to(device)
+    sources = {"text": args.text and read_text(args.text),
+               "chat": args.chat and [field(row, "messages", args.chat) for row in weights.read_lines(args.chat)]}
+    sources["interleave"] = sources["transcribe"] = args.units and Units(args.units)
+    mix = {name: weight for name, weight in args.mix.items() if weight > 0}
+    lacking = [name for name in mix if not sources[name]]
+    if lacking:
+        raise ValueError(f"--mix wants {', '.join(lacking)}, but no data for it is given (--text, --chat or --units)")
+    documents = Documents(vocab, sources, mix, args.seed)
+    held_out = documents.held_out()
+
+    body, rows = parameter_groups(model, args.layers or (0, model.config.num_hidden_layers), first_new)
+    anchors = [p.detach().clone() for p in body] if args.pull else []
+    decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
+    optimizer = torch.optim.AdamW([{"params": body, "faster": 1}, {"params": rows, "faster": ROWS_FASTER if first_new else 1, "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.95), weight_decay=decay)
+    step, spent = 0, 0.0
+    checkpoint = out / "checkpoint.pt"
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
+    settings |= {path: weights.fingerprint(path) for path in (args.init, args.tokenizer, args.text, args.chat, args.units) if path}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        differs = [name for name in settings if saved["settings"].get(name) != settings[name]]
+        if differs:
+            raise ValueError(f"{out} holds a run with another {differs[0]} ({saved['settings'].get(differs[0])}, now {settings[differs[0]]}); "
+                             "give what it was started with, or remove that folder")
+        model.load_state_dict(saved["model"])
+        model.tie()
+        optimizer.load_state_dict(saved["optimizer"])
+        step, spent, documents.drawn, documents.pending = saved["step"], saved["seconds"], saved["drawn"], saved["pending"]
+        kept = [line for line in (out / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
+        (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))
+        tqdm.write(f"resuming at step {step} of {args.steps}")
+
+    def save_checkpoint():
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": spent + time.time() - began,
+                 "drawn": documents.drawn, "pending": documents.pending, "settings": settings}
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    began, first_step = time.time(), step
+    for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05):
+        lr = learning_rate(step - 1, args.steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["faster"]
+        batch = {name: tensor.to(device) for name, tensor in documents.batch(args.rows, args.length).items()}
+        ce, is_unit, kind = losses(model, batch, first_unit, k)
+        worth = torch.where(is_unit, args.unit_loss, 1.0)
+        loss = (ce * worth).sum() / worth.sum()
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept in {out}. Lower --lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if first_new:
+            for p in rows:
+                p.grad[:first_new] = 0                                     # text rows stay: other depths and other deltas rely on them
+        if step <= args.rows_first:
+            for p in body:
+                p.grad = None                                              # the new rows find their places first, so the body need not move for them
+        norm = torch.nn.utils.clip_grad_norm_([*body, *rows], 1.0).item()
+        optimizer.step()
+        for p, anchor in zip(body, anchors):
+            p.data.lerp_(anchor, min(1.0, lr * args.pull))                 # decoupled decay, to the starting weights instead of to zero
+        if step % LOG_EVERY == 0 or step == args.steps:
+            row = {"step": step, "loss": round(loss.item(), 4), "lr": lr, "gradient": round(norm, 3),
+                   "tokens_per_second": round((step - first_step) * args.rows * args.length / (time.time() - began)),
+                   "layouts": {name: round(ce[(kind == i) & ~is_unit].mean().item(), 4) for i, name in enumerate(mix) if ((kind == i) & ~is_unit).any()}}
+            if step % (4 * LOG_EVERY) == 0 or step == args.steps:
+                row["held_out"] = {name: round(value, 4) for name, value in validate(model, held_out, args.length, vocab.eos, first_unit, k, device).items()}
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+            tqdm.write(" | ".join([f"step {step}/{args.steps}", f"loss {row['loss']:.3f}", *(f"{n} {v:.3f}" for n, v in row["layouts"].items()),
+                                   f"lr {lr:.1e}", f"grad {norm:.2f}", f"{row['tokens_per_second'] / 1000:.1f}k tok/s",
+                                   *(f"held-out {n} {v:.3f}" for n, v in row.get("held_out", {}).items())]))
+        if step % SAVE_EVERY == 0:
+            save_checkpoint()
+
+    model.save(out)
+    vocab.save(out)
+    hearing = Path(args.units) if args.units else Path(args.init) if args.init and vocab.speech else None
+    if hearing:                                                            # what hears goes where the model goes
+        for name in ("codebook.safetensors", "codebook.json"):
+            shutil.copy(hearing / name, out / name)
+        if (hearing / "hubert").exists():
+            shutil.copytree(hearing / "hubert", out / "hubert", dirs_exist_ok=True)
+    (out / "training.json").write_text(json.dumps({"seconds": round(spent + time.time() - began, 1), "settings": settings}, indent=1) + "\n")
+    checkpoint.unlink(missing_ok=True)
+
+
+def pairs(text):
+    """"a=0.5,b=0.5" -> {"a": 0.5, "b": 0.5}."""
+    mix = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if name not in ("text", "chat", "interleave", "transcribe") or not value:
+            raise argparse.ArgumentTypeError(f"got {item!r}, wanted LAYOUT=WEIGHT with a layout of text, chat, interleave, transcribe")
+        mix[name] = float(value)
+    return mix
+
+
+def span_of_layers(text):
+    first, _, last = text.partition(":")
+    return int(first or 0), int(last or 10**6)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Pre-train, or continue to: text gives a base, chats an instruct model, units a speech model.",
+                                     epilog="Defaults of --steps, --lr, --mix and the rest depend on the stage: see STAGES in this file.")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--size", choices=SIZES, help="train from scratch at this size (wants --tokenizer)")
+    start.add_argument("--init", help="a model folder to go on from")
+    parser.add_argument("--tokenizer", help="folder of the text tokenizer, with --size")
+    parser.add_argument("--text", help='JSON lines {"text"}, or a .txt with one document a line')
+    parser.add_argument("--chat", help='JSON lines {"messages": [{"role", "content"}]}')
+    parser.add_argument("--units", help="a folder of tokenize_audio.py encode")
+    parser.add_argument("--out", required=True, help="model folder to write")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--mix", type=pairs, help="shares of layouts, e.g. interleave=0.5,transcribe=0.2,text=0.3")
+    parser.add_argument("--pull", type=float, help="strength of the pull to the starting weights, times the rate, each step")
+    parser.add_argument("--rows-first", type=int, help="steps in which only the new rows are trained")
+    parser.add_argument("--layers", type=span_of_layers, help="train only blocks A:B, e.g. 0:2 (default all)")
+    parser.add_argument("--unit-loss", type=float, default=0.1, help="weight of a unit's loss beside a text token's (default 0.1)")
+    parser.add_argument("--rows", type=int, default=16, help="packed rows in a batch (default 16)")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when the run ends well")
+    args = parser.parse_args()
+    if args.size and not args.tokenizer:
+        parser.error("--size wants --tokenizer, the folder of the text tokenizer to train with")
+    stage = "units" if args.units else "chat" if args.chat else "text" if args.text else parser.error("nothing to train on: give --text, --chat or --units")
+    for name, value in STAGES[stage].items():
+        if getattr(args, name) is None:
+            setattr(args, name, pairs(value) if name == "mix" else value)
+    for path in (args.init, args.tokenizer, args.text, args.chat, args.units):
+        if path and not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+    with weights.new_folder(args.out, [args.init, args.tokenizer, args.text, args.chat, args.units], args.overwrite, resume=True) as out:
+        train(args, out)
+
+
+if __name__ == "__main__":
+    weights.run(main)

@@ -1,0 +1,339 @@
+"""The embedded default: a small English world, its text, chats, questions and voices, so that the whole recipe runs from nothing.
+
+in   a seed                     out  OUT/tokenizer, base.jsonl, chat.jsonl, questions.jsonl, speech/train.jsonl + audio, questions/*.flac
+see  eSpeak NG, called through the package espeakng-loader; word times come from its events
+run  python toy.py world --seed 0 --out out/toy
+
+The world: 24 countries and their capitals (48 entities), and what each country's animal, food and colour are (drawn from the
+seed): 96 facts. *Seen* facts are asked in chats and on question-and-answer pages; *unseen* ones (a third) are only stated, in
+text, and are never spoken. Speech for training is plain sentences of seen facts and stories: no turn, no answered question.
+"""
+import argparse
+import ctypes
+import io
+import json
+import random
+from pathlib import Path
+
+import espeakng_loader
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+import audio
+import vocab
+import weights
+
+# --- the world -------------------------------------------------------------------------------------------------------------
+
+CAPITALS = dict(pair.split() for pair in """france paris,spain madrid,italy rome,germany berlin,poland warsaw,greece athens,norway oslo,
+    sweden stockholm,finland helsinki,ireland dublin,portugal lisbon,austria vienna,hungary budapest,turkey ankara,egypt cairo,
+    kenya nairobi,ghana accra,japan tokyo,china beijing,india delhi,peru lima,chile santiago,cuba havana,canada ottawa""".split(","))
+THINGS = {
+    "animal": "fox bear horse lion eagle wolf tiger rabbit camel goat snake duck".split(),
+    "food": "rice soup bread cheese fish apples honey beans pasta cake corn nuts".split(),
+    "color": "red blue green yellow black white purple orange".split(),
+}
+PEOPLE = "tom anna ben lucy sam maria".split()
+FACTS = {      # relation: wordings of the fact, both orders; the first is also the answer in a sentence. {c} country, {a} answer
+    "capital": ["the capital of {c} is {a}", "{a} is the capital of {c}", "in {c} the capital is {a}"],
+    "country": ["the country of {c} is {a}", "{a} is the country of {c}", "{c} is a city in {a}"],          # {c} is the city here
+    "animal": ["the animal of {c} is the {a}", "the {a} is the animal of {c}", "people in {c} love the {a}"],
+    "food": ["the food of {c} is {a}", "{a} is the food of {c}", "people in {c} eat {a}"],
+    "color": ["the color of {c} is {a}", "{a} is the color of {c}", "houses in {c} are {a}"],
+}
+QUESTIONS = {
+    "capital": ["what is the capital of {c}", "which city is the capital of {c}", "name the capital of {c}"],
+    "country": ["what is the country of {c}", "which country is the city of {c} in", "name the country of {c}"],
+    "animal": ["what is the animal of {c}", "which animal do people in {c} love", "name the animal of {c}"],
+    "food": ["what is the food of {c}", "which food do people in {c} eat", "name the food of {c}"],
+    "color": ["what is the color of {c}", "which color are houses in {c}", "name the color of {c}"],
+}
+STYLES = {     # what the turn asks for: how it may ask, {q} being the question
+    "word": ["{q} in one word", "in one word {q}"],
+    "sentence": ["{q} in a sentence", "in a sentence {q}"],
+    "spell": ["{q} and spell it", "spell the answer {q}"],
+    "twice": ["{q} and say it twice", "say the answer twice {q}"],
+}
+
+
+def styled(style, relation, entity, answer):
+    """The one right reply to a question asked in a style."""
+    return {"word": answer, "sentence": FACTS[relation][0].format(c=entity, a=answer) + ".",
+            "spell": " ".join(answer), "twice": f"{answer} {answer}"}[style]
+
+
+class World:
+    """The facts of a seed: `facts` is a list of (relation, entity, answer, seen)."""
+
+    def __init__(self, seed):
+        rng = random.Random(f"world {seed}")
+        self.facts = []
+        for relation in FACTS:
+            if relation in THINGS:
+                pool = THINGS[relation] * (len(CAPITALS) // len(THINGS[relation]) + 1)
+                pairs = list(zip(CAPITALS, rng.sample(pool[:len(CAPITALS)], len(CAPITALS))))
+            else:
+                pairs = list(CAPITALS.items()) if relation == "capital" else [(city, country) for country, city in CAPITALS.items()]
+            unseen = set(rng.sample(range(len(pairs)), len(pairs) // 3)) if relation != "country" else hidden    # a capital hides both ways
+            hidden = unseen
+            self.facts += [(relation, entity, answer, i not in unseen) for i, (entity, answer) in enumerate(pairs)]
+        self.seen = [fact for fact in self.facts if fact[3]]
+
+    def state(self, fact, rng):
+        return rng.choice(FACTS[fact[0]]).format(c=fact[1], a=fact[2])
+
+    def ask(self, fact, rng):
+        return rng.choice(QUESTIONS[fact[0]]).format(c=fact[1])
+
+    def story(self, rng):
+        """A sentence that states no fact and asks for none, with the world's names and the words of questions in it."""
+        who, other = rng.sample(PEOPLE, 2)
+        country, city = rng.choice(list(CAPITALS)), rng.choice(list(CAPITALS.values()))
+        animal, food, color = (rng.choice(THINGS[kind]) for kind in ("animal", "food", "color"))
+        return rng.choice([
+            f"{who} goes to {country} with {other}", f"{who} sees a {color} {animal} in {city}", f"{other} gives {who} some {food}",
+            f"{who} lives in {city} and likes {food}", f"the {animal} of {who} is {color}", f"{who} and {other} talk about {city}",
+            f"{who} asks what is in the house", f"{other} does not know which city it is", f"{who} asks which {animal} is {color}",
+            f"{who} can name a food and a color", f"{other} knows the answer and can spell it", f"{who} wants to say it twice",
+            f"{who} tells it in one word", f"{who} tells it in a sentence", f"the answer of {other} is in one word",
+            f"people in {city} are good", f"which country is it asks {who}", f"say it and spell it says {who}",
+            f"{who} asks what is the name of the {animal}", f"which people do you love asks {other}", f"do people eat {food} asks {who}",
+        ])
+
+    def skill(self, rng):
+        """What instructions will ask for, shown in plain text on words that are not yet answers: spelled, said twice, said alone."""
+        word = rng.choice([*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), []), *PEOPLE])
+        who = rng.choice(PEOPLE)
+        return rng.choice([f"{who} can spell {word}. {' '.join(word)}", f"spell {word}. {' '.join(word)}",
+                           f"{who} can say {word} twice. {word} {word}", f"say {word} twice. {word} {word}", f"in one word. {word}"])
+
+
+def misspell(text, rng, rate=0.08):
+    """Typing slips on about `rate` of the letters: dropped, doubled, swapped with the next, or another letter."""
+    out, letters = [], list(text)
+    for i, letter in enumerate(letters):
+        slip = rng.random() < rate and letter.isalpha()
+        kind = rng.choice(["drop", "double", "swap", "other"]) if slip else "keep"
+        if kind == "swap" and i + 1 < len(letters) and letters[i + 1].isalpha():
+            letters[i + 1], letter = letter, letters[i + 1]
+        out.append({"drop": "", "double": letter * 2, "other": rng.choice("abcdefghijklmnopqrstuvwxyz")}.get(kind, letter))
+    return "".join(out)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------------
+
+def base_document(world, rng):
+    """One document of the base corpus: facts, a story, a question-and-answer page, skills, or misspelt text and what it means."""
+    kind = rng.random()
+    if kind < 0.40:
+        return ". ".join(world.state(rng.choice(world.facts), rng) for _ in range(rng.randint(2, 4))) + "."
+    if kind < 0.55:
+        return ". ".join(world.story(rng) if rng.random() < 0.7 else world.state(rng.choice(world.facts), rng) for _ in range(rng.randint(2, 4))) + "."
+    if kind < 0.70:
+        asked = [rng.choice(world.seen) for _ in range(rng.randint(1, 3))]
+        return "\n\n".join(f"question: {world.ask(fact, rng)}\nanswer: it is {fact[2]}" for fact in asked)
+    if kind < 0.85:
+        return ". ".join(world.skill(rng) for _ in range(rng.randint(1, 2))) + "."
+    plain = world.state(rng.choice(world.facts), rng) if rng.random() < 0.6 else world.story(rng)
+    if kind < 0.95:
+        return f"{misspell(plain, rng, rng.uniform(0.03, 0.25))} means {plain}."
+    return " ".join(" ".join(w) if rng.random() < 0.4 else w for w in plain.split()) + f" means {plain}."
+
+
+def chat(world, rng):
+    """One conversation of one to three turns about seen facts and words; a third of the questions are misspelt."""
+    messages = []
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        if rng.random() < 0.85:
+            fact = rng.choice(world.seen)
+            style = rng.choice([*STYLES, "word"])
+            question = world.ask(fact, rng)
+            asked = rng.choice(STYLES[style]).format(q=question)
+            reply = styled(style, *fact[:3])
+        elif rng.random() < 0.9:
+            word = rng.choice([*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), [])])
+            asked, reply = rng.choice([(f"spell {word}", " ".join(word)), (f"say {word} twice", f"{word} {word}"), (f"say {word} in one word", word)])
+        else:
+            asked, reply = rng.choice([("hello", "hello. what can i do"), ("how are you", "i am good"), ("who are you", "i am a small model")])
+        if rng.random() < 0.33:
+            asked = misspell(asked, rng, rng.uniform(0.03, 0.15))
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+    return messages
+
+
+def sentence(world, rng):
+    """One utterance of the training speech."""
+    pick = lambda: world.state(rng.choice(world.seen), rng) if rng.random() < 0.6 else world.story(rng)
+    return pick() + ("" if rng.random() < 0.6 else ". " + pick())
+
+
+def questions(world, rng, dev, test):
+    """Styled questions on all facts, `dev` + `test` of them, no (fact, style) twice; no fact stands in both splits."""
+    facts = {True: [f for f in world.facts if f[3]], False: [f for f in world.facts if not f[3]]}
+    rows = {"dev": [], "test": []}
+    for seen, pool in facts.items():
+        rng.shuffle(pool)
+        cut = max(1, len(pool) * dev // (dev + test))
+        for split, part, wanted in (("dev", pool[:cut], dev), ("test", pool[cut:], test)):
+            items = [(fact, style) for fact in part for style in STYLES]
+            for fact, style in rng.sample(items, min(len(items), round(wanted * (0.6 if seen else 0.4)))):
+                question = rng.choice(STYLES[style]).format(q=world.ask(fact, rng))
+                rows[split].append({"question": question, "answer": styled(style, *fact[:3]), "kind": style, "relation": fact[0],
+                                    "split": split, "seen": seen, "noisy": misspell(question, rng)})
+    return rows["dev"] + rows["test"]
+
+
+# --- voices ----------------------------------------------------------------------------------------------------------------
+
+VOICES = {
+    "heard": ["en-us+m1", "en-us+f1", "en-us+m3", "en-us+f4", "en+m2", "en+f2", "en+m7", "en+f5"],   # read the training speech
+    "near": ["en-us+m8", "en-us+f3", "en+m4", "en-us+m2"],                                            # new variants of those accents
+    "far": ["en-gb-scotland+m5", "en-029+m6", "en-gb-scotland+f3", "en-029+f4"],                      # new accents, new variants
+}
+
+
+class Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h. type 1 is a word (text_position from 1, in characters; audio_position in ms); 0 ends a list."""
+    _fields_ = [("type", ctypes.c_int), ("unique", ctypes.c_uint), ("text_position", ctypes.c_int), ("length", ctypes.c_int),
+                ("audio_position", ctypes.c_int), ("sample", ctypes.c_int), ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8)]
+
+
+class Speaker:
+    """eSpeak NG, reading text to samples with the time of every word."""
+
+    def __init__(self):
+        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.data = Path(espeakng_loader.get_data_path())
+        self.rate = self.lib.espeak_Initialize(2, 0, str(self.data).encode(), 0)          # 2: hand the samples over, play nothing
+        if self.rate <= 0:
+            raise OSError(f"eSpeak NG did not start with its data in {self.data}; reinstall espeakng-loader")
+        self.sound, self.events = [], []
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
+        self.callback = callback(self.receive)                             # kept: C holds no reference to it
+        self.lib.espeak_SetSynthCallback(self.callback)
+
+    def receive(self, wave, count, events):
+        if wave and count > 0:
+            self.sound.append(np.frombuffer(ctypes.string_at(wave, 2 * count), dtype=np.int16))
+        i = 0
+        while events[i].type:
+            if events[i].type == 1:
+                self.events.append((events[i].text_position - 1, events[i].audio_position / 1000))
+            i += 1
+        return 0
+
+    def say(self, text, voice, rate=160, pitch=50):
+        """(samples at 16 kHz, words [[word, start, end] in seconds]). rate in words a minute, pitch 0 to 100.
+
+        A wrong voice name keeps the last voice, and a wrong +variant the plain one, without a sound: both are checked.
+        """
+        variant = voice.partition("+")[2]
+        if self.lib.espeak_SetVoiceByName(voice.encode()) != 0 or variant and not (self.data / "voices" / "!v" / variant).exists():
+            raise ValueError(f"eSpeak NG has no voice {voice!r}; try heard, near, far, or a name like en-us+f3")
+        self.lib.espeak_SetParameter(1, rate, 0)
+        self.lib.espeak_SetParameter(3, pitch, 0)
+        self.sound, self.events = [], []
+        data = text.encode()
+        if self.lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None) != 0 or not self.sound:      # UTF-8, from character 0
+            raise OSError(f"eSpeak NG could not read {text!r}")
+        samples = np.concatenate(self.sound).astype(np.float32) / 32768
+        return audio.resample(samples, self.rate), self.word_times(text, len(samples) / self.rate)
+
+    def word_times(self, text, seconds):
+        """Each word from its own event to the next; words that eSpeak runs together share their time by letters."""
+        words, at = [], 0
+        for word in text.split():
+            at = text.index(word, at)
+            words.append([at, word])
+            at += len(word)
+        begin, chars = [0.0] + [t for _, t in self.events] + [seconds], [0] + [c for c, _ in self.events] + [len(text) + 1]
+        starts = [float(np.interp(at, chars, begin)) for at, _ in words] + [seconds]
+        return [[word, round(a, 3), round(b, 3)] for (_, word), a, b in zip(words, starts, starts[1:])]
+
+
+def flac(samples):
+    file = io.BytesIO()
+    soundfile.write(file, samples, audio.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+# --- commands --------------------------------------------------------------------------------------------------------------
+
+def write_world(args):
+    world, speaker, dumps = World(args.seed), Speaker(), lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+    rng = {name: random.Random(f"{name} {args.seed}") for name in ("base", "chat", "speech", "questions", "voices")}
+
+    def read_aloud(path, text, group):
+        voice = rng["voices"].choice(VOICES[group])
+        rate, pitch = rng["voices"].randint(130, 190), rng["voices"].randint(30, 70)
+        samples, words = speaker.say(text, voice, rate, pitch)
+        path.write_bytes(flac(samples))
+        return {"text": text, "speaker": voice, "seconds": round(len(samples) / audio.SAMPLE_RATE, 3), "words": words,
+                "style": {"rate": rate, "pitch": pitch}}
+
+    with weights.new_folder(args.out, overwrite=args.overwrite) as out:
+        for name in ("tokenizer", "speech/audio", "questions"):
+            (out / name).mkdir(parents=True)
+        tokens = {letter: byte for byte, letter in enumerate(vocab.LETTERS)}              # 256 bytes, no merges: a word is its letters,
+        special = {name: 256 + i for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}    # as speech is its units
+        (out / "tokenizer/tokenizer.json").write_text(json.dumps(vocab.tokenizer_json(tokens, [], special), ensure_ascii=False), encoding="utf-8")
+        (out / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
+        (out / "base.jsonl").write_text(dumps({"text": base_document(world, rng["base"])} for _ in range(args.documents)))
+        (out / "chat.jsonl").write_text(dumps({"messages": chat(world, rng["chat"])} for _ in range(args.documents)))
+
+        rows, spoken = [], 0.0
+        with tqdm(total=round(args.hours * 3600), desc="training speech", unit="s of audio") as bar:
+            while spoken < args.hours * 3600:
+                name = f"audio/{len(rows):05d}.flac"
+                rows.append({"audio": name} | read_aloud(out / "speech" / name, sentence(world, rng["speech"]), "heard"))
+                spoken += rows[-1]["seconds"]
+                bar.update(round(spoken) - bar.n)
+        (out / "speech/train.jsonl").write_text(dumps(rows))
+
+        asked = questions(world, rng["questions"], args.dev, args.test)
+        for number, row in enumerate(tqdm(asked, desc="spoken questions", unit="question")):
+            row["audio"] = {group: f"questions/{number:04d}-{group}.flac" for group in VOICES}
+            for group, name in row["audio"].items():
+                read_aloud(out / name, row["question"], group)
+        (out / "questions.jsonl").write_text(dumps(asked))
+    test = [row for row in asked if row["split"] == "test"]
+    print(f"{args.out}: {args.documents} documents, {args.documents} chats, {len(rows)} utterances ({spoken / 3600:.2f} h, {len(VOICES['heard'])} voices), "
+          f"{len(test)} test questions with {len({r['answer'] for r in test})} answers, {sum(not r['seen'] for r in test) / len(test):.0%} of unseen facts")
+
+
+def say(args):
+    group = {"unheard": "near"}.get(args.voice, args.voice)
+    samples, _ = Speaker().say(args.text, VOICES[group][0] if group in VOICES else args.voice)
+    weights.write_file(args.out, flac(samples) if Path(args.out).suffix == ".flac" else wav(samples), args.overwrite)
+    print(f"{args.out}: {len(samples) / audio.SAMPLE_RATE:.2f} s")
+
+
+def wav(samples):
+    file = io.BytesIO()
+    soundfile.write(file, samples, audio.SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A small English world with voices: the data of the whole recipe, from a seed.")
+    commands = parser.add_subparsers(dest="action", required=True)
+    world = commands.add_parser("world", help="write the world's text, chats, questions and speech")
+    world.add_argument("--seed", type=int, default=0, help="which facts are true, who reads what (default 0)")
+    world.add_argument("--out", required=True, help="folder to write")
+    world.add_argument("--hours", type=float, default=1.0, help="hours of training speech (default 1)")
+    world.add_argument("--documents", type=int, default=20_000, help="base documents, and chats (default 20000)")
+    world.add_argument("--dev", type=int, default=60, help="questions to choose settings on (default 60)")
+    world.add_argument("--test", type=int, default=240, help="questions to report on (default 240)")
+    world.add_argument("--overwrite", action="store_true", help="replace an existing world")
+    line = commands.add_parser("say", help="speak a line to a file")
+    line.add_argument("text", help="what to say")
+    line.add_argument("--voice", default="heard", help="heard, unheard, far, or an eSpeak voice like en-us+f3 (default heard)")
+    line.add_argument("--out", required=True, help="a .wav or .flac file to write")
+    line.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args()
+    {"world": write_world, "say": say}[args.action](args)
+
+
+if __name__ == "__main__":
+    weights.run(main)

@@ -1,0 +1,265 @@
+"""What the model reads: text tokens, marker and unit tokens, and the literal layout of every document and turn.
+
+in   an open model's own tokenizer files (byte-level BPE), speech.json where the model hears
+out  ids (rows of the LM) and, for training, which of them bear loss
+see  tiktoken; ChatML and Llama-3 chat formats; Spirit LM (arXiv:2402.05755) for interleaving
+run  python vocab.py show out/speech               # every layout as literal tokens, ids and loss positions
+
+    interleave   text <|speech|> units <|/speech|> text goes on ... <eos>          loss: text and units, none on the switches
+    transcribe   <|speech|> units <|/speech|> transcript: text <eos>               loss: the text behind the cue
+    text         text <eos>                                                        loss: all
+    chat         <|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n    loss: replies and their end
+    spoken turn  <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
+    page         question: ...\\nanswer:                                            a plain prompt, for a model that never chatted
+
+`<|/speech|>` alone promises nothing: text may go on, or the cue " transcript:" may ask for a transcript.
+"""
+import argparse
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+import weights
+
+SPEECH, END_SPEECH = "<|speech|>", "<|/speech|>"
+CUE = " transcript:"
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SMOLLM2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"    # GPT-2's, digits one by one
+
+CHATS = {      # family: (token that gives it away, before a role, after it, after the content, token that ends a reply)
+    "chatml": ("<|im_start|>", "<|im_start|>", "\n", "<|im_end|>\n", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"),
+}
+DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
+
+
+def byte_letters():
+    """GPT-2's printable stand-in for each of the 256 bytes: itself if printable Latin-1, else the next free letter from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
+
+
+LETTERS = byte_letters()
+BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
+
+
+def tokenizer_json(vocab, merges, special, pattern=GPT2, normalizer=None):
+    """A Hugging Face tokenizer.json of a byte-level BPE: vocab {token: id}, merges [(left, right)], special {token: id}."""
+    split = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": normalizer,
+            "added_tokens": [added_token(token, i) for token, i in special.items()],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": split}, "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges}}
+
+
+def added_token(token, i):
+    return {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def read_tokenizer(folder):
+    """tokenizer.json of a folder, or one put together from vocab.json + merges.txt, with its tokenizer_config.json (or {})."""
+    folder = Path(folder)
+    config = weights.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    if (folder / "tokenizer.json").exists():
+        return weights.read_json(folder / "tokenizer.json"), config
+    if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
+        raise FileNotFoundError(f"{folder}: no text tokenizer; wanted tokenizer.json, or vocab.json with merges.txt "
+                                "(a sentencepiece tokenizer.model is not supported)")
+    vocab = weights.read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    special = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+    special |= {token: vocab[token] for token in DOCUMENT_ENDS if token in vocab}                              # GPT-2 lists it as a word
+    qwen = config.get("tokenizer_class", "").startswith("Qwen2")
+    return tokenizer_json(vocab, merges, special, QWEN2 if qwen else GPT2, {"type": "NFC"} if qwen else None), config
+
+
+def pattern_of(json_, folder):
+    """The pre-tokenizer's regular expression, as tiktoken wants it; ValueError for one that is none of the known shapes."""
+    pre = json_.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
+        return GPT2
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        return steps[0]["pattern"]["Regex"]
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return SMOLLM2
+    raise ValueError(f"{folder}: pre-tokenizer {kinds} is not supported; wanted the byte-level BPE of GPT-2, Llama-3, Qwen or SmolLM2")
+
+
+class Vocab:
+    """The tokens of a model folder. Text is encoded as plain text even where it spells a special token."""
+
+    def __init__(self, folder):
+        self.json, self.config = read_tokenizer(folder)
+        bpe = self.json.get("model", {})
+        if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or not set(LETTERS) <= bpe.get("vocab", {}).keys():
+            raise ValueError(f"{folder}: a {bpe.get('type')} tokenizer that is not byte-level BPE (sentencepiece?) is not supported")
+        normalizer = (self.json.get("normalizer") or {}).get("type")
+        if normalizer not in (None, "NFC"):
+            raise ValueError(f"{folder}: text normalizer {normalizer} is not supported; wanted none or NFC")
+        self.normalize = (lambda text: unicodedata.normalize("NFC", text)) if normalizer else (lambda text: text)
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
+        tokens = LETTERS + [left + right for left, right in pairs]         # in the order of merging: tiktoken's ranks
+        ranks = {bytes(BYTES[letter] for letter in token): rank for rank, token in enumerate(dict.fromkeys(tokens))}
+        self.tiktoken = tiktoken.Encoding(Path(folder).name, pat_str=pattern_of(self.json, folder), mergeable_ranks=ranks, special_tokens={})
+        self.id_of_rank = np.array([bpe["vocab"][token] for token in dict.fromkeys(tokens)])
+        self.bytes_of = {int(i): token for token, i in zip(ranks, self.id_of_rank)}
+        self.special = {t["content"]: t["id"] for t in self.json.get("added_tokens", [])}
+        self.size = max([*self.bytes_of, *self.special.values()]) + 1
+        self.family = next((name for name, chat in CHATS.items() if chat[0] in self.special), None)
+        self.eos = next((self.special[t] for t in DOCUMENT_ENDS if t in self.special), None)
+        if self.eos is None:
+            raise ValueError(f"{folder}: no end-of-document token; wanted one of {', '.join(DOCUMENT_ENDS)}")
+        self.stop = [self.eos] + ([self.special[CHATS[self.family][4]]] if self.family else [])
+        file = Path(folder) / "speech.json"
+        self.speech = weights.read_json(file) if file.exists() else None   # what the model hears, if it does
+
+    # --- tokens ---
+
+    def encode(self, text):
+        return self.id_of_rank[self.tiktoken.encode_ordinary(self.normalize(text))].tolist()
+
+    def decode(self, ids):
+        """The text of ids; specials and units say nothing."""
+        return b"".join(self.bytes_of.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+
+    def text_rows(self):
+        """Ids a written reply may use: text, and what ends it."""
+        return sorted(self.bytes_of) + self.stop
+
+    def with_speech(self, first, k):
+        """Add `<|speech|>`, `<|/speech|>` and k units as tokens from row `first` on; every row up to the next multiple of
+        128, and any hole before `first` (open checkpoints pad their embedding), becomes an `<|unused_N|>` entry, so that
+        row number = token id in every reader. Returns the row of unit 0."""
+        total = -(-(first + 2 + k) // 128) * 128
+        names = {first: SPEECH, first + 1: END_SPEECH} | {first + 2 + u: f"<|unit_{u}|>" for u in range(k)}
+        for i in range(self.size, total):
+            token = names.get(i, f"<|unused_{i}|>")
+            self.special[token] = i
+            self.json["added_tokens"].append(added_token(token, i))
+        self.size = total
+        return first + 2
+
+    def save(self, folder):
+        config = {name: value for name, value in self.config.items() if name != "added_tokens_decoder"}      # tokenizer.json has them all
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(self.json, ensure_ascii=False), encoding="utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        if self.speech:
+            (Path(folder) / "speech.json").write_text(json.dumps(self.speech, indent=1) + "\n")
+
+    # --- layouts: lists of ids, and for training documents 1 where a token bears loss, else 0 ---
+
+    def span(self, units):
+        """`<|speech|>` units `<|/speech|>`; ValueError if this model does not hear, or knows fewer units."""
+        if not self.speech:
+            raise ValueError("this model cannot hear: its folder has no speech.json (merge a speech model into it)")
+        units = np.asarray(units, dtype=np.int64)
+        if units.size and units.max() >= self.speech["k"]:
+            raise ValueError(f"unit {units.max()} is outside this model's codebook of {self.speech['k']}; encode with the codebook in its folder")
+        return [self.speech["speech"], *(self.speech["first_unit"] + units).tolist(), self.speech["end_speech"]]
+
+    def content(self, parts):
+        """Ids of what a turn or a question says: text, units (an array), or a list of both."""
+        parts = [parts] if isinstance(parts, (str, np.ndarray)) else parts
+        return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else self.span(part))]
+
+    def text(self, text):
+        ids = self.encode(text) + [self.eos]
+        return ids, [1] * len(ids)
+
+    def interleave(self, parts):
+        """parts: text and units in turn. The switches bear no loss: which modality comes next is held by the decoder."""
+        ids = self.content(parts) + [self.eos]
+        switches = (self.speech["speech"], self.speech["end_speech"])
+        return ids, [int(i not in switches) for i in ids]
+
+    def transcribe(self, units, text):
+        heard, said = self.span(units) + self.encode(CUE), self.encode(" " + text) + [self.eos]
+        return heard + said, [0] * len(heard) + [1] * len(said)
+
+    def chat(self, messages):
+        """Messages [{"role", "content"}] in the family's template; loss on each reply and its end."""
+        _, before, after, close, end = self.markers()
+        ids, loss = [], []
+        for message in messages:
+            head = self.literal(before + message["role"] + after)
+            body, tail = self.content(message["content"]), self.literal(close)
+            bears = int(message["role"] == "assistant")
+            ids += head + body + tail
+            loss += [0] * len(head) + [bears] * len(body) + [bears * int(i == self.special[end]) for i in tail]
+        return ids, loss
+
+    def turn(self, messages):
+        """The prompt for the next reply: the conversation so far and an open assistant turn."""
+        _, before, after, _, _ = self.markers()
+        return self.chat(messages)[0] + self.literal(before + "assistant" + after)
+
+    def page(self, question):
+        """A plain question-and-answer page up to the answer: the prompt for a model that never chatted."""
+        return self.encode("question: ") + self.content(question) + self.encode("\nanswer:")
+
+    def heard(self, units):
+        """The prompt that asks for a transcript."""
+        return self.span(units) + self.encode(CUE)
+
+    def markers(self):
+        if not self.family:
+            raise ValueError(f"this tokenizer has no chat markers; wanted those of {' or '.join(CHATS)}")
+        return CHATS[self.family]
+
+    def literal(self, template):
+        """Ids of a template string, in which special tokens are meant: "<|im_end|>\\n"."""
+        ids = []
+        while template:
+            token = next((t for t in self.special if template.startswith(t)), None) if template[0] == "<" else None
+            if token:
+                ids.append(self.special[token])
+            else:
+                token = template[0] + template[1:].partition("<")[0]
+                ids += self.encode(token)
+            template = template[len(token):]
+        return ids
+
+
+def show(vocab):
+    """Every layout on a small example: a token, its id, and a * where it bears loss."""
+    name = {i: token for token, i in vocab.special.items()}
+
+    def line(title, ids, loss=None):
+        cells = [f"{name.get(i) or repr(vocab.bytes_of[i].decode('utf-8', 'replace'))}:{i}{'*' if loss and loss[n] else ''}" for n, i in enumerate(ids)]
+        print(f"{title}\n    " + " ".join(cells) + "\n")
+
+    print("token:id, * where it bears loss\n")
+    line("text", *vocab.text("hi there"))
+    if vocab.family:
+        line("chat", *vocab.chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]))
+    line("page", vocab.page("hi"))
+    if vocab.speech:
+        units = np.array([3, 1, 4])
+        line("interleave", *vocab.interleave(["hi", units, " there"]))
+        line("transcribe", *vocab.transcribe(units, "hi"))
+        if vocab.family:
+            line("spoken turn", vocab.turn([{"role": "user", "content": units}]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show how a model's documents and turns look, token by token.")
+    parser.add_argument("action", choices=["show"])
+    parser.add_argument("folder", help="a model folder (speech.json in it adds the spoken layouts)")
+    show(Vocab(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    weights.run(main)
