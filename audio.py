@@ -116,6 +116,32 @@ def read_manifest(path):
     return [{"audio": str(f.resolve())} | ({"text": texts[f.stem]} if f.stem in texts else {}) for f in files]
 
 
+class Units:
+    """A units folder of tokenize_audio.py: `rows` is its manifest, `corpus[i]` the (units, durations in frames) of row i,
+    `meta` how they were made. Nothing is read into memory but the manifest."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "meta.json").exists():
+            raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with tokenize_audio.py encode")
+        self.meta, self.rows = weights.read_json(folder / "meta.json"), read_manifest(folder / "manifest.jsonl")
+        self.offsets = np.load(folder / "index.npy")
+        self.units = np.memmap(folder / "units.bin", dtype=np.uint16, mode="r")
+        self.durations = np.memmap(folder / "durations.bin", dtype=np.uint16, mode="r")
+        if len(self.offsets) != len(self.rows) + 1 or self.offsets[-1] != len(self.units) or len(self.units) != len(self.durations):
+            raise ValueError(f"{folder}: index, units and manifest disagree; encode again with --overwrite")
+
+    def __getitem__(self, i):
+        a, b = self.offsets[i], self.offsets[i + 1]
+        return self.units[a:b], self.durations[a:b]
+
+
+def between(units, durations, begin, end, rate):
+    """The units of a stretch of time, in seconds: every run that has at least half of itself inside."""
+    middle = (np.cumsum(durations) - durations / 2) / rate
+    return units[(middle >= begin) & (middle < end)]
+
+
 # --- MFCC ------------------------------------------------------------------------------------------------------------------
 
 MELS, CEPSTRA = 40, 13

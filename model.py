@@ -31,7 +31,7 @@ ARCHITECTURES = {                                       # what differs between t
 
 SIZES = {      # the one dial for a model from scratch: layers, C, H, F; head_dim is 64. Parameters without the embedding:
     "micro": dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=1, intermediate_size=128),        #   0.1 M, tests
-    "nano": dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=768),        #   3.4 M, a laptop
+    "nano": dict(num_hidden_layers=4, hidden_size=192, num_attention_heads=3, intermediate_size=576),        #   1.9 M, a laptop
     "small": dict(num_hidden_layers=8, hidden_size=512, num_attention_heads=8, intermediate_size=1536),      #    27 M, any GPU
     "medium": dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=2048),   #    85 M, one big GPU
 }

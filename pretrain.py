@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import weights
+from audio import Units, between
 from model import SIZES, Config, LM, add_rows
 from vocab import Vocab
 
@@ -48,32 +48,6 @@ def field(row, name, path):
     if name not in row:
         raise ValueError(f"{path}: a row has no {name!r}; it has {', '.join(row)}")
     return row[name]
-
-
-class Units:
-    """A units folder: row i is {"units", "durations" (in frames), "text"?, "words"?}."""
-
-    def __init__(self, folder):
-        folder = Path(folder)
-        if not (folder / "meta.json").exists():
-            raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with tokenize_audio.py encode")
-        self.meta, self.rows = weights.read_json(folder / "meta.json"), weights.read_lines(folder / "manifest.jsonl")
-        self.offsets = np.load(folder / "index.npy")
-        self.units = np.memmap(folder / "units.bin", dtype=np.uint16, mode="r")
-        self.durations = np.memmap(folder / "durations.bin", dtype=np.uint16, mode="r")
-        if len(self.offsets) != len(self.rows) + 1 or self.offsets[-1] != len(self.units) or len(self.units) != len(self.durations):
-            raise ValueError(f"{folder}: index, units and manifest disagree; encode again with --overwrite")
-        self.rows = [row | {"number": i} for i, row in enumerate(self.rows)]
-
-    def __getitem__(self, i):
-        a, b = self.offsets[i], self.offsets[i + 1]
-        return self.units[a:b], self.durations[a:b]
-
-
-def between(units, durations, begin, end, rate):
-    """The units of a stretch of time, in seconds: every run that has at least half of itself inside."""
-    middle = (np.cumsum(durations) - durations / 2) / rate
-    return units[(middle >= begin) & (middle < end)]
 
 
 def interleaved(vocab, corpus, i, rng):
@@ -225,7 +199,7 @@ def start_model(args):
     if vocab.size > model.config.vocab_size:
         raise ValueError(f"{args.init}: the tokenizer knows {vocab.size} tokens, the embedding has {model.config.vocab_size} rows")
     if args.units:
-        meta = weights.read_json(Path(args.units) / "meta.json") if Path(args.units, "meta.json").exists() else Units(args.units).meta
+        meta = Units(args.units).meta
         if vocab.speech and vocab.speech["codebook_sha256"] != meta["codebook_sha256"]:
             raise ValueError(f"{args.units} was encoded with another codebook than {args.init} learnt; encode with the codebook in {args.init}")
         if not vocab.speech:
@@ -337,11 +311,8 @@ def train(args, out):
     model.save(out)
     vocab.save(out)
     hearing = Path(args.units) if args.units else Path(args.init) if args.init and vocab.speech else None
-    if hearing:                                                            # what hears goes where the model goes
-        for name in ("codebook.safetensors", "codebook.json"):
-            shutil.copy(hearing / name, out / name)
-        if (hearing / "hubert").exists():
-            shutil.copytree(hearing / "hubert", out / "hubert", dirs_exist_ok=True)
+    if hearing:
+        weights.copy_ears(hearing, out)
     (out / "training.json").write_text(json.dumps({"seconds": round(spent + time.time() - began, 1), "settings": settings}, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
 
@@ -380,7 +351,7 @@ def main():
     parser.add_argument("--rows-first", type=int, help="steps in which only the new rows are trained")
     parser.add_argument("--layers", type=span_of_layers, help="train only blocks A:B, e.g. 0:2 (default all)")
     parser.add_argument("--unit-loss", type=float, default=0.1, help="weight of a unit's loss beside a text token's (default 0.1)")
-    parser.add_argument("--rows", type=int, default=16, help="packed rows in a batch (default 16)")
+    parser.add_argument("--rows", type=int, default=8, help="packed rows in a batch (default 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")

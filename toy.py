@@ -180,7 +180,7 @@ def questions(world, rng, dev, test):
             for fact, style in rng.sample(items, min(len(items), round(wanted * (0.6 if seen else 0.4)))):
                 question = rng.choice(STYLES[style]).format(q=world.ask(fact, rng))
                 rows[split].append({"question": question, "answer": styled(style, *fact[:3]), "kind": style, "relation": fact[0],
-                                    "split": split, "seen": seen, "noisy": misspell(question, rng)})
+                                    "split": split, "seen": seen, "noisy": misspell(question, rng), "text": world.state(fact, rng) + "."})
     return rows["dev"] + rows["test"]
 
 

@@ -151,6 +151,14 @@ def write_file(path, data, overwrite=False):
     os.replace(partial, path)
 
 
+def copy_ears(source, target):
+    """What hears goes where the model goes: copy the codebook, and a small HuBERT beside it, from one folder to another."""
+    for name in ("codebook.safetensors", "codebook.json"):
+        shutil.copy(Path(source) / name, Path(target) / name)
+    if (Path(source) / "hubert").exists():
+        shutil.copytree(Path(source) / "hubert", Path(target) / "hubert", dirs_exist_ok=True)
+
+
 @contextmanager
 def new_folder(out, inputs=(), overwrite=False, resume=False):
     """Yield OUT.partial to write into; when the block ends well, add recipe.json and rename it to OUT.

@@ -1,0 +1,300 @@
+"""Does the sum follow spoken instructions? The results table, the sweep of lam, the size of both deltas; a report over seeds.
+
+in   the recipe's four model folders and questions.jsonl      out  table.json, table.png; a report of several tables
+see  exact answers with Wilson's 95 % interval (1927); word error rate with a bootstrap one
+run  python evaluate.py table --base out/base --instruct out/instruct --speech out/speech --merged out/merged \\
+         --questions out/toy/questions.jsonl --out out/table.json
+
+rows     base, instruct; instruct_rows (instruct with the speech model's new rows: hearing by lookup alone); speech; merged;
+         cascade (the speech model writes down what it heard, instruct answers that). base hears through those same new rows.
+columns  typed, typed_unseen (facts no training asked), typed_noisy (misspelt: what a perfect ear could reach); spoken_heard
+         (voices of the training speech), spoken_near (new variants), spoken_near_unseen, spoken_far (new accents): the share
+         answered exactly after lower-casing and stripping, the model stopping by itself; wer_near: word error rate of its
+         transcripts; text_loss: nats per token of plain statements of the facts asked about.
+
+Every row writes under the same mask (text rows and ends of turn) and is scored with the better of two prompts: its chat
+template, or a plain "question: ... answer:" page.
+"""
+import argparse
+import json
+import math
+import platform
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import audio
+import weights
+from merge import Merge
+from model import LM, Config, generate
+from tokenize_audio import AudioTokenizer, edit_distance
+from vocab import Vocab
+
+ROWS = ["base", "instruct", "instruct_rows", "speech", "merged", "cascade"]
+COLUMNS = ["typed", "typed_unseen", "typed_noisy", "spoken_heard", "spoken_near", "spoken_near_unseen", "spoken_far", "wer_near", "text_loss"]
+LAMS = [0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15]
+LIMIT, BATCH = 48, 64               # tokens in an answer, questions answered at once
+
+
+# --- answering -------------------------------------------------------------------------------------------------------------
+
+def replies(model, vocab, prompts, extra_stop=(), bar=None):
+    """The text a model writes after each prompt (lists of ids), or None where it did not stop by itself."""
+    stop, out = [*vocab.stop, *extra_stop], [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))       # like lengths together: less padding
+    for a in range(0, len(order), BATCH):
+        part = order[a:a + BATCH]
+        written = torch.stack(list(generate(model, [torch.tensor(prompts[i]) for i in part], LIMIT, stop, vocab.text_rows()))).T.tolist()
+        for i, ids in zip(part, written):
+            end = next((n for n, token in enumerate(ids) if token in stop), None)
+            out[i] = None if end is None else vocab.decode(ids[:end])
+        if bar:
+            bar.update(len(part))
+    return out
+
+
+def normal(text):
+    return (text or "").lower().strip()
+
+
+def answers(model, vocab, contents, bar=None):
+    """{"chat": replies, "page": replies} to questions given as text or units."""
+    return {"chat": replies(model, vocab, [vocab.turn([{"role": "user", "content": c}]) for c in contents], bar=bar),
+            "page": replies(model, vocab, [vocab.page(c) for c in contents], vocab.encode("\n")[:1], bar)}
+
+
+def transcripts(model, vocab, contents, bar=None):
+    return [normal(reply) for reply in replies(model, vocab, [vocab.heard(c) for c in contents], bar=bar)]
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------------
+
+def share(right):
+    """{"value", "n", "low", "high"} of a list of booleans, with Wilson's 95 % interval."""
+    n, z = len(right), 1.96
+    if not n:
+        return None
+    p = sum(right) / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return cell(p, n, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))
+
+
+def ratio(parts, wholes):
+    """sum(parts) / sum(wholes) over n items, with a bootstrap 95 % interval (1,000 draws of the items, seed 0)."""
+    parts, wholes, rng = np.array(parts, dtype=float), np.array(wholes, dtype=float), np.random.default_rng(0)
+    drawn = rng.integers(len(parts), size=(1000, len(parts)))
+    low, high = np.percentile(parts[drawn].sum(1) / wholes[drawn].sum(1), [2.5, 97.5])
+    return cell(parts.sum() / wholes.sum(), len(parts), low, high)
+
+
+def cell(value, n, low, high):
+    return {"value": round(float(value), 4), "n": int(n), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def exact(said, questions):
+    """The better of the two prompts: share answered exactly, with the prompt's name."""
+    cells = {prompt: share([normal(text) == normal(q["answer"]) for text, q in zip(texts, questions)]) for prompt, texts in said.items()}
+    best = max(cells, key=lambda prompt: cells[prompt]["value"])
+    return cells[best] | {"prompt": best}
+
+
+def word_errors(heard, questions):
+    words = [q["question"].split() for q in questions]
+    return ratio([edit_distance(text.split(), w) for text, w in zip(heard, words)], [len(w) for w in words])
+
+
+@torch.inference_mode()
+def text_loss(model, vocab, questions):
+    """Nats per token of each question's `text`, a plain statement of its fact."""
+    sums, counts = [], []
+    for q in questions:
+        ids = torch.tensor([vocab.eos] + vocab.text(q["text"])[0])           # a document begins after another's end
+        logits = model(ids[None, :-1].to(model.lm_head.weight.device))[0].float()
+        logits[:, [i for i in range(logits.shape[1]) if i >= vocab.size]] = -math.inf
+        sums.append(F.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum").item())
+        counts.append(len(ids) - 1)
+    return ratio(sums, counts)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------------
+
+def read_questions(path):
+    rows = weights.read_lines(path)
+    for number, row in enumerate(rows, 1):
+        lacking = [name for name in ("question", "answer", "audio", "split", "seen") if name not in row]
+        if lacking:
+            raise ValueError(f"{path}, row {number}: no {lacking[0]!r}; wanted question, answer, audio, split and seen")
+    if not {"dev", "test"} <= {row["split"] for row in rows}:
+        raise ValueError(f"{path}: wanted both splits, dev and test")
+    return rows
+
+
+def model_at(plan, config, lam, device):
+    """The merge at a lam, in memory. lam = 0 is instruct_rows."""
+    with torch.device("meta"):
+        model = LM(config)
+    model.load_state_dict({name: plan.merged(name, lam).float() for name in plan.names}, strict=False, assign=True)
+    model.tie()
+    return model.to(device).eval()
+
+
+def with_new_rows(model, speech):
+    """A model that never heard, given the speech model's rows after its own."""
+    for ours, theirs in ((model.model.embed_tokens, speech.model.embed_tokens), (model.lm_head, speech.lm_head)):
+        have = model.config.vocab_size
+        ours.weight = torch.nn.Parameter(torch.cat([ours.weight[:have], theirs.weight[have:].detach()]))
+    model.tie()
+    return model
+
+
+def table(args):
+    began, folder = time.time(), Path(args.questions).parent
+    if Path(args.out).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    questions = read_questions(args.questions)
+    test, dev = ([q for q in questions if q["split"] == split] for split in ("test", "dev"))
+    plan = Merge(args.base, args.instruct, args.speech)
+    vocab, plain, config = Vocab(args.speech), Vocab(args.instruct), Config.read(args.speech)
+    ears = AudioTokenizer(args.speech, args.device, args.hubert)
+    models = {name: LM.load(folder_, args.device, torch.float32).eval()
+              for name, folder_ in (("base", args.base), ("instruct", args.instruct), ("speech", args.speech), ("merged", args.merged))}
+    models["base"] = with_new_rows(models["base"], models["speech"])
+    models["instruct_rows"] = model_at(plan, config, 0.0, args.device)
+
+    hear = lambda q, group: ears(audio.load(folder / q["audio"][group]))[0]
+    spoken = {group: [hear(q, group) for q in tqdm(test, desc=f"hearing {group}", unit="question")] for group in ("heard", "near", "far")}
+    dev_near = [hear(q, "near") for q in tqdm(dev, desc="hearing dev", unit="question")]
+    typed = [q["question"] for q in test]
+    noisy = [q.get("noisy", q["question"]) for q in test]
+    unseen = [i for i, q in enumerate(test) if not q["seen"]]
+    pick = lambda said, which: {prompt: [texts[i] for i in which] for prompt, texts in said.items()}
+    hidden = [test[i] for i in unseen]
+
+    rows, examples = {name: dict.fromkeys(COLUMNS) for name in ROWS}, []
+    with tqdm(total=len(test) * (5 * 2 * 2 + 4 * 3 * 2 + 4 + 3) + 3 * len(dev) * len(LAMS), desc="answering", unit="reply") as bar:
+        for name, model in models.items():
+            row = rows[name]
+            read = plain if name == "instruct" else vocab
+            said = answers(model, read, typed, bar)
+            row["typed"] = exact(said, test)
+            row["typed_unseen"] = exact(pick(said, unseen), hidden) if unseen else None
+            row["typed_noisy"] = exact(answers(model, read, noisy, bar), test)
+            row["text_loss"] = text_loss(model, read, test)
+            if name == "instruct":                                           # has no rows for units: it cannot be spoken to
+                continue
+            for group, contents in spoken.items():
+                said = answers(model, vocab, contents, bar)
+                row[f"spoken_{group}"] = exact(said, test)
+                if group == "near":
+                    row["spoken_near_unseen"] = exact(pick(said, unseen), hidden) if unseen else None
+                    if name == "merged":
+                        examples = [{"question": q["question"], "answer": q["answer"], "said": said["chat"][i]} for i, q in enumerate(test[:20])]
+            row["wer_near"] = word_errors(transcripts(model, vocab, spoken["near"], bar), test)
+        for group, contents in spoken.items():
+            heard = transcripts(models["speech"], vocab, contents)
+            said = answers(models["instruct"], plain, heard, bar)
+            rows["cascade"][f"spoken_{group}"] = exact(said, test)
+            if group == "near":
+                rows["cascade"]["spoken_near_unseen"] = exact(pick(said, unseen), hidden) if unseen else None
+                rows["cascade"]["wer_near"] = word_errors(heard, test)
+        sweep = []
+        for lam in LAMS:                                                     # on dev questions only: settings are never chosen on the test split
+            model = model_at(plan, config, lam, args.device)
+            sweep.append({"lam": lam, "typed": exact(answers(model, vocab, [q["question"] for q in dev], bar), dev)["value"],
+                          "spoken_near": exact(answers(model, vocab, dev_near, bar), dev)["value"],
+                          "wer_near": word_errors(transcripts(model, vocab, dev_near, bar), dev)["value"]})
+    report = plan.report()
+    trained = [weights.read_json(Path(f) / "training.json") for f in (args.base, args.instruct, args.speech) if (Path(f) / "training.json").exists()]
+    result = {"seed": int(trained[0]["settings"]["seed"]) if trained else None, "rows": rows, "lam_sweep": sweep, "rel": report["rel"],
+              "cosine": report["cosine"], "seconds": {"training": round(sum(t["seconds"] for t in trained), 1), "table": round(time.time() - began, 1)},
+              "examples": examples, "made": weights.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
+    draw([result], Path(args.out).with_suffix(".png"))
+    weights.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
+    show(result)
+
+
+def show(result):
+    """The table for a human."""
+    print(f"\n{'':14}" + "".join(f"{c.replace('spoken_', 'sp_').replace('unseen', 'uns'):>13}" for c in COLUMNS))
+    for name in ROWS:
+        cells = [result["rows"][name][c] for c in COLUMNS]
+        print(f"{name:14}" + "".join(f"{'-' if c is None else format(c['value'], '.3f'):>13}" for c in cells))
+    n = result["rows"]["merged"]["typed"]["n"]
+    print(f"\n{n} test questions; exact answers, the better of two prompts. |delta| / |base|: instruct {result['rel']['instruct']:.3f}, speech {result['rel']['speech']:.3f}")
+    print("lam (dev):  " + "   ".join(f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}" for row in result["lam_sweep"]))
+    for e in result["examples"][:4]:
+        print(f'  spoken: "{e["question"]}"   wanted: "{e["answer"]}"   said: "{e["said"]}"')
+
+
+def draw(results, path):
+    """The ladder (what each row reaches, from typed to a far accent) and the lam sweep, averaged over seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    mean = lambda values: float(np.mean(values)) if values else math.nan
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    ladder = ["typed", "typed_noisy", "spoken_heard", "spoken_near", "spoken_far"]
+    for name in ROWS:
+        left.plot(ladder, [mean([r["rows"][name][c]["value"] for r in results if r["rows"][name][c]]) for c in ladder], marker="o", label=name)
+    left.set(ylabel="answered exactly", ylim=(-0.03, 1.03), title="The ladder: test questions")
+    left.tick_params(axis="x", rotation=20)
+    left.legend()
+    for column, label in (("typed", "typed"), ("spoken_near", "spoken (near voices)")):
+        right.plot(LAMS, [mean([row[column] for r in results for row in r["lam_sweep"] if row["lam"] == lam]) for lam in LAMS], marker="o", label=label)
+    right.set(xlabel="lam", ylim=(-0.03, 1.03), title="base + lam (speech - base) + (instruct - base): dev questions")
+    right.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+    pyplot.close(figure)
+
+
+def report(args):
+    results = [weights.read_json(path) for path in args.tables]
+    for path, result in zip(args.tables, results):
+        if not {"rows", "lam_sweep", "rel"} <= result.keys():
+            raise ValueError(f"{path}: not a table of `evaluate.py table`")
+    made = {"seeds": [{name: r[name] for name in ("seed", "rows", "lam_sweep", "rel", "seconds")} for r in results],
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    weights.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    draw(results, Path(args.out).with_suffix(".png"))
+    print(markdown(made["seeds"]))
+
+
+def markdown(seeds):
+    """The README's table: the mean over seeds of every cell."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for name in ROWS:
+        cells = [[s["rows"][name][c]["value"] for s in seeds if s["rows"][name][c]] for c in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(f"{np.mean(c):.2f}" if c else "" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure what the merged model can do, beside what it was made from.")
+    commands = parser.add_subparsers(dest="action", required=True)
+    one = commands.add_parser("table", help="the results table of one run")
+    for name in ("base", "instruct", "speech", "merged"):
+        one.add_argument(f"--{name}", required=True, help=f"folder of the {name} model")
+    one.add_argument("--questions", required=True, help="questions.jsonl of toy.py world, or of that form")
+    one.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
+    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    two = commands.add_parser("report", help="join the tables of several seeds")
+    two.add_argument("tables", nargs="+", help="table.json files")
+    for command in (one, two):
+        command.add_argument("--out", required=True, help=".json to write; a picture goes beside it")
+        command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    args = parser.parse_args()
+    {"table": table, "report": report}[args.action](args)
+
+
+if __name__ == "__main__":
+    weights.run(main)

@@ -1,0 +1,331 @@
+"""HuBERT: samples -> convolutions -> a transformer whose middle layers sound like phones; and the training of a small one.
+
+in   16 kHz samples, a Hugging Face HuBERT folder        out  the hidden states of a layer, 50 frames a second
+see  HuBERT (arXiv:2106.07447), wav2vec 2.0 (arXiv:2006.11477)
+run  python hubert.py train --units out/units_mfcc --out out/hubert
+
+`train` is HuBERT's first iteration in miniature: hide stretches of the sound, predict the clusters (units of any earlier
+codebook, MFCC ones to begin with) of the hidden frames from what is around them.
+
+*Layer n* is the residual stream after n blocks (0: before the first), without the last norm that large models end with.
+Dimension key:  B batch   N samples   T frames   C hidden_size   H heads   D head width
+"""
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import audio
+import weights
+
+
+@dataclass
+class Config:
+    """The part of a HuBERT `config.json` that shapes the network; defaults are the small model that `train` makes."""
+    conv_dim: tuple = (64,) * 7
+    conv_kernel: tuple = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple = (5, 2, 2, 2, 2, 2, 2)
+    conv_bias: bool = False
+    feat_extract_norm: str = "group"                    # "group": one norm over time in the first layer; "layer": one in each
+    feat_proj_layer_norm: bool = True
+    hidden_size: int = 192
+    intermediate_size: int = 576
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 3
+    num_conv_pos_embeddings: int = 32
+    num_conv_pos_embedding_groups: int = 16
+    do_stable_layer_norm: bool = False                  # False: norms after each sum (base); True: before each part (large)
+    layer_norm_eps: float = 1e-5
+    do_normalize: bool = False                          # of preprocessor_config.json: zero mean, unit variance per clip
+
+    @classmethod
+    def read(cls, folder):
+        path = Path(folder) / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: missing; wanted a Hugging Face HuBERT folder")
+        raw = weights.read_json(path)
+        if raw.get("model_type") != "hubert":
+            raise ValueError(f"{path}: model_type {raw.get('model_type')!r}, wanted 'hubert'")
+        preprocessor = Path(folder) / "preprocessor_config.json"
+        raw["do_normalize"] = weights.read_json(preprocessor).get("do_normalize", False) if preprocessor.exists() else False
+        for name in ("hidden_act", "feat_extract_activation"):
+            if raw.get(name, "gelu") != "gelu":
+                raise ValueError(f"{path}: {name} {raw[name]!r} is not supported; wanted 'gelu'")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in cls.__dataclass_fields__})
+
+    def write(self, folder):
+        raw = {name: value for name, value in vars(self).items() if name != "do_normalize"} | {
+            "architectures": ["HubertModel"], "model_type": "hubert", "hidden_act": "gelu", "feat_extract_activation": "gelu",
+            "num_feat_extract_layers": len(self.conv_dim)}
+        (Path(folder) / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps({
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": audio.SAMPLE_RATE, "do_normalize": self.do_normalize}) + "\n")
+
+
+# --- the network, under Hugging Face's names -------------------------------------------------------------------------------
+
+class ConvLayer(nn.Module):
+    def __init__(self, config, i):
+        super().__init__()
+        self.kind = config.feat_extract_norm if i == 0 or config.feat_extract_norm == "layer" else None
+        width = config.conv_dim[i]
+        self.conv = nn.Conv1d(config.conv_dim[i - 1] if i else 1, width, config.conv_kernel[i], config.conv_stride[i], bias=config.conv_bias)
+        if self.kind:
+            self.layer_norm = nn.GroupNorm(width, width) if self.kind == "group" else nn.LayerNorm(width)
+
+    def forward(self, x):                                                   # (B, channels, time)
+        x = self.conv(x)
+        if self.kind == "group":
+            x = self.layer_norm(x)                                          # each channel over all of the clip's time
+        elif self.kind == "layer":
+            x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)          # all channels at one time
+        return F.gelu(x)
+
+
+class FeatureExtractor(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
+
+    def forward(self, samples):
+        x = samples[:, None]                                                # (B, 1, N)
+        for layer in self.conv_layers:
+            x = layer(x)
+        return x.transpose(1, 2)                                            # (B, T, conv_dim)
+
+
+class FeatureProjection(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.normed = config.feat_proj_layer_norm
+        if self.normed:
+            self.layer_norm = nn.LayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.conv_dim[-1], config.hidden_size)
+
+    def forward(self, x):
+        return self.projection(self.layer_norm(x) if self.normed else x)
+
+
+class PositionalConv(nn.Module):
+    """Position from a wide grouped convolution. Its weight is stored as direction and length per tap ("weight norm")."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.width = config.hidden_size, config.num_conv_pos_embeddings
+        self.conv = nn.utils.parametrizations.weight_norm(
+            nn.Conv1d(C, C, self.width, padding=self.width // 2, groups=config.num_conv_pos_embedding_groups), dim=2)
+
+    def forward(self, x):                                                   # (B, T, C)
+        y = self.conv(x.transpose(1, 2))                                    # (B, C, T), one more if the width is even
+        return F.gelu(y[:, :, :x.shape[1]]).transpose(1, 2)                 # (B, T, C)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, self.H = config.hidden_size, config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (p(x).view(B, T, self.H, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))   # (B, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v)                         # every frame sees every other: no mask, no cache
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))            # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.output_dense(F.gelu(self.intermediate_dense(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm_first = config.do_stable_layer_norm
+
+    def forward(self, x):
+        if self.norm_first:
+            x = x + self.attention(self.layer_norm(x))
+            return x + self.feed_forward(self.final_layer_norm(x))
+        x = self.layer_norm(x + self.attention(x))
+        return self.final_layer_norm(x + self.feed_forward(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.pos_conv_embed = PositionalConv(config)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm_first = config.do_stable_layer_norm
+
+    def forward(self, x, layer):
+        x = x + self.pos_conv_embed(x)
+        if not self.norm_first:
+            x = self.layer_norm(x)
+        for block in self.layers[:layer]:
+            x = block(x)
+        return x
+
+
+class Hubert(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.feature_extractor = FeatureExtractor(config)
+        self.feature_projection = FeatureProjection(config)
+        self.encoder = Encoder(config)
+        self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
+
+    def forward(self, samples, layer, hidden=None):
+        """Layer `layer`'s residual stream, (B, T, C), of samples (B, N) that are of one length; T = N // hop exactly.
+        `hidden` (B, T) bool: frames replaced by the mask vector before the encoder."""
+        if self.config.do_normalize:
+            samples = (samples - samples.mean(-1, keepdim=True)) / torch.sqrt(samples.var(-1, unbiased=False, keepdim=True) + 1e-7)
+        hop = math.prod(self.config.conv_stride)
+        pad = (self.receptive_field() - hop) // 2                           # 40 samples for all published models: 50 frames a second, not 49
+        x = self.feature_projection(self.feature_extractor(F.pad(samples, (pad, pad))))[:, :samples.shape[1] // hop]   # (B, T, C)
+        if hidden is not None:
+            x = torch.where(hidden[:, :, None], self.masked_spec_embed, x)
+        return self.encoder(x, layer)
+
+    def receptive_field(self):
+        """Samples one frame is computed from: 400 for the published strides and kernels."""
+        field, step = 1, 1
+        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride):
+            field, step = field + (kernel - 1) * step, step * stride
+        return field
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """A HuBERT from a Hugging Face folder, whether saved as HubertModel or under a head (its tensors are dropped)."""
+        with torch.device("meta"):
+            model = cls(Config.read(folder))
+        stored = weights.Tensors(folder)
+        headed = any(name.startswith("hubert.") for name in stored)
+
+        def ours(name):
+            if headed and not name.startswith("hubert."):
+                return None                                                 # a CTC or classification head
+            name = name.removeprefix("hubert.")
+            return (name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
+                        .replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"))
+        weights.load_into(model, folder, ours)
+        return model.to(device, torch.float32).eval()
+
+    def save(self, folder):
+        self.config.write(folder)
+        weights.save(folder, self.state_dict())
+
+
+# --- masked prediction -----------------------------------------------------------------------------------------------------
+
+CROP = 2 * audio.FRAME_RATE                              # frames of a training clip: 2 seconds
+SPAN, HIDDEN = 10, 0.08                                  # a hidden stretch is 10 frames (200 ms); the share of frames at which one begins
+SAVE_EVERY = 100
+
+
+def hide(shape, rng):
+    """Which frames to hide, (B, T) bool: about half of them, in stretches."""
+    begins = rng.random(shape) < HIDDEN
+    hidden = begins.copy()
+    for shift in range(1, SPAN):
+        hidden[:, shift:] |= begins[:, :-shift]
+    return hidden
+
+
+def crops(clips, labels, batch, rng):
+    """Random clips of CROP frames: samples (B, CROP * HOP) float32 and their labels (B, CROP), -100 where a short clip was filled up."""
+    samples, targets = np.zeros((batch, CROP * audio.HOP), np.float32), np.full((batch, CROP), -100)
+    seconds = np.array([len(label) for label in labels], dtype=float)
+    for b, i in enumerate(rng.choice(len(clips), batch, p=seconds / seconds.sum())):
+        at = int(rng.integers(max(1, len(labels[i]) - CROP + 1)))
+        sound, label = clips[i][at * audio.HOP:(at + CROP) * audio.HOP], labels[i][at:at + CROP]
+        samples[b, :len(sound)], targets[b, :len(label)] = sound, label
+    return torch.from_numpy(samples), torch.from_numpy(targets)
+
+
+def train(args, out):
+    corpus = audio.Units(args.units)
+    if corpus.meta["frame_rate"] != audio.FRAME_RATE:
+        raise ValueError(f"{args.units}: {corpus.meta['frame_rate']} frames per second, wanted {audio.FRAME_RATE}")
+    labels = [np.repeat(*corpus[i]).astype(np.int64) for i in range(len(corpus.rows))]
+    clips = [audio.load(row["audio"]) for row in tqdm(corpus.rows, desc="reading audio", unit="clip")]
+    torch.manual_seed(args.seed)
+    model = Hubert(Config())
+    head = nn.Linear(model.config.hidden_size, corpus.meta["k"])            # thrown away after training
+    model.to(args.device), head.to(args.device)
+    learner = nn.ModuleDict({"model": model, "head": head})
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    step, checkpoint = 0, out / "checkpoint.pt"
+    settings = {name: str(getattr(args, name)) for name in ("steps", "lr", "batch", "seed")} | {"units": weights.fingerprint(args.units)}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        if saved["settings"] != settings:
+            raise ValueError(f"{out} holds a run with other settings ({saved['settings']}); give those, or remove that folder")
+        learner.load_state_dict(saved["learner"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+        tqdm.write(f"resuming at step {step} of {args.steps}")
+    began = time.time()
+    for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05):
+        for group in optimizer.param_groups:                                # warm-up over a tenth, then a straight line to zero
+            group["lr"] = args.lr * min(step / (0.1 * args.steps), (args.steps - step + 1) / (0.9 * args.steps))
+        rng = np.random.default_rng([args.seed, step])
+        samples, targets = (t.to(args.device) for t in crops(clips, labels, args.batch, rng))
+        hidden = torch.from_numpy(hide(targets.shape, rng)).to(args.device)
+        logits = head(model(samples, model.config.num_hidden_layers, hidden))                                 # (B, T, K)
+        at = hidden & (targets >= 0)                                        # only hidden frames count: the rest could be copied
+        loss = F.cross_entropy(logits[at], targets[at])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == args.steps:
+            right = (logits[at].argmax(-1) == targets[at]).float().mean().item()
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, "loss": round(loss.item(), 4), "right": round(right, 4)}) + "\n")
+            tqdm.write(f"step {step}/{args.steps} | loss {loss.item():.3f} | hidden frames right {right:.1%} | "
+                       f"{step * args.batch * CROP / audio.FRAME_RATE / 3600:.2f} h heard | {time.time() - began:.0f} s")
+        if step % SAVE_EVERY == 0:
+            torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    model.save(out)
+    checkpoint.unlink(missing_ok=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train a small HuBERT to predict the units of hidden frames.")
+    parser.add_argument("action", choices=["train"])
+    parser.add_argument("--units", required=True, help="a units folder (tokenize_audio.py encode): its units are the targets")
+    parser.add_argument("--out", required=True, help="HuBERT folder to write")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
+    parser.add_argument("--batch", type=int, default=16, help="two-second clips in a batch (default 16)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when the run ends well")
+    args = parser.parse_args()
+    with weights.new_folder(args.out, [args.units], args.overwrite, resume=True) as out:
+        train(args, out)
+
+
+if __name__ == "__main__":
+    weights.run(main)
