@@ -287,13 +287,15 @@ def main():
     one.add_argument("--questions", required=True, help="questions.jsonl of toy.py world, or of that form")
     one.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    again = commands.add_parser("show", help="print a table that was made")
+    again.add_argument("table", help="a table.json")
     two = commands.add_parser("report", help="join the tables of several seeds")
     two.add_argument("tables", nargs="+", help="table.json files")
     for command in (one, two):
         command.add_argument("--out", required=True, help=".json to write; a picture goes beside it")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-    {"table": table, "report": report}[args.action](args)
+    {"table": table, "report": report, "show": lambda args: show(weights.read_json(args.table))}[args.action](args)
 
 
 if __name__ == "__main__":

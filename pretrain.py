@@ -25,10 +25,10 @@ from audio import Units, between
 from model import SIZES, Config, LM, add_rows
 from vocab import Vocab
 
-STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=1500, lr=2e-3, pull=0.0, rows_first=0, mix="text=1"),
-    "chat": dict(steps=600, lr=3e-4, pull=0.0, rows_first=0, mix="chat=1"),
-    "units": dict(steps=1500, lr=5e-4, pull=0.0, rows_first=200, mix="interleave=0.5,transcribe=0.3,text=0.2"),
+STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README). layers: shares of the depth
+    "text": dict(steps=1500, lr=2e-3, pull=0.0, rows_first=0, layers=(0, 1), mix="text=1"),
+    "chat": dict(steps=600, lr=3e-4, pull=0.0, rows_first=0, layers=(0, 1), mix="chat=1"),
+    "units": dict(steps=1500, lr=5e-4, pull=0.0, rows_first=200, layers=(0, 0.5), mix="interleave=0.5,transcribe=0.3,text=0.2"),
 }
 ROWS_FASTER = 10                    # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
@@ -213,11 +213,12 @@ def start_model(args):
 
 
 def parameter_groups(model, layers, first_new):
-    """What is trained: blocks layers[0] to layers[1] - 1, and the rows. With new rows (first_new > 0) the rest of the model
+    """What is trained: the blocks between two shares of the depth (0, 0.5: the lower half), and the rows. With new rows (first_new > 0) the rest of the model
     only listens: text rows, head and last norm stay as they are, so that all depths read what they always read."""
     for p in model.parameters():
         p.requires_grad_(False)
-    body = [p for i, block in enumerate(model.model.layers) if layers[0] <= i < layers[1] for p in block.parameters()]
+    depth = len(model.model.layers)
+    body = [p for i, block in enumerate(model.model.layers) if layers[0] <= i / depth < layers[1] for p in block.parameters()]
     rows = {model.model.embed_tokens.weight} | ({model.lm_head.weight} if not model.config.tie_word_embeddings else set())
     if not first_new:
         body += list(model.model.norm.parameters())
@@ -242,7 +243,7 @@ def train(args, out):
     documents = Documents(vocab, sources, mix, args.seed)
     held_out = documents.held_out()
 
-    body, rows = parameter_groups(model, args.layers or (0, model.config.num_hidden_layers), first_new)
+    body, rows = parameter_groups(model, args.layers, first_new)
     anchors = [p.detach().clone() for p in body] if args.pull else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
     optimizer = torch.optim.AdamW([{"params": body, "faster": 1}, {"params": rows, "faster": ROWS_FASTER if first_new else 1, "weight_decay": 0.0}],
@@ -328,9 +329,13 @@ def pairs(text):
     return mix
 
 
-def span_of_layers(text):
-    first, _, last = text.partition(":")
-    return int(first or 0), int(last or 10**6)
+def shares(text):
+    """"0:0.5" -> (0.0, 0.5)."""
+    try:
+        first, last = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted two shares of the depth, like 0:0.5") from None
+    return first, last
 
 
 def main():
@@ -349,7 +354,7 @@ def main():
     parser.add_argument("--mix", type=pairs, help="shares of layouts, e.g. interleave=0.5,transcribe=0.2,text=0.3")
     parser.add_argument("--pull", type=float, help="strength of the pull to the starting weights, times the rate, each step")
     parser.add_argument("--rows-first", type=int, help="steps in which only the new rows are trained")
-    parser.add_argument("--layers", type=span_of_layers, help="train only blocks A:B, e.g. 0:2 (default all)")
+    parser.add_argument("--layers", type=shares, help="train only the blocks between two shares of the depth: 0:0.5 is the lower half")
     parser.add_argument("--unit-loss", type=float, default=0.1, help="weight of a unit's loss beside a text token's (default 0.1)")
     parser.add_argument("--rows", type=int, default=8, help="packed rows in a batch (default 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")

@@ -1,0 +1,65 @@
+"""Shared by the tests: the folder of real files (skipped where absent), and one shrunken speedrun that many tests look at."""
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+SMALL = {      # flags that shrink a step of speedrun.sh to a second or two
+    "toy.py world": "--hours 0.03 --documents 400 --dev 4 --test 8",
+    "pretrain.py": "--steps 6 --rows 2 --device cpu",
+    "hubert.py train": "--steps 3 --batch 2 --device cpu",
+    "tokenize_audio.py fit": "--k 20 --device cpu",
+    "tokenize_audio.py encode": "--device cpu",
+    "evaluate.py table": "--device cpu",
+    "chat.py": "--device cpu",
+}
+
+
+def shared(name):
+    """A real file or folder of ../shared/data; the test is skipped, saying so, where it is absent."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is absent")
+    return SHARED / name
+
+
+def speedrun_commands(out):
+    """The commands of speedrun.sh as word lists, writing to `out`, at their real size."""
+    lines = re.findall(r"^(?:step|python) (\w+\.py .*)$", (ROOT / "speedrun.sh").read_text(), re.M)
+    return [shlex.split(line.replace("$out", str(out)).replace("$seed", "0")) for line in lines]
+
+
+def shrink(words):
+    """A command of speedrun.sh made small: later flags win over earlier ones."""
+    line = " ".join(words)
+    extra = next((flags for start, flags in SMALL.items() if line.startswith(start)), "")
+    return [{"nano": "micro"}.get(w, w) for w in words] + extra.split()
+
+
+def call(words, monkeypatch):
+    """Run a script's main() in this process, as `python words...` would."""
+    monkeypatch.setattr(sys, "argv", list(words))
+    import_module(words[0].removesuffix(".py")).main()
+
+
+@pytest.fixture(scope="session")
+def speedrun(tmp_path_factory):
+    """The out folder of a whole shrunken speedrun."""
+    out, patch = tmp_path_factory.mktemp("speedrun"), pytest.MonkeyPatch()
+    for words in speedrun_commands(out):
+        try:
+            call(shrink(words), patch)
+        except SystemExit as end:                                            # chat.py ends with its status
+            assert not end.code, f"{words}: {end.code}"
+    patch.undo()
+    return out
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)

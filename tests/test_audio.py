@@ -1,0 +1,95 @@
+import json
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+import audio
+from conftest import shared
+
+
+def sine(hertz, rate, seconds=2.0):
+    return np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 44101, 48000])
+def test_resampling_keeps_what_16_khz_can_carry(rate):
+    y = audio.resample(sine(3000, rate), rate)
+    assert len(y) == 32000 and abs(y - sine(3000, 16000))[500:-500].max() < 1e-3
+
+
+def test_resampling_removes_what_16_khz_cannot_carry():
+    y = audio.resample(sine(9000, 48000), 48000)[500:-500]
+    assert 20 * np.log10(np.sqrt(2 * (y ** 2).mean()) + 1e-9) < -60
+
+
+def test_any_wav_becomes_mono_float32_at_16_khz(tmp_path):
+    both = np.stack([sine(440, 44100), np.zeros(88200, np.float32)], axis=1)
+    soundfile.write(tmp_path / "a.wav", both, 44100, subtype="PCM_24")
+    y = audio.load(tmp_path / "a.wav")
+    assert y.dtype == np.float32 and y.shape == (32000,) and abs(abs(y[1000:-1000]).max() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("name, content", [("gone.wav", None), ("empty.wav", b""), ("text.wav", b"hello world" * 100), ("half.flac", b"fLaC" + bytes(50))])
+def test_what_is_not_audio_is_refused_in_one_line_that_names_it(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError)) as error:
+        audio.load(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_real_odd_files_are_read_or_refused_in_one_line():
+    files = [f for f in shared("odd_audio").rglob("*") if f.suffix.lower() in audio.AUDIO | {".m4a"}]
+    assert len(files) > 40
+    read = 0
+    for file in files:
+        began = time.time()
+        try:
+            samples = audio.load(file)
+            read += 1
+            assert samples.ndim == 1 and samples.dtype == np.float32 and np.isfinite(samples).all()
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and file.name in str(error)
+        assert time.time() - began < 5
+    assert read > 20
+
+
+def test_frames_are_samples_over_320_rounded_down():
+    for n, frames in ((16000, 50), (15999, 49), (320, 1), (319, 0), (190800, 596)):
+        assert audio.mfcc(np.random.default_rng(0).normal(size=n).astype(np.float32)).shape == (frames, 39)
+
+
+def test_mfcc_of_a_louder_clip_is_the_same():
+    x = np.random.default_rng(0).normal(size=16000).astype(np.float32)
+    assert abs(audio.mfcc(x) - audio.mfcc(0.1 * x)).max() < 0.01
+
+
+def test_manifests_and_known_layouts_are_read(tmp_path):
+    libri = tmp_path / "libri" / "84" / "121"
+    libri.mkdir(parents=True)
+    soundfile.write(libri / "84-121-0000.flac", sine(100, 16000, 0.1), 16000)
+    (libri / "84-121.trans.txt").write_text("84-121-0000 GO DO YOU HEAR\n")
+    [row] = audio.read_manifest(tmp_path / "libri")
+    assert row["text"] == "go do you hear" and row["audio"].endswith("84-121-0000.flac")
+    lj = tmp_path / "lj" / "wavs"
+    lj.mkdir(parents=True)
+    soundfile.write(lj / "LJ001-0001.wav", sine(100, 16000, 0.1), 16000)
+    (tmp_path / "lj" / "metadata.csv").write_text("LJ001-0001|In 1455|In fourteen fifty-five\n")
+    assert audio.read_manifest(tmp_path / "lj")[0]["text"] == "In fourteen fifty-five"
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": "lj/wavs/LJ001-0001.wav"}) + "\n")
+    assert audio.read_manifest(tmp_path / "m.jsonl")[0]["audio"] == str(lj / "LJ001-0001.wav")
+    (tmp_path / "bad.jsonl").write_text('{"text": "no audio"}\n')
+    with pytest.raises(ValueError, match="row 1"):
+        audio.read_manifest(tmp_path / "bad.jsonl")
+    with pytest.raises(ValueError, match="no audio files"):
+        (tmp_path / "none").mkdir()
+        audio.read_manifest(tmp_path / "none")
+
+
+def test_a_stretch_of_time_gives_the_runs_that_lie_mostly_inside():
+    units, durations = np.array([5, 6, 7, 8]), np.array([10, 10, 10, 10])      # 0.2 s each at 50 frames a second
+    assert audio.between(units, durations, 0.0, 0.2, 50).tolist() == [5]
+    assert audio.between(units, durations, 0.25, 0.65, 50).tolist() == [6, 7]
+    assert [u for a in (0, 0.3, 0.5) for u in audio.between(units, durations, a, {0: 0.3, 0.3: 0.5, 0.5: 0.8}[a], 50)] == [5, 6, 7, 8]

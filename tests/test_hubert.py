@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from hubert import Config, Hubert, hide
+
+transformers = pytest.importorskip("transformers")
+KINDS = {
+    "base": dict(feat_extract_norm="group", do_stable_layer_norm=False, conv_bias=False, feat_proj_layer_norm=True),
+    "large": dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True, feat_proj_layer_norm=True),
+}
+SMALL = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, conv_dim=(16,) * 7,
+             num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+
+
+def theirs_of(kind, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.HubertModel(transformers.HubertConfig(**SMALL, **KINDS[kind])).eval()
+    for name, p in model.named_parameters():
+        if p.dim() > 1 or "bias" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_equals_transformers(kind, tmp_path):
+    theirs, ours = theirs_of(kind, tmp_path), Hubert.load(tmp_path)
+    samples = torch.randn(2, 8000)
+    with torch.no_grad():
+        wanted = theirs(torch.nn.functional.pad(samples, (40, 40)), output_hidden_states=True).hidden_states
+        for layer in range(3 + (kind == "base")):                            # a large model's last state has a norm that ours leaves out
+            got = ours(samples, layer)
+            assert ((wanted[layer] - got).norm() / wanted[layer].norm()).item() < 1e-4, layer
+
+
+def test_both_spellings_of_weight_norm_and_a_head_are_read(tmp_path):
+    theirs_of("base", tmp_path)
+    import weights
+    ours, tensors = Hubert.load(tmp_path), weights.Tensors(tmp_path)
+    old = {"hubert." + name.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"): tensors[name]
+           for name in tensors}
+    weights.save(tmp_path, old | {"lm_head.weight": torch.zeros(3, 48)})
+    with torch.no_grad():
+        assert torch.equal(ours(torch.ones(1, 3200), 2), Hubert.load(tmp_path)(torch.ones(1, 3200), 2))
+
+
+def test_a_second_of_sound_is_fifty_frames():
+    model = Hubert.fresh(Config(**SMALL), 0)
+    assert model.receptive_field() == 400
+    with torch.no_grad():
+        assert [model(torch.randn(1, n), 1).shape[1] for n in (16000, 15999, 190800)] == [50, 49, 596]
+
+
+def test_hidden_frames_are_replaced_and_change_only_through_context():
+    model = Hubert.fresh(Config(**SMALL), 0)
+    hidden = torch.zeros(1, 50, dtype=torch.bool)
+    hidden[:, 10:20] = True
+    a, b = torch.randn(1, 16000), torch.randn(1, 16000)
+    b[:, :3200 - 200], b[:, 6400 + 200:] = a[:, :3200 - 200], a[:, 6400 + 200:]   # they differ inside the hidden stretch only
+    model.feature_extractor.conv_layers[0].layer_norm = torch.nn.Identity()    # that norm spans the clip, by design
+    with torch.no_grad():
+        assert torch.allclose(model(a, 3, hidden), model(b, 3, hidden), atol=1e-5) and not torch.allclose(model(a, 3), model(b, 3), atol=1e-3)
+
+
+def test_about_half_of_the_frames_are_hidden_in_stretches():
+    import numpy as np
+    hidden = hide((50, 100), np.random.default_rng(0))
+    assert 0.4 < hidden.mean() < 0.6 and (np.diff(hidden.astype(int), axis=1) != 0).sum() < 0.2 * hidden.size

@@ -1,0 +1,116 @@
+import json
+
+import pytest
+import torch
+
+from conftest import shared
+from model import LM, Config, add_rows, generate, sample
+
+transformers = pytest.importorskip("transformers")
+LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
+FAMILIES = {
+    "llama": ("Llama", dict(tie_word_embeddings=False, rms_norm_eps=1e-5)),
+    "llama3": ("Llama", dict(tie_word_embeddings=True, rope_scaling=LLAMA3, rope_theta=500000.0, head_dim=32)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(tie_word_embeddings=False, head_dim=32)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request, tmp_path):
+    """(transformers' model, ours from its folder, the folder), random weights."""
+    name, extra = FAMILIES[request.param]
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **extra)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)                                    # biases and norms too, so that none can be forgotten
+    theirs.save_pretrained(tmp_path / "theirs")
+    return theirs, LM.load(tmp_path / "theirs").eval(), tmp_path
+
+
+def far(a, b):
+    return ((a - b).norm() / a.norm()).item()
+
+
+def test_logits_equal_transformers_and_survive_the_round_trip(pair):
+    theirs, ours, folder = pair
+    ids = torch.randint(0, 300, (2, 150))
+    (folder / "ours").mkdir()
+    ours.save(folder / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / "ours").eval()
+    with torch.no_grad():
+        assert far(theirs(ids).logits, ours(ids)) < 1e-5
+        assert far(theirs(ids).logits, again(ids).logits) < 1e-6
+
+
+def test_greedy_generation_equals_transformers_in_a_batch_of_unequal_prompts(pair):
+    theirs, ours, _ = pair
+    prompts = [torch.randint(0, 300, (n,)) for n in (9, 4)]
+    wanted = [theirs.generate(p[None], max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)[0, len(p):].tolist() for p in prompts]
+    assert torch.stack(list(generate(ours, prompts, 16, stop=[300]))).T.tolist() == wanted
+
+
+def test_embeddings_are_as_good_a_prompt_as_ids(pair):
+    _, ours, _ = pair
+    ids = torch.randint(0, 300, (7,))
+    both = [torch.stack(list(generate(ours, [prompt], 8, stop=[300]))).tolist() for prompt in (ids, ours.model.embed_tokens(ids).detach())]
+    assert both[0] == both[1]
+
+
+def test_a_packed_document_is_computed_as_if_alone(pair):
+    _, ours, _ = pair
+    a, b = torch.randint(0, 300, (1, 5)), torch.randint(0, 300, (1, 8))
+    start = torch.tensor([[0] * 5 + [5] * 8])
+    with torch.no_grad():
+        assert far(torch.cat([ours(a), ours(b)], 1), ours(torch.cat([a, b], 1), start=start)) < 1e-5
+
+
+def test_the_real_stories_model_tells_its_published_story():
+    folder = shared("stories260K")
+    golden = json.loads((folder / "greedy_ids.json").read_text())
+    golden = golden if isinstance(golden, list) else next(v for v in golden.values() if isinstance(v, list))
+    said = [1] + [int(i[0]) for i in generate(LM.load(folder / "hf_derived"), [torch.tensor([1])], 200, stop=[2])]
+    assert said[:len(golden)] == golden or said[1:len(golden) + 1] == golden
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "smollm2-135m"])
+def test_real_configs_are_read(name, tmp_path):
+    raw = json.loads(shared(f"configs/{name}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = Config.read(tmp_path)
+    assert config.head_dim * config.num_attention_heads == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]) * raw["num_attention_heads"]
+    assert config.rope_theta == raw["rope_theta"] and config.tie_word_embeddings and bool(config.rope_scaling) == (name == "llama-3.2-1b")
+
+
+@pytest.mark.parametrize("change", [{"architectures": ["MambaForCausalLM"]}, {"hidden_act": "gelu"}, {"rope_scaling": {"rope_type": "yarn"}}, {"mlp_bias": True}])
+def test_what_the_model_cannot_do_is_refused_by_name(change, tmp_path):
+    Config().write(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(ValueError, match="not supported; wanted"):
+        Config.read(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_start_near_the_mean_markers_at_a_known_row_and_old_rows_stay(tied):
+    model = LM.fresh(Config(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=tied), 0)
+    old = model.model.embed_tokens.weight.detach().clone()
+    assert add_rows(model, 5, {0: 7}, seed=0) == 50
+    new = model.model.embed_tokens.weight.detach()
+    assert model.config.vocab_size == len(new) == len(model.lm_head.weight) == 128 and torch.equal(new[:50], old)
+    assert torch.equal(new[50], old[7]) and (new[51:] - old.mean(0)).abs().max() < 0.6 * old.std()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_only_allowed_rows_are_written_and_a_stopped_row_repeats_its_stop():
+    model = LM.fresh(Config(vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1), 0)
+    said = torch.stack(list(generate(model, [torch.tensor([1, 2]), torch.tensor([3])], 12, stop=[5], allowed=[5, 6], temperature=1.0)))
+    assert set(said.flatten().tolist()) <= {5, 6}
+    for row in said.T.tolist():
+        assert 5 not in row or set(row[row.index(5):]) == {5}
+
+
+def test_the_nucleus_leaves_out_the_tail():
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).repeat(200, 1)
+    assert set(sample(logits, 0.8, torch.Generator().manual_seed(0)).tolist()) == {0, 1}

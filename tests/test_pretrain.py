@@ -1,0 +1,187 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import audio
+import pretrain
+import toy
+import weights
+from conftest import call
+from model import LM
+from pretrain import Documents, interleaved, learning_rate, losses, pack
+from vocab import Vocab
+
+
+def test_the_rate_warms_up_then_falls_to_a_tenth():
+    rates = [learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[0] == 0.2 and rates[4] == rates[5] == 1.0 and math.isclose(rates[99], 0.1, abs_tol=1e-3) and rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_packing_by_hand():
+    batch, left = pack([([1, 2, 3], [1, 1, 1], 0), ([4, 5], [0, 1], 1), ([6, 7, 8, 9], [1] * 4, 0)], rows=1, length=8, filler=0)
+    assert batch["ids"].tolist() == [[6, 7, 8, 9, 1, 2, 3, 0]] and left == [([4, 5], [0, 1], 1)]
+    assert batch["start"].tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
+    assert batch["target"].tolist() == [[7, 8, 9, 0, 2, 3, 0, 0]] and batch["loss"].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
+
+
+@pytest.fixture
+def stream(speedrun):
+    vocab, units = Vocab(speedrun / "speech"), audio.Units(speedrun / "units")
+    sources = {"text": pretrain.read_text(speedrun / "toy/base.jsonl"), "interleave": units, "transcribe": units,
+               "chat": [row["messages"] for row in weights.read_lines(speedrun / "toy/chat.jsonl")]}
+    return lambda mix, seed=0: Documents(vocab, sources, mix, seed)
+
+
+def test_rows_are_over_97_percent_full_and_nothing_is_lost(stream):
+    documents, total, filled = stream({"text": 1}), 0, 0
+    for _ in range(5):
+        batch = documents.batch(8, 256)
+        filled += int((batch["start"] != torch.arange(256)).sum() + (batch["loss"] > 0)[:, 0].sum())
+        total += batch["ids"].numel()
+    said = documents.drawn["text"]
+    again = stream({"text": 1})
+    lengths = sum(len(again.next()[0]) for _ in range(said))
+    packed = lengths - sum(len(ids) for ids, _, _ in documents.pending)
+    assert packed / total > 0.97 and filled / total > 0.9
+
+
+def test_the_stream_repeats_by_seed_passes_over_everything_and_never_trains_on_held_out_rows(stream):
+    a, b = stream({"text": 1}), stream({"text": 1})
+    first = [a.next()[0] for _ in range(a.count("text") - a.count("text") // pretrain.HELD_OUT)]
+    assert [b.next()[0] for _ in range(20)] == first[:20] != [stream({"text": 1}, seed=1).next()[0]] * 20
+    held = [tuple(ids) for ids, _, _ in a.held_out()["text"]]
+    everything = {tuple(a.vocab.text(text)[0]) for text in a.sources["text"]}
+    assert held and {tuple(ids) for ids in first} | set(held) == everything
+
+
+def test_interleaved_documents_speak_a_stretch_and_write_the_rest(stream):
+    documents = stream({"interleave": 1})
+    vocab, corpus = documents.vocab, documents.sources["interleave"]
+    for i in range(10):
+        ids, loss = interleaved(vocab, corpus, i, np.random.default_rng(i))
+        a, b = ids.index(vocab.speech["speech"]), ids.index(vocab.speech["end_speech"])
+        written = (vocab.decode(ids[:a]) + " ... " + vocab.decode(ids[b:])).split(" ... ")
+        words = corpus.rows[i]["text"].split()
+        before, after = written[0].split(), written[1].split()
+        assert before == words[:len(before)] and after == words[len(words) - len(after):] and len(before) + len(after) < len(words)
+        assert loss[a] == loss[b] == 0 and sum(loss) == len(ids) - 2
+
+
+# --- the audit: what speech training and instruct training may hold ---
+
+def test_no_document_holds_both_a_chat_marker_and_a_unit(stream):
+    documents = stream({"interleave": 1, "transcribe": 1, "text": 1, "chat": 1})
+    vocab, kinds = documents.vocab, {"spoken": 0, "chat": 0}
+    markers = {vocab.special["<|im_start|>"], vocab.special["<|im_end|>"]}
+    for _ in range(400):
+        ids, _, _ = documents.next()
+        spoken, chat = max(ids) >= vocab.speech["speech"], bool(markers & set(ids))
+        kinds["spoken"] += spoken
+        kinds["chat"] += chat
+        assert not (spoken and chat)
+    assert min(kinds.values()) > 50, "the audit saw both kinds"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_training_speech_asks_no_question_about_a_fact_and_speaks_no_unseen_fact(seed):
+    import random
+    world, rng = toy.World(seed), random.Random(seed)
+    speech = [toy.sentence(world, rng) for _ in range(3000)]
+    asked = {wording.format(c=entity) for relation, entity, _, _ in world.facts for wording in toy.QUESTIONS[relation]}
+    unseen = {wording.format(c=entity, a=answer) for relation, entity, answer, seen in world.facts if not seen for wording in toy.FACTS[relation]}
+    for text in speech:
+        assert not any(q in text for q in asked) and "question:" not in text and not set(text.split(". ")) & unseen
+    words = {w for text in speech for w in text.replace(".", "").split()}
+    assert {"what", "which", "name", "spell", "twice", "sentence", "word"} <= words and set(toy.CAPITALS) | set(toy.CAPITALS.values()) <= words
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_chat_and_no_page_asks_about_an_unseen_fact(seed):
+    import random
+    world, rng = toy.World(seed), random.Random(seed)
+    asked = [wording.format(c=entity) for relation, entity, _, seen in world.facts if not seen for wording in toy.QUESTIONS[relation]]
+    for _ in range(3000):
+        said = " | ".join([toy.base_document(world, rng), *(m["content"] for m in toy.chat(world, rng))]).replace("\n", " ") + " "
+        assert not any(q + " " in said for q in asked)
+
+
+# --- the loop ---
+
+def test_text_targets_compete_with_text_rows_only_and_units_with_units(speedrun, stream):
+    model, documents = LM.load(speedrun / "speech"), stream({"interleave": 1})
+    speech = documents.vocab.speech
+    batch = documents.batch(2, 256)
+    with torch.no_grad():
+        ce, is_unit, _ = losses(model, batch, speech["first_unit"], speech["k"])
+        logits = model(batch["ids"], start=batch["start"])[batch["loss"] > 0]
+    target = batch["target"][batch["loss"] > 0]
+    units = slice(speech["first_unit"], speech["first_unit"] + speech["k"])
+    n = int(is_unit.nonzero()[0])
+    assert math.isclose(ce[n], -logits[n, units].log_softmax(-1)[target[n] - speech["first_unit"]], rel_tol=1e-4)
+    n = int((~is_unit).nonzero()[0])
+    text = torch.cat([logits[n, :units.start], logits[n, units.stop:]])
+    assert target[n] < units.start and math.isclose(ce[n], -text.log_softmax(-1)[target[n]], rel_tol=1e-4)
+
+
+def test_speech_training_leaves_upper_half_text_rows_and_last_norm_to_the_bit(speedrun):
+    base, speech = weights.Tensors(speedrun / "base"), weights.Tensors(speedrun / "speech")
+    n = base.shape("model.embed_tokens.weight")[0]
+    moved = {name for name in base if not torch.equal(base[name], speech[name][:n] if "embed" in name else speech[name])}
+    assert moved and all(name.startswith("model.layers.0.") for name in moved)
+
+
+def test_a_pull_keeps_the_weights_nearer_to_where_they_began(speedrun, tmp_path, monkeypatch):
+    base, far = weights.Tensors(speedrun / "base"), {}
+    for pull in (0, 100):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "6", "--rows", "2",
+              "--pull", str(pull), "--lr", "3e-3", "--device", "cpu", "--out", str(tmp_path / str(pull))], monkeypatch)
+        tuned = weights.Tensors(tmp_path / str(pull))
+        far[pull] = sum((tuned[name] - base[name]).pow(2).sum().item() for name in base if "layers" in name)
+    assert far[100] < 0.8 * far[0]
+
+
+@pytest.mark.parametrize("stage", ["base", "speech"])
+def test_a_killed_run_resumes_to_the_bit(stage, speedrun, tmp_path, monkeypatch):
+    common = ["--steps", "6", "--rows", "2", "--seed", "0", "--device", "cpu"]
+    words = {"base": ["--size", "micro", "--tokenizer", str(speedrun / "toy/tokenizer"), "--text", str(speedrun / "toy/base.jsonl")],
+             "speech": ["--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "2"]}[stage]
+    command = ["pretrain.py", *words, *common]
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    call([*command, "--out", str(tmp_path / "straight")], monkeypatch)
+
+    def killed(step, *rest, real=learning_rate):
+        if step == 5:                                                        # in its sixth step, one past the checkpoint at four
+            raise KeyboardInterrupt
+        return real(step, *rest)
+    monkeypatch.setattr(pretrain, "learning_rate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call([*command, "--out", str(tmp_path / "again")], monkeypatch)
+    monkeypatch.setattr(pretrain, "learning_rate", learning_rate)
+    assert not (tmp_path / "again").exists() and torch.load(tmp_path / "again.partial/checkpoint.pt", weights_only=True)["step"] == 4
+    with pytest.raises(ValueError, match="another steps"):
+        call([*command, "--steps", "7", "--out", str(tmp_path / "again")], monkeypatch)
+    call([*command, "--out", str(tmp_path / "again")], monkeypatch)
+    a, b = weights.Tensors(tmp_path / "straight"), weights.Tensors(tmp_path / "again")
+    assert all(torch.equal(a[name], b[name]) for name in a) and not (tmp_path / "again/checkpoint.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(speedrun, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"step \d: the loss is nan"):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "8", "--rows", "1",
+              "--lr", "1e30", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+@pytest.mark.parametrize("words, wanted", [
+    (["--init", "{base}", "--text", "{base}/nowhere.jsonl"], "no such file"),
+    (["--init", "{base}", "--text", "{base}/config.json"], "line 1"),
+    (["--init", "{base}", "--units", "{base}"], "not a units folder"),
+    (["--init", "{base}", "--units", "{units}", "--mix", "interleave=1,text=1"], "--mix wants text"),
+])
+def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatch):
+    places = {"base": speedrun / "base", "units": speedrun / "units"}
+    with pytest.raises((ValueError, OSError), match=wanted):
+        call(["pretrain.py", *(w.format(**places) for w in words), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,99 @@
+"""Promises about the repository itself: who imports whom, that flags do something, that the README is true."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, speedrun_commands
+
+ARROWS = {     # module -> what it may import; design and README draw the same picture
+    "weights": set(), "fused": set(), "model": {"weights", "fused"}, "vocab": {"weights"}, "audio": {"weights"},
+    "hubert": {"weights", "audio"}, "tokenize_audio": {"weights", "audio", "hubert"}, "merge": {"weights", "vocab"},
+    "pretrain": {"weights", "model", "vocab", "audio"}, "chat": {"weights", "model", "vocab", "audio", "tokenize_audio"},
+    "evaluate": {"weights", "model", "vocab", "audio", "tokenize_audio", "merge"}, "toy": {"weights", "vocab", "audio"},
+}
+LINES = {"weights": 240, "fused": 350, "model": 400, "vocab": 300, "audio": 260, "hubert": 400, "tokenize_audio": 400, "pretrain": 450,
+         "merge": 220, "chat": 220, "evaluate": 380, "toy": 380}
+SOURCES = sorted(ROOT.glob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_imports_flow_one_way():
+    assert {path.stem for path in SOURCES} == set(ARROWS)
+    for path in SOURCES:
+        assert set(imports(path)) & set(ARROWS) <= ARROWS[path.stem], path.name
+
+
+def test_only_the_listed_packages_are_needed():
+    listed = {line.split("#")[0].strip().split("==")[0].split(">=")[0].replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()}
+    for path in SOURCES:
+        assert set(imports(path)) - set(ARROWS) - set(sys.stdlib_module_names) <= listed, path.name
+
+
+def test_files_stay_short_enough_to_read_in_one_sitting():
+    for path in SOURCES:
+        assert len(path.read_text().splitlines()) <= LINES[path.stem], path.name
+
+
+def test_every_flag_does_something():
+    for path in SOURCES:
+        text = path.read_text()
+        names = [n for call in re.findall(r"add_argument\(f?\"([^\"]+)\"", text) for n in [call.removeprefix("--").replace("-", "_")] if "{" not in n]
+        for name in names:
+            assert re.search(rf"\bargs\.{name}\b|parse_args\(\)\.{name}\b", text) or name == "action", f"{path.name}: --{name}"
+
+
+def test_every_file_opens_with_what_it_is_what_goes_in_and_out_and_a_command():
+    for path in SOURCES:
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert doc and re.search(r"^in +", doc, re.M) and re.search(r"\bout  ", doc) and re.search(r"^run +python ", doc, re.M), path.name
+
+
+def test_importing_does_nothing_and_help_reads_well():
+    for path in SOURCES:
+        if path.stem == "fused":                                             # the one file without a command
+            continue
+        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and done.stdout.startswith(f"usage: {path.name}") and len(done.stdout.splitlines()) > 4, done.stderr
+
+
+def test_the_speedrun_is_the_designs_commands_in_order():
+    said = [" ".join(words[:2]) if words[1][0] != "-" else words[0] for words in speedrun_commands("out")]
+    wanted = ["toy.py world", "pretrain.py", "pretrain.py", "tokenize_audio.py fit", "tokenize_audio.py encode", "hubert.py train", "tokenize_audio.py fit",
+              "tokenize_audio.py encode", "pretrain.py", "merge.py", "evaluate.py table", "toy.py say", "evaluate.py show", "chat.py out/merged"]
+    assert said == wanted
+
+
+def test_the_readmes_files_and_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in set(re.findall(r"[\w/.]+\.(?:py|sh|md|txt|json|png)\b", text)):
+        if not name.startswith(("out/", "weights/", "config", "tokenizer", "speech.json", "codebook", "recipe", "merge.json", "questions", "base.json", "chat.json", "mine", "table")):
+            assert (ROOT / name).exists(), name
+    for script, rest in re.findall(r"^(?:\$ )?python (\w+\.py)(.*)$", text, re.M):
+        source = (ROOT / script).read_text()
+        for flag in re.findall(r"--([\w-]+)", rest.split("#")[0]):
+            assert f'"--{flag}"' in source or f"--{{name}}" in source, f"{script} --{flag}"
+
+
+def test_the_readme_counts_the_lines_right():
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", text, re.M)
+    assert {name for name, _ in rows} == {path.name for path in SOURCES}
+    for name, count in rows:
+        real = len((ROOT / name).read_text().splitlines())
+        assert abs(int(count) - real) <= 0.1 * real, f"{name}: README says {count}, it has {real}"
+
+
+@pytest.mark.parametrize("word", ["/work" + "/", "/tmp" + "/", "TO" + "DO", "FIX" + "ME"])
+def test_no_machine_path_and_no_loose_end_is_left_in_the_code(word):
+    for path in [*SOURCES, ROOT / "speedrun.sh", ROOT / "README.md"]:
+        assert word not in path.read_text(), path.name

@@ -1,0 +1,95 @@
+import random
+
+import pytest
+
+import audio
+import toy
+from conftest import call
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_world_is_as_big_as_its_docstring_says(seed):
+    world, rng = toy.World(seed), random.Random(seed)
+    entities = {entity for _, entity, _, _ in world.facts}
+    unseen = [fact for fact in world.facts if not fact[3]]
+    assert len(entities) == 48 and len(toy.FACTS) >= 4 and len(unseen) == len(world.facts) // 3
+    hidden = {(fact[1], fact[2]) for fact in unseen if fact[0] == "capital"}
+    assert {(answer, entity) for relation, entity, answer, _ in unseen if relation == "country"} == hidden, "a capital hides both ways"
+    words = {w.strip(".:") for _ in range(4000) for text in [toy.sentence(world, rng)] for w in text.split()}
+    assert 100 <= len(words) <= 300
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_questions_are_many_varied_and_split_by_fact(seed):
+    world = toy.World(seed)
+    rows = toy.questions(world, random.Random(seed), 60, 240)
+    test, dev = ([r for r in rows if r["split"] == split] for split in ("test", "dev"))
+    assert len(test) >= 200 and len(dev) >= 50 and len({r["answer"] for r in test}) >= 40
+    assert sum(not r["seen"] for r in test) >= 0.3 * len(test) and {r["kind"] for r in test} == set(toy.STYLES)
+    fact = lambda r: (r["relation"], r["text"].rstrip(".")) and next(
+        (f[0], f[1]) for f in world.facts if f[0] == r["relation"] and any(q.format(c=f[1]) + " " in r["question"] + " " for q in toy.QUESTIONS[f[0]]))
+    assert not {fact(r) for r in test} & {fact(r) for r in dev}
+    assert sum(r["noisy"] != r["question"] for r in rows) > 0.8 * len(rows)
+
+
+def test_continuing_a_question_and_answer_page_never_scores():
+    """Pages answer "it is X"; no style's right answer begins like that."""
+    world = toy.World(0)
+    for relation, entity, answer, _ in world.facts:
+        for style in toy.STYLES:
+            assert not toy.styled(style, relation, entity, answer).startswith("it is")
+
+
+def test_the_same_seed_makes_the_same_world_and_another_seed_another():
+    make = lambda seed: [toy.base_document(toy.World(seed), random.Random(seed)) for _ in range(5)], toy.World(0).facts
+    assert toy.World(0).facts == toy.World(0).facts != toy.World(1).facts
+    assert [toy.sentence(toy.World(0), random.Random(0))] * 2 == [toy.sentence(toy.World(0), random.Random(0)) for _ in range(2)]
+
+
+def test_misspelling_changes_about_as_many_letters_as_asked():
+    from tokenize_audio import edit_distance
+    text = "the capital of france is paris " * 20
+    slips = edit_distance(text, toy.misspell(text, random.Random(0), 0.1)) / len(text)
+    assert 0.05 < slips < 0.2 and toy.misspell(text, random.Random(0), 0.0) == text
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    return toy.Speaker()
+
+
+def test_every_voice_exists_and_groups_do_not_overlap(speaker):
+    names = [name for group in toy.VOICES.values() for name in group]
+    assert len(toy.VOICES["heard"]) >= 6 and len(names) == len(set(names))
+    accents = lambda group: {name.partition("+")[0] for name in toy.VOICES[group]}
+    assert accents("near") <= accents("heard") and not accents("far") & accents("heard")
+    spoken = {name: tuple(speaker.say("hello", name)[0][:4000]) for name in names}
+    assert len(set(spoken.values())) == len(names), "no name silently keeps the last voice"
+
+
+@pytest.mark.parametrize("name", ["xx-none", "en-us+zz"])
+def test_a_wrong_voice_or_variant_is_refused(speaker, name):
+    with pytest.raises(ValueError, match="has no voice"):
+        speaker.say("hello", name)
+
+
+def test_words_have_their_times_in_order_and_to_the_end(speaker):
+    samples, words = speaker.say("the capital of france is paris. in one word", "en-us+f3")
+    assert [w for w, _, _ in words] == "the capital of france is paris. in one word".split()
+    assert words[0][1] == 0 and all(a <= b for _, a, b in words) and all(x[2] == y[1] for x, y in zip(words, words[1:]))
+    assert abs(words[-1][2] - len(samples) / audio.SAMPLE_RATE) < 0.01
+
+
+def test_speech_is_reproducible(speaker):
+    a, b = (speaker.say("paris is the capital of france", "en+m2", 150, 40)[0] for _ in range(2))
+    assert (a == b).all()
+
+
+def test_say_writes_a_file_that_can_be_heard_and_refuses_to_replace_it(tmp_path, monkeypatch):
+    words = ["toy.py", "say", "hello", "--voice", "unheard", "--out", str(tmp_path / "q.wav")]
+    call(words, monkeypatch)
+    assert len(audio.load(tmp_path / "q.wav")) > 4000
+    with pytest.raises(FileExistsError):
+        call(words, monkeypatch)
+    call(["toy.py", "say", "hello", "--out", str(tmp_path / "q.flac")], monkeypatch)
+    assert len(audio.load(tmp_path / "q.flac")) > 4000

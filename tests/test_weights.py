@@ -1,0 +1,114 @@
+import json
+import struct
+
+import pytest
+import torch
+from torch import nn
+
+import weights
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "m").mkdir()
+    weights.save(tmp_path / "m", {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)})
+    return tmp_path / "m"
+
+
+def module():
+    return nn.ModuleDict({"a": nn.Linear(3, 2)})
+
+
+def test_tensors_come_back_by_name_and_shape(folder):
+    tensors = weights.Tensors(folder)
+    assert tensors.shape("a.weight") == (2, 3) and torch.equal(tensors["a.bias"], torch.ones(2))
+
+
+def test_bin_and_sharded_folders_read_like_single_ones(tmp_path):
+    torch.save({"x": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(weights.Tensors(tmp_path)["x"], torch.ones(2))
+    other = tmp_path / "sharded"
+    other.mkdir()
+    weights.save(other, {"x": torch.ones(2)})
+    (other / "model.safetensors").rename(other / "one.safetensors")
+    weights.save(other, {"y": torch.zeros(3)})
+    (other / "model.safetensors").rename(other / "two.safetensors")
+    (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "one.safetensors", "y": "two.safetensors"}}))
+    assert set(weights.Tensors(other)) == {"x", "y"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header that lies", "empty", "text"])
+def test_a_damaged_file_is_refused_in_one_line_that_names_it(folder, damage):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes({"truncated": whole[:-4], "header that lies": struct.pack("<Q", 1 << 60) + whole[8:], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(ValueError) as error:
+        weights.Tensors(folder)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_index_that_points_outside_or_nowhere_is_refused(tmp_path):
+    for shard, kind in (("../other.safetensors", ValueError), ("gone.safetensors", FileNotFoundError)):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+        with pytest.raises(kind):
+            weights.Tensors(tmp_path)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (print, ("boom",))
+    torch.save({"x": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="refused|damaged"):
+        weights.Tensors(tmp_path)
+
+
+def test_loading_is_strict_both_ways_and_names_tensor_and_both_shapes(folder):
+    model = module()
+    weights.load_into(model, folder)
+    assert torch.equal(model["a"].weight, torch.arange(6.0).reshape(2, 3))
+    weights.save(folder, {"a.weight": torch.zeros(2, 4), "a.bias": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"a\.weight has shape \(2, 4\), the config wants \(2, 3\)"):
+        weights.load_into(module(), folder)
+    weights.save(folder, {"a.weight": torch.zeros(2, 3), "b": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"missing \['a.bias'\], unused \['b'\]"):
+        weights.load_into(module(), folder)
+    weights.save(folder, {"a.weight": torch.full((2, 3), torch.nan), "a.bias": torch.ones(2)})
+    with pytest.raises(ValueError, match="a.weight holds NaN"):
+        weights.load_into(module(), folder)
+
+
+def test_a_folder_appears_whole_or_not_at_all_and_is_never_overwritten_unasked(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), weights.new_folder(out) as partial:
+        (partial / "half").write_text("x")
+        raise RuntimeError("killed")
+    assert not out.exists()
+    with weights.new_folder(out) as partial:
+        assert not (partial / "half").exists()
+        (partial / "whole").write_text("1")
+    assert (out / "whole").exists() and "command" in json.loads((out / "recipe.json").read_text())
+    with pytest.raises(FileExistsError, match="--overwrite"), weights.new_folder(out):
+        pass
+    with weights.new_folder(out, overwrite=True) as partial:
+        assert (out / "whole").exists(), "the old folder stays until the new one is whole"
+    assert not (out / "whole").exists()
+
+
+def test_overwrite_never_replaces_a_folder_this_project_did_not_make(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(FileExistsError, match="not made by this project"), weights.new_folder(tmp_path / "thesis", overwrite=True):
+        pass
+
+
+def test_a_recipe_holds_the_fingerprint_of_every_input(tmp_path):
+    (tmp_path / "in.txt").write_text("a")
+    before = weights.recipe([tmp_path / "in.txt"])["inputs"]
+    (tmp_path / "in.txt").write_text("b")
+    assert before != weights.recipe([tmp_path / "in.txt"])["inputs"]
+
+
+def test_bad_json_lines_name_their_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n[1]\n')
+    with pytest.raises(ValueError, match="line 2"):
+        weights.read_lines(tmp_path / "x.jsonl")
