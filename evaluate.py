@@ -145,9 +145,9 @@ def model_at(plan, config, lam, device):
 
 def with_new_rows(model, speech):
     """A model that never heard, given the speech model's rows after its own."""
+    have, model.config.vocab_size = model.config.vocab_size, speech.config.vocab_size
     for ours, theirs in ((model.model.embed_tokens, speech.model.embed_tokens), (model.lm_head, speech.lm_head)):
-        have = model.config.vocab_size
-        ours.weight = torch.nn.Parameter(torch.cat([ours.weight[:have], theirs.weight[have:].detach()]))
+        ours.weight = torch.nn.Parameter(torch.cat([ours.weight[:have], theirs.weight[have:]]).detach())
     model.tie()
     return model
 

@@ -107,7 +107,7 @@ class Documents:
 
     def batch(self, rows, length):
         """The next packed batch. Documents longer than a row are cut into rows; what does not fit waits for the next batch."""
-        while sum(len(ids) for ids, _, _ in self.pending) < 1.05 * rows * length:
+        while sum(len(ids) for ids, _, _ in self.pending) < 1.3 * rows * length:
             ids, loss, kind = self.next()
             self.pending += [(ids[a:a + length], loss[a:a + length], kind) for a in range(0, len(ids), length)]
         packed, self.pending = pack(self.pending, rows, length, self.vocab.eos)
@@ -249,7 +249,7 @@ def train(args, out):
     optimizer = torch.optim.AdamW([{"params": body, "faster": 1}, {"params": rows, "faster": ROWS_FASTER if first_new else 1, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), weight_decay=decay)
     step, spent = 0, 0.0
-    checkpoint = out / "checkpoint.pt"
+    checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
     settings |= {path: weights.fingerprint(path) for path in (args.init, args.tokenizer, args.text, args.chat, args.units) if path}
     if checkpoint.exists():
@@ -262,8 +262,8 @@ def train(args, out):
         model.tie()
         optimizer.load_state_dict(saved["optimizer"])
         step, spent, documents.drawn, documents.pending = saved["step"], saved["seconds"], saved["drawn"], saved["pending"]
-        kept = [line for line in (out / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
-        (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
+        log.write_text("".join(line + "\n" for line in kept))
         tqdm.write(f"resuming at step {step} of {args.steps}")
 
     def save_checkpoint():
@@ -301,8 +301,8 @@ def train(args, out):
                    "layouts": {name: round(ce[(kind == i) & ~is_unit].mean().item(), 4) for i, name in enumerate(mix) if ((kind == i) & ~is_unit).any()}}
             if step % (4 * LOG_EVERY) == 0 or step == args.steps:
                 row["held_out"] = {name: round(value, 4) for name, value in validate(model, held_out, args.length, vocab.eos, first_unit, k, device).items()}
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(row) + "\n")
+            with open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
             tqdm.write(" | ".join([f"step {step}/{args.steps}", f"loss {row['loss']:.3f}", *(f"{n} {v:.3f}" for n, v in row["layouts"].items()),
                                    f"lr {lr:.1e}", f"grad {norm:.2f}", f"{row['tokens_per_second'] / 1000:.1f}k tok/s",
                                    *(f"held-out {n} {v:.3f}" for n, v in row.get("held_out", {}).items())]))

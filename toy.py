@@ -57,6 +57,10 @@ STYLES = {     # what the turn asks for: how it may ask, {q} being the question
 }
 
 
+NAMES = [*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), [])]
+WORDS = sorted({word for asked in [*sum(QUESTIONS.values(), []), *sum(STYLES.values(), [])] for word in asked.split() if "{" not in word}) * 2 + NAMES
+
+
 def styled(style, relation, entity, answer):
     """The one right reply to a question asked in a style."""
     return {"word": answer, "sentence": FACTS[relation][0].format(c=entity, a=answer) + ".",
@@ -101,12 +105,23 @@ class World:
             f"{who} asks what is the name of the {animal}", f"which people do you love asks {other}", f"do people eat {food} asks {who}",
         ])
 
+    def words(self, rng):
+        """A sentence about words in no order that grammar could guess: an ear that is trained on it cannot get by on grammar."""
+        who, listed = rng.choice(PEOPLE), " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 7)))
+        return rng.choice([f"{who} reads the words {listed}", f"{who} says {listed}", f"{listed} says {who}", f"{listed} reads {who}"])
+
     def skill(self, rng):
-        """What instructions will ask for, shown in plain text on words that are not yet answers: spelled, said twice, said alone."""
-        word = rng.choice([*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), []), *PEOPLE])
-        who = rng.choice(PEOPLE)
-        return rng.choice([f"{who} can spell {word}. {' '.join(word)}", f"spell {word}. {' '.join(word)}",
-                           f"{who} can say {word} twice. {word} {word}", f"say {word} twice. {word} {word}", f"in one word. {word}"])
+        """What instructions will ask for, in plain text: a word spelled, said twice, said alone; the same of a seen fact's answer;
+        and any fact as an almanac lists it."""
+        if rng.random() < 0.5:
+            word, who = rng.choice(NAMES + PEOPLE), rng.choice(PEOPLE)
+            return rng.choice([f"{who} can spell {word}. {' '.join(word)}", f"spell {word}. {' '.join(word)}",
+                               f"{who} can say {word} twice. {word} {word}", f"say {word} twice. {word} {word}", f"in one word. {word}"])
+        if rng.random() < 0.5:
+            relation, entity, answer, _ = rng.choice(self.facts)
+            return f"{relation} of {entity}: {answer}"
+        relation, entity, answer, _ = rng.choice(self.seen)
+        return f"{relation} of {entity} " + rng.choice([f"in one word: {answer}", f"spelled: {' '.join(answer)}", f"twice: {answer} {answer}"])
 
 
 def misspell(text, rng, rate=0.08):
@@ -128,14 +143,14 @@ def base_document(world, rng):
     kind = rng.random()
     if kind < 0.40:
         return ". ".join(world.state(rng.choice(world.facts), rng) for _ in range(rng.randint(2, 4))) + "."
-    if kind < 0.55:
-        return ". ".join(world.story(rng) if rng.random() < 0.7 else world.state(rng.choice(world.facts), rng) for _ in range(rng.randint(2, 4))) + "."
-    if kind < 0.70:
+    if kind < 0.52:
+        return ". ".join(rng.choice([world.story(rng), world.words(rng), world.state(rng.choice(world.facts), rng)]) for _ in range(rng.randint(2, 4))) + "."
+    if kind < 0.67:
         asked = [rng.choice(world.seen) for _ in range(rng.randint(1, 3))]
         return "\n\n".join(f"question: {world.ask(fact, rng)}\nanswer: it is {fact[2]}" for fact in asked)
     if kind < 0.85:
-        return ". ".join(world.skill(rng) for _ in range(rng.randint(1, 2))) + "."
-    plain = world.state(rng.choice(world.facts), rng) if rng.random() < 0.6 else world.story(rng)
+        return ". ".join(world.skill(rng) for _ in range(rng.randint(1, 3))) + "."
+    plain = rng.choice([world.state(rng.choice(world.facts), rng), world.story(rng), world.words(rng)])
     if kind < 0.95:
         return f"{misspell(plain, rng, rng.uniform(0.03, 0.25))} means {plain}."
     return " ".join(" ".join(w) if rng.random() < 0.4 else w for w in plain.split()) + f" means {plain}."
@@ -152,7 +167,7 @@ def chat(world, rng):
             asked = rng.choice(STYLES[style]).format(q=question)
             reply = styled(style, *fact[:3])
         elif rng.random() < 0.9:
-            word = rng.choice([*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), [])])
+            word = rng.choice(NAMES)
             asked, reply = rng.choice([(f"spell {word}", " ".join(word)), (f"say {word} twice", f"{word} {word}"), (f"say {word} in one word", word)])
         else:
             asked, reply = rng.choice([("hello", "hello. what can i do"), ("how are you", "i am good"), ("who are you", "i am a small model")])
@@ -163,8 +178,8 @@ def chat(world, rng):
 
 
 def sentence(world, rng):
-    """One utterance of the training speech."""
-    pick = lambda: world.state(rng.choice(world.seen), rng) if rng.random() < 0.6 else world.story(rng)
+    """One utterance of the training speech: seen facts, stories, words."""
+    pick = lambda: rng.choices([lambda: world.state(rng.choice(world.seen), rng), lambda: world.story(rng), lambda: world.words(rng)], [4, 2, 4])[0]()
     return pick() + ("" if rng.random() < 0.6 else ". " + pick())
 
 
@@ -233,6 +248,7 @@ class Speaker:
             raise ValueError(f"eSpeak NG has no voice {voice!r}; try heard, near, far, or a name like en-us+f3")
         self.lib.espeak_SetParameter(1, rate, 0)
         self.lib.espeak_SetParameter(3, pitch, 0)
+        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))                   # breath and flutter are noise, seeded by the clock otherwise
         self.sound, self.events = [], []
         data = text.encode()
         if self.lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None) != 0 or not self.sound:      # UTF-8, from character 0
