@@ -156,6 +156,7 @@ def table(args):
     began, folder = time.time(), Path(args.questions).parent
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    weights.unchanged(args.merged, [args.base, args.instruct, args.speech])
     questions = read_questions(args.questions)
     test, dev = ([q for q in questions if q["split"] == split] for split in ("test", "dev"))
     plan = Merge(args.base, args.instruct, args.speech)
@@ -176,7 +177,8 @@ def table(args):
     hidden = [test[i] for i in unseen]
 
     rows, examples = {name: dict.fromkeys(COLUMNS) for name in ROWS}, []
-    with tqdm(total=len(test) * (5 * 2 * 2 + 4 * 3 * 2 + 4 + 3) + 3 * len(dev) * len(LAMS), desc="answering", unit="reply") as bar:
+    replies_in_all = len(test) * (5 * 4 + 4 * 7 + 6) + len(dev) * 5 * len(LAMS)      # typed and noisy; spoken and transcripts; cascade; the sweep
+    with tqdm(total=replies_in_all, desc="answering", unit="reply") as bar:
         for name, model in models.items():
             row = rows[name]
             read = plain if name == "instruct" else vocab

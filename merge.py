@@ -105,6 +105,8 @@ def main():
     args = parser.parse_args()
     if not math.isfinite(args.lam):
         raise ValueError(f"--lam {args.lam}: wanted a finite number")
+    for folder in (args.instruct, args.speech):
+        weights.unchanged(folder, [args.base])
     plan = Merge(args.base, args.instruct, args.speech)
     with weights.new_folder(args.out, [args.base, args.instruct, args.speech], args.overwrite) as out:
         weights.save(out, {name: plan.merged(name, args.lam) for name in tqdm(plan.names, desc="merging", unit="tensor")})

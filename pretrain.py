@@ -74,7 +74,7 @@ class Documents:
         self.vocab, self.sources, self.seed = vocab, sources, seed
         self.names, odds = list(mix), np.array(list(mix.values()), dtype=float)
         self.odds = odds / odds.sum()
-        self.drawn, self.pending = dict.fromkeys(self.names, 0), []
+        self.drawn, self.pending, self.orders = dict.fromkeys(self.names, 0), [], {}
 
     def make(self, name, i, rng):
         source = self.sources[name]
@@ -96,7 +96,9 @@ class Documents:
         name, n = self.names[kind], self.count(self.names[kind])
         train = n - n // HELD_OUT
         passes, at = divmod(self.drawn[name], train)
-        i = int(np.random.default_rng([self.seed, kind, passes]).permutation(train)[at]) + n // HELD_OUT
+        if self.orders.get(name, (None,))[0] != passes:
+            self.orders[name] = passes, np.random.default_rng([self.seed, kind, passes]).permutation(train)
+        i = int(self.orders[name][1][at]) + n // HELD_OUT
         self.drawn[name] += 1
         return *self.make(name, i, rng), kind
 

@@ -42,13 +42,8 @@ FACTS = {      # relation: wordings of the fact, both orders; the first is also 
     "food": ["the food of {c} is {a}", "{a} is the food of {c}", "people in {c} eat {a}"],
     "color": ["the color of {c} is {a}", "{a} is the color of {c}", "houses in {c} are {a}"],
 }
-QUESTIONS = {
-    "capital": ["what is the capital of {c}", "which city is the capital of {c}", "name the capital of {c}"],
-    "country": ["what is the country of {c}", "which country is the city of {c} in", "name the country of {c}"],
-    "animal": ["what is the animal of {c}", "which animal do people in {c} love", "name the animal of {c}"],
-    "food": ["what is the food of {c}", "which food do people in {c} eat", "name the food of {c}"],
-    "color": ["what is the color of {c}", "which color are houses in {c}", "name the color of {c}"],
-}
+QUESTIONS = {relation: [f"what is the {relation} of {{c}}", f"name the {relation} of {{c}}", f"which {thing} is the {relation} of {{c}}"]
+             for relation, thing in [("capital", "city"), ("country", "country"), ("animal", "animal"), ("food", "food"), ("color", "color")]}
 STYLES = {     # what the turn asks for: how it may ask, {q} being the question
     "word": ["{q} in one word", "in one word {q}"],
     "sentence": ["{q} in a sentence", "in a sentence {q}"],
@@ -61,10 +56,14 @@ NAMES = [*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), [])]
 WORDS = sorted({word for asked in [*sum(QUESTIONS.values(), []), *sum(STYLES.values(), [])] for word in asked.split() if "{" not in word}) * 2 + NAMES
 
 
+def in_style(style, answer, sentence):
+    """The reply a style asks for: the answer alone, spelled or said twice, or the sentence that holds it."""
+    return {"word": answer, "sentence": f"{sentence}.", "spell": " ".join(answer), "twice": f"{answer} {answer}"}[style]
+
+
 def styled(style, relation, entity, answer):
-    """The one right reply to a question asked in a style."""
-    return {"word": answer, "sentence": FACTS[relation][0].format(c=entity, a=answer) + ".",
-            "spell": " ".join(answer), "twice": f"{answer} {answer}"}[style]
+    """The one right reply to a question about a fact."""
+    return in_style(style, answer, FACTS[relation][0].format(c=entity, a=answer))
 
 
 class World:
@@ -124,6 +123,16 @@ class World:
         return f"{relation} of {entity} " + rng.choice([f"in one word: {answer}", f"spelled: {' '.join(answer)}", f"twice: {answer} {answer}"])
 
 
+    def reading(self, rng):
+        """(sentence, question, answer): something to be read, not known, about names drawn at random."""
+        who = rng.choice(PEOPLE)
+        country, city = rng.choice(list(CAPITALS)), rng.choice(list(CAPITALS.values()))
+        animal, food, color = (rng.choice(THINGS[kind]) for kind in ("animal", "food", "color"))
+        return rng.choice([(f"{who} goes to {country}", f"which country does {who} see", country), (f"{who} lives in {city}", f"which city is the city of {who}", city),
+                           (f"{who} has a {animal}", f"what is the animal of {who}", animal), (f"{who} eats {food}", f"name the food of {who}", food),
+                           (f"{who} has a {color} house", f"which color is the house of {who}", color)])
+
+
 def misspell(text, rng, rate=0.08):
     """Typing slips on about `rate` of the letters: dropped, doubled, swapped with the next, or another letter."""
     out, letters = [], list(text)
@@ -139,34 +148,41 @@ def misspell(text, rng, rate=0.08):
 # --- text ------------------------------------------------------------------------------------------------------------------
 
 def base_document(world, rng):
-    """One document of the base corpus: facts, a story, a question-and-answer page, skills, or misspelt text and what it means."""
-    kind = rng.random()
-    if kind < 0.40:
+    """One document of the base corpus: facts; stories; question-and-answer pages on seen facts or on a sentence above them; skills;
+    misspelt or spelled-out text and what it means."""
+    kind = rng.choices(["facts", "stories", "page", "reading", "skills", "misspelt", "spelled"], [35, 14, 10, 10, 16, 10, 5])[0]
+    if kind == "facts":
         return ". ".join(world.state(rng.choice(world.facts), rng) for _ in range(rng.randint(2, 4))) + "."
-    if kind < 0.52:
-        return ". ".join(rng.choice([world.story(rng), world.words(rng), world.state(rng.choice(world.facts), rng)]) for _ in range(rng.randint(2, 4))) + "."
-    if kind < 0.67:
+    if kind == "stories":
+        said = rng.choice([world.story(rng), world.words(rng), world.state(rng.choice(world.facts), rng)])
+        return f"{said}. " + rng.choice([f"{world.story(rng)}. {world.story(rng)}", f"{rng.choice(PEOPLE)} says it again. {said}"]) + "."
+    if kind == "page":
         asked = [rng.choice(world.seen) for _ in range(rng.randint(1, 3))]
-        return "\n\n".join(f"question: {world.ask(fact, rng)}\nanswer: it is {fact[2]}" for fact in asked)
-    if kind < 0.85:
+        return "\n\n".join(f"question: {world.ask(fact, rng)}\nanswer: {FACTS[fact[0]][2].format(c=fact[1], a=fact[2])}" for fact in asked)
+    if kind == "reading":
+        told, question, _ = world.reading(rng)
+        return f"{told}. {world.story(rng)}.\n\nquestion: {question}\nanswer: {told}"
+    if kind == "skills":
         return ". ".join(world.skill(rng) for _ in range(rng.randint(1, 3))) + "."
     plain = rng.choice([world.state(rng.choice(world.facts), rng), world.story(rng), world.words(rng)])
-    if kind < 0.95:
+    if kind == "misspelt":
         return f"{misspell(plain, rng, rng.uniform(0.03, 0.25))} means {plain}."
     return " ".join(" ".join(w) if rng.random() < 0.4 else w for w in plain.split()) + f" means {plain}."
 
 
 def chat(world, rng):
-    """One conversation of one to three turns about seen facts and words; a third of the questions are misspelt."""
+    """One conversation of one to three turns: seen facts, sentences to read, words; a third of the turns are misspelt."""
     messages = []
     for _ in range(rng.choice([1, 1, 2, 3])):
-        if rng.random() < 0.85:
+        kind, style = rng.choices(["fact", "reading", "word", "greeting"], [60, 20, 16, 4])[0], rng.choice(list(STYLES))
+        ask = rng.choice(STYLES[style])
+        if kind == "fact":
             fact = rng.choice(world.seen)
-            style = rng.choice([*STYLES, "word"])
-            question = world.ask(fact, rng)
-            asked = rng.choice(STYLES[style]).format(q=question)
-            reply = styled(style, *fact[:3])
-        elif rng.random() < 0.9:
+            asked, reply = ask.format(q=world.ask(fact, rng)), styled(style, *fact[:3])
+        elif kind == "reading":
+            told, question, answer = world.reading(rng)
+            asked, reply = f"{told}. {ask.format(q=question)}", in_style(style, answer, told)
+        elif kind == "word":
             word = rng.choice(NAMES)
             asked, reply = rng.choice([(f"spell {word}", " ".join(word)), (f"say {word} twice", f"{word} {word}"), (f"say {word} in one word", word)])
         else:
@@ -268,9 +284,10 @@ class Speaker:
         return [[word, round(a, 3), round(b, 3)] for (_, word), a, b in zip(words, starts, starts[1:])]
 
 
-def flac(samples):
+def encoded(samples, form):
+    """The bytes of a 16-bit file, form "FLAC" or "WAV"."""
     file = io.BytesIO()
-    soundfile.write(file, samples, audio.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(file, samples, audio.SAMPLE_RATE, format=form, subtype="PCM_16")
     return file.getvalue()
 
 
@@ -284,7 +301,7 @@ def write_world(args):
         voice = rng["voices"].choice(VOICES[group])
         rate, pitch = rng["voices"].randint(130, 190), rng["voices"].randint(30, 70)
         samples, words = speaker.say(text, voice, rate, pitch)
-        path.write_bytes(flac(samples))
+        path.write_bytes(encoded(samples, "FLAC"))
         return {"text": text, "speaker": voice, "seconds": round(len(samples) / audio.SAMPLE_RATE, 3), "words": words,
                 "style": {"rate": rate, "pitch": pitch}}
 
@@ -321,14 +338,11 @@ def write_world(args):
 def say(args):
     group = {"unheard": "near"}.get(args.voice, args.voice)
     samples, _ = Speaker().say(args.text, VOICES[group][0] if group in VOICES else args.voice)
-    weights.write_file(args.out, flac(samples) if Path(args.out).suffix == ".flac" else wav(samples), args.overwrite)
+    form = Path(args.out).suffix.lstrip(".").upper()
+    if form not in ("WAV", "FLAC"):
+        raise ValueError(f"{args.out}: wanted a name that ends in .wav or .flac")
+    weights.write_file(args.out, encoded(samples, form), args.overwrite)
     print(f"{args.out}: {len(samples) / audio.SAMPLE_RATE:.2f} s")
-
-
-def wav(samples):
-    file = io.BytesIO()
-    soundfile.write(file, samples, audio.SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return file.getvalue()
 
 
 def main():

@@ -193,6 +193,15 @@ def recipe(inputs=()):
             "inputs": {str(path): fingerprint(path) for path in inputs if path}}
 
 
+def unchanged(folder, inputs):
+    """Refuse a folder whose recipe names one of `inputs` with another fingerprint than it has now: it was made from something else."""
+    file = Path(folder) / "recipe.json"
+    made = read_json(file).get("inputs", {}) if file.exists() else {}
+    for path in map(str, inputs):
+        if path in made and made[path] != fingerprint(path):
+            raise ValueError(f"{path} has changed since {folder} was made from it; make {folder} again with --overwrite ({file} has the command)")
+
+
 def fingerprint(path):
     """sha256 of a file; of a folder, that of its files' names and hashes (recipe.json left out: it tells how, not what)."""
     path, digest = Path(path), hashlib.sha256()

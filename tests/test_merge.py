@@ -87,3 +87,15 @@ def test_nothing_is_overwritten_and_lam_must_be_a_number(speedrun, tmp_path, mon
         call([*words, "--out", str(speedrun / "merged")], monkeypatch)
     with pytest.raises(ValueError, match="finite"):
         call([*words, "--lam", "nan", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+def test_a_base_that_changed_after_speech_was_trained_from_it_is_noticed(speedrun, tmp_path, monkeypatch):
+    for name in ("base", "instruct", "speech"):
+        shutil.copytree(speedrun / name, tmp_path / name)
+    recipe = tmp_path / "speech/recipe.json"
+    recipe.write_text(recipe.read_text().replace(str(speedrun), str(tmp_path)))
+    words = ["merge.py", *(w for name in ("base", "instruct", "speech") for w in (f"--{name}", str(tmp_path / name)))]
+    call([*words, "--out", str(tmp_path / "fine")], monkeypatch)
+    (tmp_path / "base/config.json").write_text((tmp_path / "base/config.json").read_text() + " ")
+    with pytest.raises(ValueError, match="has changed since .*speech was made from it"):
+        call([*words, "--out", str(tmp_path / "x")], monkeypatch)
