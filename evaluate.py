@@ -38,7 +38,7 @@ from vocab import Vocab
 ROWS = ["base", "instruct", "instruct_rows", "speech", "merged", "cascade"]
 COLUMNS = ["typed", "typed_unseen", "typed_noisy", "spoken_heard", "spoken_near", "spoken_near_unseen", "spoken_far", "wer_near", "text_loss"]
 LAMS = [0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15]
-LIMIT, BATCH = 48, 64               # tokens in an answer, questions answered at once
+LIMIT, BATCH = 80, 64              # tokens in an answer or a transcript (longer ones never ended), questions answered at once
 
 
 # --- answering -------------------------------------------------------------------------------------------------------------

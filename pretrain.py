@@ -27,11 +27,12 @@ from vocab import Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README). layers: shares of the depth
     "text": dict(steps=1500, lr=2e-3, pull=0.0, rows_first=0, layers=(0, 1), mix="text=1"),
-    "chat": dict(steps=600, lr=3e-4, pull=0.0, rows_first=0, layers=(0, 1), mix="chat=1"),
-    "units": dict(steps=1500, lr=5e-4, pull=0.0, rows_first=200, layers=(0, 0.5), mix="interleave=0.5,transcribe=0.3,text=0.2"),
+    "chat": dict(steps=400, lr=3e-4, pull=0.0, rows_first=0, layers=(0, 1), mix="chat=1"),
+    "units": dict(steps=1800, lr=7e-4, pull=0.0, rows_first=150, layers=(0, 0.5), mix="interleave=0.4,transcribe=0.5,text=0.1"),
 }
 ROWS_FASTER = 10                    # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
+WHOLE = 0.4                         # share of transcripts that are of whole utterances
 HELD_OUT = 100                      # one document in a hundred is for validation only
 
 
@@ -50,18 +51,34 @@ def field(row, name, path):
     return row[name]
 
 
+def stretch(corpus, i, rng, most):
+    """A stretch of row i's words, at most `most` of them: (words before, its units, its words, words after)."""
+    words, (units, durations) = corpus.rows[i]["words"], corpus[i]
+    b = int(rng.integers(1, min(most, len(words)) + 1))                     # its length, then where it begins: half of the time at the start
+    a = int(rng.integers(len(words) - b + 1)) if rng.random() < 0.5 else 0
+    spoken = between(units, durations, words[a][1], words[a + b - 1][2], corpus.meta["frame_rate"])
+    text = [" ".join(w for w, _, _ in part) for part in (words[:a], words[a:a + b], words[a + b:])]
+    return text[0], spoken, text[1], text[2]
+
+
 def interleaved(vocab, corpus, i, rng):
     """Row i with a stretch of words spoken and the rest written; without word times, row i spoken and the next one written."""
-    row, (units, durations) = corpus.rows[i], corpus[i]
-    words = row.get("words")
-    if not words:
+    row = corpus.rows[i]
+    if not row.get("words"):
         following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
-        return vocab.interleave([np.asarray(units)] + ([" " + following] if following else []))
-    a = rng.integers(len(words)) if rng.random() < 0.5 else 0              # half of the spans begin the sentence
-    b = rng.integers(a, len(words)) + 1
-    spoken = between(units, durations, words[a][1], words[b - 1][2], corpus.meta["frame_rate"])
-    before, after = " ".join(w for w, _, _ in words[:a]), " ".join(w for w, _, _ in words[b:])
+        return vocab.interleave([np.asarray(corpus[i][0])] + ([" " + following] if following else []))
+    before, spoken, _, after = stretch(corpus, i, rng, len(row["words"]))
     return vocab.interleave([before] * bool(before) + [spoken] + [" " + after] * bool(after))
+
+
+def transcribed(vocab, corpus, i, rng):
+    """Row i and its transcript; where word times are known, mostly of a short stretch of it: which units spell which letters
+    is found in a word or two long before it is found in a sentence."""
+    row = corpus.rows[i]
+    if not row.get("words") or rng.random() < WHOLE:
+        return vocab.transcribe(np.asarray(corpus[i][0]), field(row, "text", "the units' manifest"))
+    _, spoken, said, _ = stretch(corpus, i, rng, 4)
+    return vocab.transcribe(spoken, said)
 
 
 class Documents:
@@ -84,7 +101,7 @@ class Documents:
             return self.vocab.chat(source[i])
         if name == "interleave":
             return interleaved(self.vocab, source, i, rng)
-        return self.vocab.transcribe(np.asarray(source[i][0]), field(source.rows[i], "text", "the units' manifest"))
+        return transcribed(self.vocab, source, i, rng)
 
     def count(self, name):
         return len(self.sources[name].rows if isinstance(self.sources[name], Units) else self.sources[name])
