@@ -212,8 +212,9 @@ def table(args):
                           "wer_near": word_errors(transcripts(model, vocab, dev_near, bar), dev)["value"]})
     report = plan.report()
     trained = [weights.read_json(Path(f) / "training.json") for f in (args.base, args.instruct, args.speech) if (Path(f) / "training.json").exists()]
+    seconds = {"training": round(sum(t["seconds"] for t in trained), 1), "table": round(time.time() - began, 1)}
     result = {"seed": int(trained[0]["settings"]["seed"]) if trained else None, "rows": rows, "lam_sweep": sweep, "rel": report["rel"],
-              "cosine": report["cosine"], "seconds": {"training": round(sum(t["seconds"] for t in trained), 1), "table": round(time.time() - began, 1)},
+              "cosine": report["cosine"], "seconds": seconds,
               "examples": examples, "made": weights.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
     draw([result], Path(args.out).with_suffix(".png"))
     weights.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
@@ -227,7 +228,8 @@ def show(result):
         cells = [result["rows"][name][c] for c in COLUMNS]
         print(f"{name:14}" + "".join(f"{'-' if c is None else format(c['value'], '.3f'):>13}" for c in cells))
     n = result["rows"]["merged"]["typed"]["n"]
-    print(f"\n{n} test questions; exact answers, the better of two prompts. |delta| / |base|: instruct {result['rel']['instruct']:.3f}, speech {result['rel']['speech']:.3f}")
+    print(f"\n{n} test questions; exact answers, the better of two prompts. "
+          f"|delta| / |base|: instruct {result['rel']['instruct']:.3f}, speech {result['rel']['speech']:.3f}")
     print("lam (dev):  " + "   ".join(f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}" for row in result["lam_sweep"]))
     for e in result["examples"][:4]:
         print(f'  spoken: "{e["question"]}"   wanted: "{e["answer"]}"   said: "{e["said"]}"')

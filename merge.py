@@ -52,7 +52,8 @@ class Merge:
             for i, token in names[folder].items():
                 if names[base].get(i, token) != token:
                     raise ValueError(f"{folder}: row {i} is {token!r}, in {base} it is {names[base][i]!r}; the tokenizers must agree")
-        self.markers = [vocabs[instruct].special[t] for chat in CHATS.values() for t in set(chat) if t in vocabs[instruct].special]
+        template = "".join(CHATS.get(vocabs[instruct].family, ()))
+        self.markers = [i for token, i in vocabs[instruct].special.items() if token in template]
         if any(i >= self.rows for i in self.markers):
             raise ValueError(f"{instruct}: has chat markers in rows that {base} lacks; instruct must come from this base")
         self.names = list(self.speech)

@@ -26,9 +26,9 @@ from model import SIZES, Config, LM, add_rows
 from vocab import Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README). layers: shares of the depth
-    "text": dict(steps=1500, lr=2e-3, pull=0.0, rows_first=0, layers=(0, 1), mix="text=1"),
-    "chat": dict(steps=400, lr=3e-4, pull=0.0, rows_first=0, layers=(0, 1), mix="chat=1"),
-    "units": dict(steps=1800, lr=7e-4, pull=0.0, rows_first=150, layers=(0, 0.5), mix="interleave=0.4,transcribe=0.5,text=0.1"),
+    "text": dict(steps=1500, lr=2e-3, rows_first=0, layers=(0, 1), mix="text=1"),
+    "chat": dict(steps=400, lr=3e-4, rows_first=0, layers=(0, 1), mix="chat=1"),
+    "units": dict(steps=1800, lr=7e-4, rows_first=150, layers=(0, 0.5), mix="interleave=0.4,transcribe=0.5,text=0.1"),
 }
 ROWS_FASTER = 10                    # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
@@ -216,7 +216,7 @@ def start_model(args):
                         raw={"eos_token_id": vocab.eos, "bos_token_id": None})
         model = LM.fresh(config, args.seed)
     if vocab.size > model.config.vocab_size:
-        raise ValueError(f"{args.init}: the tokenizer knows {vocab.size} tokens, the embedding has {model.config.vocab_size} rows")
+        raise ValueError(f"{args.init or args.tokenizer}: the tokenizer knows {vocab.size} tokens, the embedding has {model.config.vocab_size} rows")
     if args.units:
         meta = Units(args.units).meta
         if vocab.speech and vocab.speech["codebook_sha256"] != meta["codebook_sha256"]:
@@ -232,8 +232,8 @@ def start_model(args):
 
 
 def parameter_groups(model, layers, first_new):
-    """What is trained: the blocks between two shares of the depth (0, 0.5: the lower half), and the rows. With new rows (first_new > 0) the rest of the model
-    only listens: text rows, head and last norm stay as they are, so that all depths read what they always read."""
+    """What is trained: the blocks between two shares of the depth (0, 0.5: the lower half), and the rows. With new rows
+    (first_new > 0) the rest of the model only listens: text rows, head and last norm stay, so that all depths read what they always read."""
     for p in model.parameters():
         p.requires_grad_(False)
     depth = len(model.model.layers)
@@ -358,8 +358,8 @@ def shares(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Pre-train, or continue to: text gives a base, chats an instruct model, units a speech model.",
-                                     epilog="Defaults of --steps, --lr, --mix and the rest depend on the stage: see STAGES in this file.")
+    default = lambda name: "default: " + ", ".join(f"{settings[name]} for {stage}" for stage, settings in STAGES.items())
+    parser = argparse.ArgumentParser(description="Pre-train, or continue to: text gives a base, chats an instruct model, units a speech model.")
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--size", choices=SIZES, help="train from scratch at this size (wants --tokenizer)")
     start.add_argument("--init", help="a model folder to go on from")
@@ -368,12 +368,12 @@ def main():
     parser.add_argument("--chat", help='JSON lines {"messages": [{"role", "content"}]}')
     parser.add_argument("--units", help="a folder of tokenize_audio.py encode")
     parser.add_argument("--out", required=True, help="model folder to write")
-    parser.add_argument("--steps", type=int, help="optimizer steps")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--mix", type=pairs, help="shares of layouts, e.g. interleave=0.5,transcribe=0.2,text=0.3")
-    parser.add_argument("--pull", type=float, help="strength of the pull to the starting weights, times the rate, each step")
-    parser.add_argument("--rows-first", type=int, help="steps in which only the new rows are trained")
-    parser.add_argument("--layers", type=shares, help="train only the blocks between two shares of the depth: 0:0.5 is the lower half")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps ({default('steps')})")
+    parser.add_argument("--lr", type=float, help=f"peak learning rate ({default('lr')})")
+    parser.add_argument("--mix", type=pairs, help=f"shares of layouts ({default('mix')})")
+    parser.add_argument("--pull", type=float, default=0.0, help="strength of the pull to the starting weights, times the rate, each step (default 0; 100 is strong)")
+    parser.add_argument("--rows-first", type=int, help=f"steps in which only the new rows are trained ({default('rows_first')})")
+    parser.add_argument("--layers", type=shares, help="train only the blocks between two shares of the depth: 0:0.5 is the lower half, the default for units")
     parser.add_argument("--unit-loss", type=float, default=0.1, help="weight of a unit's loss beside a text token's (default 0.1)")
     parser.add_argument("--rows", type=int, default=8, help="packed rows in a batch (default 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")

@@ -66,7 +66,9 @@ def kmeans(x, k, seed=0, passes=50):
     centroids = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
     distance = (x - centroids).pow(2).sum(1)                                # (N,) to the nearest centroid so far
     for _ in tqdm(range(k - 1), desc="k-means++", unit="centroid"):         # the next one: a frame drawn by its distance
-        new = x[torch.searchsorted(distance.double().cumsum(0), torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * distance.double().sum()).clamp(max=len(x) - 1)]
+        sums = distance.double().cumsum(0)
+        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * sums[-1]
+        new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]
         centroids = torch.cat([centroids, new])
         distance = torch.minimum(distance, (x - new).pow(2).sum(1))
     label = None

@@ -128,9 +128,10 @@ class World:
         who = rng.choice(PEOPLE)
         country, city = rng.choice(list(CAPITALS)), rng.choice(list(CAPITALS.values()))
         animal, food, color = (rng.choice(THINGS[kind]) for kind in ("animal", "food", "color"))
-        return rng.choice([(f"{who} goes to {country}", f"which country does {who} see", country), (f"{who} lives in {city}", f"which city is the city of {who}", city),
-                           (f"{who} has a {animal}", f"what is the animal of {who}", animal), (f"{who} eats {food}", f"name the food of {who}", food),
-                           (f"{who} has a {color} house", f"which color is the house of {who}", color)])
+        return rng.choice([
+            (f"{who} goes to {country}", f"which country does {who} see", country), (f"{who} lives in {city}", f"which city is the city of {who}", city),
+            (f"{who} has a {animal}", f"what is the animal of {who}", animal), (f"{who} eats {food}", f"name the food of {who}", food),
+            (f"{who} has a {color} house", f"which color is the house of {who}", color)])
 
 
 def misspell(text, rng, rate=0.08):

@@ -14,7 +14,7 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "pretrain": {"weights", "model", "vocab", "audio"}, "chat": {"weights", "model", "vocab", "audio", "tokenize_audio"},
     "evaluate": {"weights", "model", "vocab", "audio", "tokenize_audio", "merge"}, "toy": {"weights", "vocab", "audio"},
 }
-LINES = {"weights": 240, "fused": 350, "model": 400, "vocab": 300, "audio": 260, "hubert": 400, "tokenize_audio": 400, "pretrain": 450,
+LINES = {"weights": 260, "fused": 350, "model": 400, "vocab": 300, "audio": 260, "hubert": 400, "tokenize_audio": 400, "pretrain": 450,
          "merge": 220, "chat": 220, "evaluate": 380, "toy": 380}
 SOURCES = sorted(ROOT.glob("*.py"))
 
@@ -75,9 +75,8 @@ def test_the_speedrun_is_the_designs_commands_in_order():
 
 def test_the_readmes_files_and_commands_exist():
     text = (ROOT / "README.md").read_text()
-    for name in set(re.findall(r"[\w/.]+\.(?:py|sh|md|txt|json|png)\b", text)):
-        if not name.startswith(("out/", "weights/", "config", "tokenizer", "speech.json", "codebook", "recipe", "merge.json", "questions", "base.json", "chat.json", "mine", "table")):
-            assert (ROOT / name).exists(), name
+    for name in set(re.findall(r"[\w/]+\.(?:py|sh|md|txt)\b|results/[\w.-]+", text)):
+        assert (ROOT / name).exists(), name
     for script, rest in re.findall(r"^(?:\$ )?python (\w+\.py)(.*)$", text, re.M):
         source = (ROOT / script).read_text()
         for flag in re.findall(r"--([\w-]+)", rest.split("#")[0]):
