@@ -70,17 +70,13 @@ class World:
     """The facts of a seed: `facts` is a list of (relation, entity, answer, seen)."""
 
     def __init__(self, seed):
-        rng = random.Random(f"world {seed}")
-        self.facts = []
-        for relation in FACTS:
-            if relation in THINGS:
-                pool = THINGS[relation] * (len(CAPITALS) // len(THINGS[relation]) + 1)
-                pairs = list(zip(CAPITALS, rng.sample(pool[:len(CAPITALS)], len(CAPITALS))))
-            else:
-                pairs = list(CAPITALS.items()) if relation == "capital" else [(city, country) for country, city in CAPITALS.items()]
-            unseen = set(rng.sample(range(len(pairs)), len(pairs) // 3)) if relation != "country" else hidden    # a capital hides both ways
-            hidden = unseen
-            self.facts += [(relation, entity, answer, i not in unseen) for i, (entity, answer) in enumerate(pairs)]
+        rng, n = random.Random(f"world {seed}"), len(CAPITALS)
+        pairs = {"capital": list(CAPITALS.items()), "country": [(city, country) for country, city in CAPITALS.items()]}
+        unseen = dict.fromkeys(pairs, set(rng.sample(range(n), n // 3)))    # a capital hides both ways
+        for relation, things in THINGS.items():
+            pairs[relation] = list(zip(CAPITALS, rng.sample((things * n)[:n], n)))
+            unseen[relation] = set(rng.sample(range(n), n // 3))
+        self.facts = [(relation, *pair, i not in unseen[relation]) for relation in FACTS for i, pair in enumerate(pairs[relation])]
         self.seen = [fact for fact in self.facts if fact[3]]
 
     def state(self, fact, rng):
@@ -121,7 +117,6 @@ class World:
             return f"{relation} of {entity}: {answer}"
         relation, entity, answer, _ = rng.choice(self.seen)
         return f"{relation} of {entity} " + rng.choice([f"in one word: {answer}", f"spelled: {' '.join(answer)}", f"twice: {answer} {answer}"])
-
 
     def reading(self, rng):
         """(sentence, question, answer): something to be read, not known, about names drawn at random."""
