@@ -26,11 +26,11 @@ from model import SIZES, Config, LM, add_rows
 from vocab import Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README). layers: shares of the depth
-    "text": dict(steps=1500, lr=2e-3, rows_first=0, layers=(0, 1), mix="text=1"),
-    "chat": dict(steps=400, lr=3e-4, rows_first=0, layers=(0, 1), mix="chat=1"),
-    "units": dict(steps=1800, lr=7e-4, rows_first=150, layers=(0, 0.5), mix="interleave=0.4,transcribe=0.5,text=0.1"),
+    "text": dict(steps=1500, rows=8, lr=2e-3, rows_first=0, layers=(0, 1), mix="text=1"),
+    "chat": dict(steps=400, rows=8, lr=3e-4, rows_first=0, layers=(0, 1), mix="chat=1"),
+    "units": dict(steps=3600, rows=4, lr=1.5e-3, rows_first=50, layers=(0, 0.5), mix="interleave=0.3,transcribe=0.6,text=0.1"),
 }
-ROWS_FASTER = 10                    # new rows start from noise, the body from a trained model: they learn this much faster
+ROWS_FASTER = 5                    # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
 WHOLE = 0.4                         # share of transcripts that are of whole utterances
 HELD_OUT = 100                      # one document in a hundred is for validation only
@@ -218,12 +218,14 @@ def start_model(args):
     if vocab.size > model.config.vocab_size:
         raise ValueError(f"{args.init or args.tokenizer}: the tokenizer knows {vocab.size} tokens, the embedding has {model.config.vocab_size} rows")
     if args.units:
-        meta = Units(args.units).meta
+        corpus = Units(args.units)
+        meta = corpus.meta
         if vocab.speech and vocab.speech["codebook_sha256"] != meta["codebook_sha256"]:
             raise ValueError(f"{args.units} was encoded with another codebook than {args.init} learnt; encode with the codebook in {args.init}")
         if not vocab.speech:
             space = vocab.encode(" ")[0]
-            first = add_rows(model, 2 + meta["k"], {0: space, 1: space}, args.seed)        # the markers start as what a pause is in text
+            used = {i for row in corpus.rows[:1000] for i in vocab.encode(row.get("text", ""))} or set(vocab.bytes_of)
+            first = add_rows(model, 2 + meta["k"], {0: space, 1: space}, used, args.seed)  # the markers start as what a pause is in text
             vocab.with_speech(first, meta["k"])
             vocab.speech = {"speech": first, "end_speech": first + 1, "first_unit": first + 2, "k": meta["k"], "frame_rate": meta["frame_rate"],
                             "features": meta["features"], "codebook_sha256": meta["codebook_sha256"]}
@@ -375,7 +377,7 @@ def main():
     parser.add_argument("--rows-first", type=int, help=f"steps in which only the new rows are trained ({default('rows_first')})")
     parser.add_argument("--layers", type=shares, help="train only the blocks between two shares of the depth: 0:0.5 is the lower half, the default for units")
     parser.add_argument("--unit-loss", type=float, default=0.1, help="weight of a unit's loss beside a text token's (default 0.1)")
-    parser.add_argument("--rows", type=int, default=8, help="packed rows in a batch (default 8)")
+    parser.add_argument("--rows", type=int, help=f"packed rows in a batch ({default('rows')})")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
