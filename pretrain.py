@@ -26,11 +26,11 @@ from model import SIZES, Config, LM, add_rows
 from vocab import Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README). layers: shares of the depth
-    "text": dict(steps=1500, rows=8, lr=2e-3, rows_first=0, layers=(0, 1), mix="text=1"),
-    "chat": dict(steps=400, rows=8, lr=3e-4, rows_first=0, layers=(0, 1), mix="chat=1"),
-    "units": dict(steps=3600, rows=4, lr=1.5e-3, rows_first=50, layers=(0, 0.5), mix="interleave=0.3,transcribe=0.6,text=0.1"),
+    "text": dict(steps=1500, rows=8, lr=2e-3, pull=0, rows_first=0, layers=(0, 1), mix="text=1"),
+    "chat": dict(steps=400, rows=8, lr=3e-4, pull=0, rows_first=0, layers=(0, 1), mix="chat=1"),
+    "units": dict(steps=2400, rows=4, lr=5e-4, pull=5, rows_first=100, layers=(0, 0.5), mix="interleave=0.3,transcribe=0.6,text=0.1"),
 }
-ROWS_FASTER = 5                    # new rows start from noise, the body from a trained model: they learn this much faster
+ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
 WHOLE = 0.4                         # share of transcripts that are of whole utterances
 HELD_OUT = 100                      # one document in a hundred is for validation only
@@ -373,7 +373,8 @@ def main():
     parser.add_argument("--steps", type=int, help=f"optimizer steps ({default('steps')})")
     parser.add_argument("--lr", type=float, help=f"peak learning rate ({default('lr')})")
     parser.add_argument("--mix", type=pairs, help=f"shares of layouts ({default('mix')})")
-    parser.add_argument("--pull", type=float, default=0.0, help="strength of the pull to the starting weights, times the rate, each step (default 0; 100 is strong)")
+    parser.add_argument("--pull", type=float,
+                        help=f"strength of the pull to the starting weights, times the rate, each step ({default('pull')})")
     parser.add_argument("--rows-first", type=int, help=f"steps in which only the new rows are trained ({default('rows_first')})")
     parser.add_argument("--layers", type=shares, help="train only the blocks between two shares of the depth: 0:0.5 is the lower half, the default for units")
     parser.add_argument("--unit-loss", type=float, default=0.1, help="weight of a unit's loss beside a text token's (default 0.1)")
