@@ -93,7 +93,7 @@ def ratio(parts, wholes):
 
 
 def cell(value, n, low, high):
-    return {"value": round(float(value), 4), "n": int(n), "low": round(float(low), 4), "high": round(float(high), 4)}
+    return {"value": round(float(value), 4), "n": int(n), "low": round(float(low), 4) + 0.0, "high": round(float(high), 4)}
 
 
 def exact(said, questions):
@@ -250,7 +250,7 @@ def draw(results, path):
     left.legend()
     for column, label in (("typed", "typed"), ("spoken_near", "spoken (near voices)")):
         right.plot(LAMS, [mean([row[column] for r in results for row in r["lam_sweep"] if row["lam"] == lam]) for lam in LAMS], marker="o", label=label)
-    right.set(xlabel="lam", ylim=(-0.03, 1.03), title="base + lam (speech - base) + (instruct - base): dev questions")
+    right.set(xlabel="lam", ylim=(-0.03, 1.03), title="The lam sweep: dev questions")
     right.legend()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

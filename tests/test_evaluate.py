@@ -4,7 +4,7 @@ import math
 import pytest
 
 import evaluate
-from conftest import call
+from conftest import ROOT, call
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
 
 
@@ -73,3 +73,8 @@ def test_a_report_joins_seeds_and_refuses_what_is_no_table(speedrun, tmp_path, m
         call(["evaluate.py", "report", *tables, "--out", str(tmp_path / "toy.json")], monkeypatch)
     with pytest.raises(ValueError, match="not a table"):
         call(["evaluate.py", "report", str(tmp_path / "toy.json"), "--out", str(tmp_path / "x.json")], monkeypatch)
+
+
+def test_the_readmes_table_is_the_one_in_results():
+    made = json.loads((ROOT / "results/toy.json").read_text())
+    assert evaluate.markdown(made["seeds"]) in (ROOT / "README.md").read_text()

@@ -35,7 +35,7 @@ def stream(speedrun):
     return lambda mix, seed=0: Documents(vocab, sources, mix, seed)
 
 
-def test_rows_are_over_97_percent_full_and_nothing_is_lost(stream):
+def test_rows_are_over_95_percent_full_and_nothing_is_lost(stream):
     documents, total, filled = stream({"text": 1}), 0, 0
     for _ in range(5):
         batch = documents.batch(8, 256)
@@ -45,7 +45,7 @@ def test_rows_are_over_97_percent_full_and_nothing_is_lost(stream):
     again = stream({"text": 1})
     lengths = sum(len(again.next()[0]) for _ in range(said))
     packed = lengths - sum(len(ids) for ids, _, _ in documents.pending)
-    assert packed / total > 0.97 and filled / total > 0.9
+    assert packed / total > 0.95 and filled / total > 0.9
 
 
 def test_the_stream_repeats_by_seed_passes_over_everything_and_never_trains_on_held_out_rows(stream):
