@@ -119,6 +119,8 @@ class AudioTokenizer:
 def fit(args):
     if (args.features == "hubert") != bool(args.hubert):
         raise ValueError("give --hubert FOLDER --layer N for HuBERT features, or --features mfcc")
+    if not 1 <= args.k <= 1 << 16:
+        raise ValueError(f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can name")
     recipe = {"kind": "mfcc"}
     if args.hubert:
         recipe = {"kind": "hubert", "path": str(Path(args.hubert).resolve()), "layer": args.layer, "sha256": weights.fingerprint(args.hubert)}

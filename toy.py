@@ -291,6 +291,9 @@ def encoded(samples, form):
 # --- commands --------------------------------------------------------------------------------------------------------------
 
 def write_world(args):
+    for name in ("hours", "documents", "dev", "test"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: wanted more than 0")
     world, speaker, dumps = World(args.seed), Speaker(), lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
     rng = {name: random.Random(f"{name} {args.seed}") for name in ("base", "chat", "speech", "questions", "voices")}
 
