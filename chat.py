@@ -65,10 +65,10 @@ class Chat:
         return self.vocab.decode(ids).strip()
 
 
-def turn(chat, line, transcribe):
-    """Answer one line on the screen. True if it went well; a bad input is one line on stderr."""
+def turn(chat, line, transcribe, spoken=False):
+    """Answer one line on the screen, a path to audio if `spoken` or if it looks like one. True if it went well; a bad input is one line on stderr."""
     path = Path(line.strip("'\"")).expanduser()
-    spoken = path.suffix.lower() in audio.AUDIO or line.startswith(("/", "./", "~")) or path.is_file()
+    spoken = spoken or path.suffix.lower() in audio.AUDIO or line.startswith(("/", "./", "~")) or path.is_file()
     try:
         content = line
         if spoken:
@@ -100,8 +100,7 @@ def main():
     args = parser.parse_args()
     chat = Chat(args.folder, args.device, args.hubert, args.temperature)
     if args.audio:
-        went_well = [turn(chat, str(Path(path)), args.transcribe) if Path(path).suffix else turn(chat, "./" + path, args.transcribe) for path in args.audio]
-        sys.exit(not all(went_well))
+        sys.exit(not all([turn(chat, path, args.transcribe, spoken=True) for path in args.audio]))
     print(HELP)
     while True:
         try:

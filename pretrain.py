@@ -45,9 +45,19 @@ def read_text(path):
     return [field(row, "text", path) for row in weights.read_lines(path)]
 
 
-def field(row, name, path):
-    if name not in row:
-        raise ValueError(f"{path}: a row has no {name!r}; it has {', '.join(row)}")
+def read_chats(path):
+    """Conversations, lists of {"role", "content"}, of a JSON-lines file of {"messages"}."""
+    chats = [field(row, "messages", path, list) for row in weights.read_lines(path)]
+    for messages in chats:
+        for message in messages:
+            if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+                raise ValueError(f'{path}: got the message {str(message)[:60]}, wanted {{"role": "...", "content": "..."}}')
+    return chats
+
+
+def field(row, name, path, kind=str):
+    if not isinstance(row.get(name), kind):
+        raise ValueError(f"{path}: got {name} = {str(row.get(name))[:60]} in a row with {', '.join(row)}; wanted a {kind.__name__} there")
     return row[name]
 
 
@@ -255,7 +265,7 @@ def train(args, out):
     first_new = first_unit - 2 if args.units else 0
     model.to(device)
     sources = {"text": args.text and read_text(args.text),
-               "chat": args.chat and [field(row, "messages", args.chat) for row in weights.read_lines(args.chat)]}
+               "chat": args.chat and read_chats(args.chat)}
     sources["interleave"] = sources["transcribe"] = args.units and Units(args.units)
     mix = {name: weight for name, weight in args.mix.items() if weight > 0}
     lacking = [name for name in mix if not sources[name]]

@@ -185,3 +185,13 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
     with pytest.raises((ValueError, OSError), match=wanted):
         call(["pretrain.py", *(w.format(**places) for w in words), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("flag, line, wanted", [
+    ("--chat", '{"messages": "hi"}', "got messages = hi"), ("--chat", '{"messages": ["hi"]}', "got the message hi"),
+    ("--text", '{"text": 5}', "got text = 5"), ("--text", '{"words": "hi"}', "in a row with words"), ("--text", b"\xff\xfe", "not UTF-8"),
+])
+def test_rows_of_the_wrong_form_are_shown(flag, line, wanted, speedrun, tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises(ValueError, match=wanted):
+        call(["pretrain.py", "--init", str(speedrun / "base"), flag, str(tmp_path / "x.jsonl"), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "o")], monkeypatch)
