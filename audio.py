@@ -124,7 +124,7 @@ class Units:
         folder = Path(folder)
         if not (folder / "meta.json").exists():
             raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with tokenize_audio.py encode")
-        self.meta, self.rows = weights.read_json(folder / "meta.json"), read_manifest(folder / "manifest.jsonl")
+        self.meta, self.rows = weights.read_json(folder / "meta.json", ["features", "k", "frame_rate", "codebook_sha256"]), read_manifest(folder / "manifest.jsonl")
         self.offsets = np.load(folder / "index.npy")
         self.units = np.memmap(folder / "units.bin", dtype=np.uint16, mode="r")
         self.durations = np.memmap(folder / "durations.bin", dtype=np.uint16, mode="r")

@@ -97,7 +97,9 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always gives the likeliest reply (default); 0.7 varies it")
     parser.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()                                   # so that flags may stand between the folder and the audio
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
     chat = Chat(args.folder, args.device, args.hubert, args.temperature)
     if args.audio:
         sys.exit(not all([turn(chat, path, args.transcribe, spoken=True) for path in args.audio]))

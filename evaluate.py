@@ -16,10 +16,10 @@ Every row writes under the same mask (text rows and ends of turn) and is scored 
 template, or a plain "question: ... answer:" page.
 """
 import argparse
+import io
 import json
 import math
 import platform
-import random
 import time
 from pathlib import Path
 
@@ -129,6 +129,8 @@ def read_questions(path):
         lacking = [name for name in ("question", "answer", "audio", "split", "seen") if name not in row]
         if lacking:
             raise ValueError(f"{path}, row {number}: no {lacking[0]!r}; wanted question, answer, audio, split and seen")
+        if not isinstance(row["question"], str) or not isinstance(row["audio"], dict) or not {"heard", "near", "far"} <= row["audio"].keys():
+            raise ValueError(f'{path}, row {number}: wanted "question" to be text and "audio" to name heard, near and far')
     if not {"dev", "test"} <= {row["split"] for row in rows}:
         raise ValueError(f"{path}: wanted both splits, dev and test")
     return rows
@@ -221,6 +223,10 @@ def table(args):
     show(result)
 
 
+def read_table(path):
+    return weights.read_json(path, ["seed", "rows", "lam_sweep", "rel", "seconds", "examples"])
+
+
 def show(result):
     """The table for a human."""
     print(f"\n{'':14}" + "".join(f"{c.replace('spoken_', 'sp_').replace('unseen', 'uns'):>13}" for c in COLUMNS))
@@ -253,18 +259,14 @@ def draw(results, path):
     right.set(xlabel="lam", ylim=(-0.03, 1.03), title="The lam sweep: dev questions")
     right.legend()
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    weights.write_file(path, picture.getvalue(), overwrite=True)             # it belongs to its table, which is guarded
     pyplot.close(figure)
 
 
 def report(args):
-    results = [weights.read_json(path) for path in args.tables]
-    for path, result in zip(args.tables, results):
-        if not {"rows", "lam_sweep", "rel"} <= result.keys():
-            raise ValueError(f"{path}: not a table of `evaluate.py table`")
+    results = [read_table(path) for path in args.tables]
     made = {"seeds": [{name: r[name] for name in ("seed", "rows", "lam_sweep", "rel", "seconds")} for r in results],
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
@@ -296,10 +298,10 @@ def main():
     two = commands.add_parser("report", help="join the tables of several seeds")
     two.add_argument("tables", nargs="+", help="table.json files")
     for command in (one, two):
-        command.add_argument("--out", required=True, help=".json to write; a picture goes beside it")
+        command.add_argument("--out", required=True, help=".json to write; its picture goes beside it as .png")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-    {"table": table, "report": report, "show": lambda args: show(weights.read_json(args.table))}[args.action](args)
+    {"table": table, "report": report, "show": lambda args: show(read_table(args.table))}[args.action](args)
 
 
 if __name__ == "__main__":

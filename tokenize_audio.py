@@ -103,7 +103,7 @@ class AudioTokenizer:
         folder = Path(folder)
         if not (folder / "codebook.json").exists():
             raise FileNotFoundError(f"{folder}: no codebook in it, so it cannot hear; wanted a folder made by fit, encode, pretrain --units or merge")
-        self.recipe = weights.read_json(folder / "codebook.json")
+        self.recipe = weights.read_json(folder / "codebook.json", ["features", "k", "frame_rate", "collapse", "sha256"])
         if weights.fingerprint(folder / "codebook.safetensors") != self.recipe["sha256"]:
             raise ValueError(f"{folder}: codebook.safetensors is not the one codebook.json describes (its sha256 differs); fit again")
         features = self.recipe["features"] | ({"path": hubert} if hubert else {})

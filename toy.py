@@ -336,6 +336,8 @@ def write_world(args):
 
 
 def say(args):
+    if not args.text.strip():
+        raise ValueError("nothing to say: the text is empty")
     group = {"unheard": "near"}.get(args.voice, args.voice)
     samples, _ = Speaker().say(args.text, VOICES[group][0] if group in VOICES else args.voice)
     form = Path(args.out).suffix.lstrip(".").upper()

@@ -103,7 +103,7 @@ class Vocab:
     def __init__(self, folder):
         self.json, self.config = read_tokenizer(folder)
         bpe = self.json.get("model", {})
-        if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or not set(LETTERS) <= bpe.get("vocab", {}).keys():
+        if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe or not set(LETTERS) <= bpe.get("vocab", {}).keys():
             raise ValueError(f"{folder}: a {bpe.get('type')} tokenizer that is not byte-level BPE (sentencepiece?) is not supported")
         normalizer = (self.json.get("normalizer") or {}).get("type")
         if normalizer not in (None, "NFC"):
@@ -123,7 +123,7 @@ class Vocab:
             raise ValueError(f"{folder}: no end-of-document token; wanted one of {', '.join(DOCUMENT_ENDS)}")
         self.stop = [self.eos] + ([self.special[CHATS[self.family][4]]] if self.family else [])
         file = Path(folder) / "speech.json"
-        self.speech = weights.read_json(file) if file.exists() else None   # what the model hears, if it does
+        self.speech = weights.read_json(file, ["speech", "end_speech", "first_unit", "k"]) if file.exists() else None   # what the model hears, if it does
 
     # --- tokens ---
 

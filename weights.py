@@ -23,12 +23,18 @@ from safetensors.torch import save_file
 
 # --- reading ---------------------------------------------------------------------------------------------------------------
 
-def read_json(path):
-    """The JSON value of a file; a ValueError names the file if it is not JSON."""
+def read_json(path, keys=()):
+    """The JSON object of a file; a ValueError names the file if it is not one, or lacks one of `keys`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {str(value)[:40]!r}, wanted a JSON object {{...}}")
+    lacking = [key for key in keys if key not in value]
+    if lacking:
+        raise ValueError(f"{path}: has no {lacking[0]!r}; wanted {', '.join(keys)}")
+    return value
 
 
 def read_lines(path):

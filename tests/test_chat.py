@@ -55,6 +55,7 @@ def test_every_bad_input_is_one_clear_line_and_the_loop_lives_on(speedrun, tmp_p
 def test_answers_to_given_files_end_with_a_status(speedrun, tmp_path):
     run = lambda *words: subprocess.run([sys.executable, ROOT / "chat.py", *map(str, words)], capture_output=True, text=True, timeout=60)
     assert run(speedrun / "merged", tmp_path / "gone.wav").returncode == 1
+    assert run(speedrun / "merged", "--temperature", "0.5", speedrun / "question.wav").returncode == 0
     done = run(tmp_path, speedrun / "question.wav")
     assert done.returncode == 1 and "config.json: missing" in done.stderr and "Traceback" not in done.stderr
 

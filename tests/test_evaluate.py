@@ -71,7 +71,7 @@ def test_a_report_joins_seeds_and_refuses_what_is_no_table(speedrun, tmp_path, m
     assert len(made["seeds"]) == 2 and {"seed", "rows", "lam_sweep", "rel", "seconds"} <= made["seeds"][0].keys() and "| merged |" in capsys.readouterr().out
     with pytest.raises(FileExistsError):
         call(["evaluate.py", "report", *tables, "--out", str(tmp_path / "toy.json")], monkeypatch)
-    with pytest.raises(ValueError, match="not a table"):
+    with pytest.raises(ValueError, match="has no 'seed'"):
         call(["evaluate.py", "report", str(tmp_path / "toy.json"), "--out", str(tmp_path / "x.json")], monkeypatch)
 
 

@@ -80,7 +80,7 @@ def test_the_readmes_files_and_commands_exist():
     for script, rest in re.findall(r"^(?:\$ )?python (\w+\.py)(.*)$", text, re.M):
         source = (ROOT / script).read_text()
         for flag in re.findall(r"--([\w-]+)", rest.split("#")[0]):
-            assert f'"--{flag}"' in source or f"--{{name}}" in source, f"{script} --{flag}"
+            assert f'"--{flag}"' in source or "--{name}" in source, f"{script} --{flag}"
 
 
 def test_the_readme_counts_the_lines_right():

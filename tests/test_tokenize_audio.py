@@ -5,9 +5,7 @@ import pytest
 import torch
 
 import audio
-import tokenize_audio
 from conftest import call, shared
-from hubert import Config, Hubert
 from tokenize_audio import AudioTokenizer, collapse, edit_distance, kmeans, nearest
 
 

@@ -112,3 +112,10 @@ def test_bad_json_lines_name_their_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n[1]\n')
     with pytest.raises(ValueError, match="line 2"):
         weights.read_lines(tmp_path / "x.jsonl")
+
+
+def test_a_json_file_that_is_no_object_or_lacks_a_key_is_named(tmp_path):
+    for text, wanted in (("[]", "wanted a JSON object"), ('{"a": 1}', "has no 'b'"), ("{", "not valid JSON")):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=f"x.json.*{wanted}"):
+            weights.read_json(tmp_path / "x.json", ["a", "b"])
