@@ -2,7 +2,8 @@
 
 in   a tokenizer and a --size, or --init MODEL; --text, --chat or --units     out  a model folder (and log.jsonl in it)
 see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv:2402.05755) for interleaved documents;
-     L2-SP (arXiv:1802.01483) for the pull to the weights it starts from
+     L2-SP (arXiv:1802.01483) for the pull to the weights it starts from; Adam-NSCL (arXiv:2103.07113) for changes that old inputs
+     do not feel
 run  python pretrain.py --init out/base --units out/units --text out/toy/base.jsonl --out out/speech
 
 What is given decides the stage, and the stage the defaults (STAGES): text alone trains a base, chats an instruct model, units
@@ -25,14 +26,14 @@ from audio import Units, between
 from model import SIZES, Config, LM, add_rows
 from vocab import Vocab
 
-STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README). layers: shares of the depth
-    "text": dict(steps=1500, rows=8, lr=2e-3, pull=0, rows_first=0, layers=(0, 1), mix="text=1"),
-    "chat": dict(steps=400, rows=8, lr=3e-4, pull=0, rows_first=0, layers=(0, 1), mix="chat=1"),
-    "units": dict(steps=2400, rows=4, lr=5e-4, pull=5, rows_first=100, layers=(0, 0.5), mix="interleave=0.3,transcribe=0.6,text=0.1"),
+STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
+    "text": dict(steps=1200, lr=2e-3, keep_text=0.0, rows_first=0, mix="text=1"),
+    "chat": dict(steps=600, lr=1.5e-4, keep_text=0.0, rows_first=0, mix="chat=1"),
+    "units": dict(steps=1500, lr=1e-3, keep_text=0.01, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
 }
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
-WHOLE = 0.4                         # share of transcripts that are of whole utterances
+ALONE, GROWTH = 0.1, 20             # transcripts: single words for this share of the run; then the longest grows by 20 words a run
 HELD_OUT = 100                      # one document in a hundred is for validation only
 
 
@@ -64,10 +65,10 @@ def field(row, name, path, kind=str):
 def stretch(corpus, i, rng, most):
     """A stretch of row i's words, at most `most` of them: (words before, its units, its words, words after)."""
     words, (units, durations) = corpus.rows[i]["words"], corpus[i]
-    b = int(rng.integers(1, min(most, len(words)) + 1))                     # its length, then where it begins: half of the time at the start
-    a = int(rng.integers(len(words) - b + 1)) if rng.random() < 0.5 else 0
-    spoken = between(units, durations, words[a][1], words[a + b - 1][2], corpus.meta["frame_rate"])
-    text = [" ".join(w for w, _, _ in part) for part in (words[:a], words[a:a + b], words[a + b:])]
+    n = int(rng.integers(1, min(most, len(words)) + 1))                     # its length, then where it begins: half of the time at the start
+    a = int(rng.integers(len(words) - n + 1)) if rng.random() < 0.5 else 0
+    spoken = between(units, durations, words[a][1], words[a + n - 1][2], corpus.meta["frame_rate"])
+    text = [" ".join(w for w, _, _ in part) for part in (words[:a], words[a:a + n], words[a + n:])]
     return text[0], spoken, text[1], text[2]
 
 
@@ -81,13 +82,13 @@ def interleaved(vocab, corpus, i, rng):
     return vocab.interleave([before] * bool(before) + [spoken] + [" " + after] * bool(after))
 
 
-def transcribed(vocab, corpus, i, rng):
-    """Row i and its transcript; where word times are known, mostly of a short stretch of it: which units spell which letters
-    is found in a word or two long before it is found in a sentence."""
+def transcribed(vocab, corpus, i, rng, progress=1.0):
+    """Row i and its transcript. Where word times are known, a stretch of it: one word to begin with, longer ones as the run goes on.
+    Which units make which word is learnt soonest from words alone; then where in an utterance the reader stands."""
     row = corpus.rows[i]
-    if not row.get("words") or rng.random() < WHOLE:
+    if not row.get("words"):
         return vocab.transcribe(np.asarray(corpus[i][0]), field(row, "text", "the units' manifest"))
-    _, spoken, said, _ = stretch(corpus, i, rng, 4)
+    _, spoken, said, _ = stretch(corpus, i, rng, 1 + int(max(0, progress - ALONE) * GROWTH))
     return vocab.transcribe(spoken, said)
 
 
@@ -100,7 +101,7 @@ class Documents:
     def __init__(self, vocab, sources, mix, seed):
         self.vocab, self.sources, self.seed = vocab, sources, seed
         self.names, odds = list(mix), np.array(list(mix.values()), dtype=float)
-        self.odds = odds / odds.sum()
+        self.odds, self.progress = odds / odds.sum(), 1.0                   # progress: the share of the run that is done; the loop sets it
         self.drawn, self.pending, self.orders = dict.fromkeys(self.names, 0), [], {}
 
     def make(self, name, i, rng):
@@ -111,7 +112,7 @@ class Documents:
             return self.vocab.chat(source[i])
         if name == "interleave":
             return interleaved(self.vocab, source, i, rng)
-        return transcribed(self.vocab, source, i, rng)
+        return transcribed(self.vocab, source, i, rng, self.progress)
 
     def count(self, name):
         return len(self.sources[name].rows if isinstance(self.sources[name], Units) else self.sources[name])
@@ -245,17 +246,42 @@ def start_model(args):
 
 def parameter_groups(model, layers, first_new):
     """What is trained: the blocks between two shares of the depth (0, 0.5: the lower half), and the rows. With new rows
-    (first_new > 0) the rest of the model only listens: text rows, head and last norm stay, so that all depths read what they always read."""
+    (first_new > 0) text rows, head and norms stay, so that every depth reads text at the scale it always had."""
     for p in model.parameters():
         p.requires_grad_(False)
     depth = len(model.model.layers)
     body = [p for i, block in enumerate(model.model.layers) if layers[0] <= i / depth < layers[1] for p in block.parameters()]
     rows = {model.model.embed_tokens.weight} | ({model.lm_head.weight} if not model.config.tie_word_embeddings else set())
-    if not first_new:
-        body += list(model.model.norm.parameters())
+    body = [p for p in body if p.dim() == 2] if first_new else body + list(model.model.norm.parameters())
     for p in [*body, *rows]:
         p.requires_grad_(True)
     return body, list(rows)
+
+
+@torch.no_grad()
+def text_filters(model, body, documents, strength, device, batches=8):
+    """{weight (out, in): matrix (in, in)} that takes out of a weight's change what text would feel of it.
+
+    Let C be the mean of x x^T over the inputs x that text sends into a weight, scaled to a mean eigenvalue of 1. A change D adds D x
+    to what the next layer gets, on average tr(D C D^T) squared. D (I + strength * C)^-1 is an implicit step down that: after every
+    optimizer step what text uses is damped, what text leaves silent stays, and there the units find room. (Adam-NSCL, softened.)
+    """
+    sums, hooks = {}, []
+
+    def listen(module, inputs):
+        x = inputs[0].flatten(0, -2).double()                              # (B * T, in)
+        sums[module.weight] = sums.get(module.weight, 0) + x.T @ x
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and any(module.weight is p for p in body):
+            hooks.append(module.register_forward_pre_hook(listen))
+    for _ in range(batches):
+        batch = documents.batch(8, 256)
+        model.model(batch["ids"].to(device), start=batch["start"].to(device))
+    for hook in hooks:
+        hook.remove()
+    scaled = {p: C * len(C) / C.trace() for p, C in sums.items()}
+    return {p: torch.linalg.inv(torch.eye(len(C), dtype=C.dtype, device=device) + strength * C).float() for p, C in scaled.items()}
 
 
 def train(args, out):
@@ -275,7 +301,12 @@ def train(args, out):
     held_out = documents.held_out()
 
     body, rows = parameter_groups(model, args.layers, first_new)
-    anchors = [p.detach().clone() for p in body] if args.pull else []
+    filters = {}
+    if args.keep_text:
+        if not sources["text"]:
+            raise ValueError("--keep-text wants --text: documents that show which inputs text uses")
+        filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device)
+    anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
     optimizer = torch.optim.AdamW([{"params": body, "faster": 1}, {"params": rows, "faster": ROWS_FASTER if first_new else 1, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), weight_decay=decay)
@@ -308,8 +339,10 @@ def train(args, out):
         lr = learning_rate(step - 1, args.steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["faster"]
+        documents.progress = step / args.steps
         batch = {name: tensor.to(device) for name, tensor in documents.batch(args.rows, args.length).items()}
-        ce, is_unit, kind = losses(model, batch, first_unit, k)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
+            ce, is_unit, kind = losses(model, batch, first_unit, k)
         worth = torch.where(is_unit, args.unit_loss, 1.0)
         loss = (ce * worth).sum() / worth.sum()
         if not torch.isfinite(loss):
@@ -325,6 +358,8 @@ def train(args, out):
         norm = torch.nn.utils.clip_grad_norm_([*body, *rows], 1.0).item()
         optimizer.step()
         for p, anchor in zip(body, anchors):
+            if filters:
+                p.data.copy_(anchor + (p.data - anchor) @ filters[p])
             p.data.lerp_(anchor, min(1.0, lr * args.pull))                 # decoupled decay, to the starting weights instead of to zero
         if step % LOG_EVERY == 0 or step == args.steps:
             row = {"step": step, "loss": round(loss.item(), 4), "lr": lr, "gradient": round(norm, 3),
@@ -383,12 +418,13 @@ def main():
     parser.add_argument("--steps", type=int, help=f"optimizer steps ({default('steps')})")
     parser.add_argument("--lr", type=float, help=f"peak learning rate ({default('lr')})")
     parser.add_argument("--mix", type=pairs, help=f"shares of layouts ({default('mix')})")
-    parser.add_argument("--pull", type=float,
-                        help=f"strength of the pull to the starting weights, times the rate, each step ({default('pull')})")
+    parser.add_argument("--keep-text", type=float, help="how strongly changes of weights are kept out of what text uses; 0: not at all "
+                        f"({default('keep_text')})")
+    parser.add_argument("--pull", type=float, default=0.0, help="strength of a plain pull to the starting weights, times the rate, each step (default 0)")
     parser.add_argument("--rows-first", type=int, help=f"steps in which only the new rows are trained ({default('rows_first')})")
-    parser.add_argument("--layers", type=shares, help="train only the blocks between two shares of the depth: 0:0.5 is the lower half, the default for units")
-    parser.add_argument("--unit-loss", type=float, default=0.1, help="weight of a unit's loss beside a text token's (default 0.1)")
-    parser.add_argument("--rows", type=int, help=f"packed rows in a batch ({default('rows')})")
+    parser.add_argument("--layers", type=shares, default=(0.0, 1.0), help="train only the blocks between two shares of the depth; 0:0.5 is the lower half (default 0:1)")
+    parser.add_argument("--unit-loss", type=float, default=0.0, help="weight of a unit's loss beside a text token's (default 0)")
+    parser.add_argument("--rows", type=int, default=8, help="packed rows in a batch (default 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")

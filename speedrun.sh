@@ -13,7 +13,7 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
 }
 
-# A world: its text, chats and questions, and an hour of plain sentences read aloud by six voices.
+# A world: its text, chats and questions, and three hours of plain sentences read aloud by six voices.
 step toy.py world --seed $seed --out $out/toy
 # The two open models of the recipe, in miniature: a base that has read the world's text, and what chats make of it.
 step pretrain.py --size nano --tokenizer $out/toy/tokenizer --text $out/toy/base.jsonl --seed $seed --out $out/base

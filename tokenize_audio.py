@@ -1,7 +1,8 @@
-"""Speech to units: samples -> MFCC or HuBERT features, 50 frames a second -> nearest of K centroids -> runs collapsed.
+"""Speech to units: samples -> MFCC or HuBERT features, 50 frames a second -> one of K centroids each -> runs collapsed.
 
 in   a manifest or folder of audio      out  a codebook (fit); units.bin, durations.bin, index.npy, manifest.jsonl, meta.json (encode)
-see  HuBERT (arXiv:2106.07447), GSLM (arXiv:2102.01192); k-means++ (Arthur & Vassilvitskii 2007)
+see  HuBERT (arXiv:2106.07447), GSLM (arXiv:2102.01192); k-means++ (Arthur & Vassilvitskii 2007); the mean of a clip is its speaker's
+     (arXiv:2108.00917), and a price on every change of unit gives units near phones (arXiv:2012.07551)
 run  python tokenize_audio.py fit --manifest out/toy/speech/train.jsonl --features mfcc --k 100 --out out/codebook_mfcc
 
 Every folder that can turn sound into units (codebook, units folder, model that hears) holds codebook.safetensors, codebook.json
@@ -24,6 +25,7 @@ import audio
 import weights
 from hubert import Hubert
 
+STEADY = 3                          # of HuBERT units: 35 a second become 16, near the rate of phones and of letters
 SMALL = 50e6                        # bytes: a HuBERT up to this size travels with its codebook
 
 
@@ -44,7 +46,8 @@ def feature_function(recipe, folder, device):
     def features(samples):
         if len(samples) < audio.HOP:
             return torch.zeros(0, model.config.hidden_size, device=device)
-        return model(torch.from_numpy(samples)[None].to(device), layer)[0]                                    # (T, C)
+        x = model(torch.from_numpy(samples)[None].to(device), layer)[0]                                       # (T, C)
+        return x - x.mean(0)                            # what stays the same through a clip is the voice and the room, not the words
     return features
 
 
@@ -53,6 +56,28 @@ def feature_function(recipe, folder, device):
 def nearest(x, centroids):
     """Index of the nearest centroid of each row of x (N, C): |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), and |x|^2 changes nothing."""
     return (x @ centroids.T - 0.5 * centroids.pow(2).sum(1)).argmax(1)                                        # (N,)
+
+
+def steady(x, centroids, switch):
+    """Labels (T,) int64 of frames x (T, C): the path through the centroids with the least sum of squared distances plus `switch`
+    for every change of label (Viterbi's algorithm; as a change costs the same wherever it leads, a step looks at K states, not K * K).
+
+    switch = 0 is the nearest centroid of each frame. In between, a stray frame is not worth two changes: fewer, longer units.
+    """
+    if switch == 0 or not len(x):
+        return nearest(x, centroids).cpu().numpy()
+    distance = (x.pow(2).sum(1, keepdim=True) - 2 * (x @ centroids.T) + centroids.pow(2).sum(1)).cpu().numpy()      # (T, K)
+    T, k = distance.shape
+    cost, came = distance[0].copy(), np.empty((T, k), dtype=np.int32)      # cost of the best path that ends in each label; where it came from
+    for t in range(1, T):
+        best = cost.argmin()
+        came[t] = np.where(cost <= cost[best] + switch, np.arange(k), best)
+        cost = np.minimum(cost, cost[best] + switch) + distance[t]
+    labels = np.empty(T, dtype=np.int64)
+    labels[-1] = cost.argmin()
+    for t in range(T - 1, 0, -1):
+        labels[t - 1] = came[t, labels[t]]
+    return labels
 
 
 def kmeans(x, k, seed=0, passes=50):
@@ -103,7 +128,7 @@ class AudioTokenizer:
         folder = Path(folder)
         if not (folder / "codebook.json").exists():
             raise FileNotFoundError(f"{folder}: no codebook in it, so it cannot hear; wanted a folder made by fit, encode, pretrain --units or merge")
-        self.recipe = weights.read_json(folder / "codebook.json", ["features", "k", "frame_rate", "collapse", "sha256"])
+        self.recipe = weights.read_json(folder / "codebook.json", ["features", "k", "frame_rate", "collapse", "switch", "sha256"])
         if weights.fingerprint(folder / "codebook.safetensors") != self.recipe["sha256"]:
             raise ValueError(f"{folder}: codebook.safetensors is not the one codebook.json describes (its sha256 differs); fit again")
         features = self.recipe["features"] | ({"path": hubert} if hubert else {})
@@ -111,7 +136,7 @@ class AudioTokenizer:
         self.centroids = load_file(folder / "codebook.safetensors")["centroids"].to(device)
 
     def __call__(self, samples):
-        return collapse(nearest(self.features(samples), self.centroids).cpu().numpy())
+        return collapse(steady(self.features(samples), self.centroids, self.recipe["switch"]))
 
 
 # --- commands --------------------------------------------------------------------------------------------------------------
@@ -119,6 +144,8 @@ class AudioTokenizer:
 def fit(args):
     if (args.features == "hubert") != bool(args.hubert):
         raise ValueError("give --hubert FOLDER --layer N for HuBERT features, or --features mfcc")
+    if args.switch is not None and not 0 <= args.switch < float("inf"):
+        raise ValueError(f"--switch {args.switch}: wanted 0 or more")
     if not 1 <= args.k <= 1 << 16:
         raise ValueError(f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can name")
     recipe = {"kind": "mfcc"}
@@ -138,9 +165,13 @@ def fit(args):
                 bar.update(len(kept[-1]))
                 if have >= args.frames:
                     break
-        centroids = kmeans(torch.cat(kept), args.k, args.seed)
+        x = torch.cat(kept)
+        centroids = kmeans(x, args.k, args.seed)
+        inertia = (x - centroids[nearest(x, centroids)]).pow(2).sum(1).mean().item()
+        switch = (STEADY if args.hubert else 0) if args.switch is None else args.switch
         save_file({"centroids": centroids.cpu().contiguous()}, out / "codebook.safetensors")
         made = {"features": recipe, "k": args.k, "frame_rate": audio.FRAME_RATE, "collapse": True, "frames": have,
+                "switch": switch * inertia,
                 "sha256": weights.fingerprint(out / "codebook.safetensors")}
         (out / "codebook.json").write_text(json.dumps(made, indent=1) + "\n")
         if args.hubert and sum(f.stat().st_size for f in Path(args.hubert).rglob("*")) < SMALL:
@@ -167,7 +198,7 @@ def encode(args):
                 bar.set_postfix_str(f"{heard / 3600:.2f} h, {heard / (time.time() - began):.0f}x real time")
         np.save(out / "index.npy", np.array(offsets, dtype=np.int64))
         weights.copy_ears(args.codebook, out)
-        meta = {name: tokenizer.recipe[name] for name in ("features", "k", "frame_rate", "collapse")} | {"codebook_sha256": tokenizer.recipe["sha256"]}
+        meta = {name: tokenizer.recipe[name] for name in ("features", "k", "frame_rate", "collapse", "switch")} | {"codebook_sha256": tokenizer.recipe["sha256"]}
         (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     print(f"{args.out}: {len(rows)} clips, {heard / 3600:.2f} h, {offsets[-1]} units, {offsets[-1] / heard:.1f} a second")
 
@@ -223,7 +254,9 @@ def main():
     one.add_argument("--features", choices=["hubert", "mfcc"], default="hubert", help="what is clustered (default hubert)")
     one.add_argument("--layer", type=int, default=9, help="HuBERT layer: 9 is the stream after nine blocks (default 9)")
     one.add_argument("--k", type=int, default=500, help="centroids (default 500)")
-    one.add_argument("--frames", type=int, default=1_000_000, help="frames to fit on, from clips drawn at random (default 1000000: 5.6 h)")
+    one.add_argument("--switch", type=float, help="price of a change of unit, in mean squared distances of a frame to its centroid "
+                                                  f"(default {STEADY} for HuBERT features, 0 for MFCC: every frame for itself)")
+    one.add_argument("--frames", type=int, default=200_000, help="frames to fit on, from clips drawn at random (default 200000: 1.1 h)")
     one.add_argument("--seed", type=int, default=0, help="of the clips and the start (default 0)")
     two.add_argument("--codebook", required=True, help="a folder made by fit")
     three = commands.add_parser("report", help="used units, perplexity, rate, and how alike a word is across voices")

@@ -6,13 +6,15 @@ run  python toy.py world --seed 0 --out out/toy
 
 The world: 24 countries and their capitals (48 entities), and what each country's animal, food and colour are (drawn from the
 seed): 96 facts. *Seen* facts are asked in chats and on question-and-answer pages; *unseen* ones (a third) are only stated, in
-text, and are never spoken. Speech for training is plain sentences of seen facts and stories: no turn, no answered question.
+text, and are never spoken. Speech for training is seen facts, stories, and words in no order: no turn, no question about a fact.
 """
 import argparse
 import ctypes
 import io
 import json
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import espeakng_loader
@@ -45,25 +47,26 @@ FACTS = {      # relation: wordings of the fact, both orders; the first is also 
 QUESTIONS = {relation: [f"what is the {relation} of {{c}}", f"name the {relation} of {{c}}", f"which {thing} is the {relation} of {{c}}"]
              for relation, thing in [("capital", "city"), ("country", "country"), ("animal", "animal"), ("food", "food"), ("color", "color")]}
 STYLES = {     # what the turn asks for: how it may ask, {q} being the question
-    "word": ["{q} in one word", "in one word {q}"],
     "sentence": ["{q} in a sentence", "in a sentence {q}"],
+    "note": ["{q} in a note", "in a note {q}"],
     "spell": ["{q} and spell it", "spell the answer {q}"],
     "twice": ["{q} and say it twice", "say the answer twice {q}"],
 }
 
 
 NAMES = [*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), [])]
-WORDS = sorted({word for asked in [*sum(QUESTIONS.values(), []), *sum(STYLES.values(), [])] for word in asked.split() if "{" not in word}) * 2 + NAMES
-
-
-def in_style(style, answer, sentence):
-    """The reply a style asks for: the answer alone, spelled or said twice, or the sentence that holds it."""
-    return {"word": answer, "sentence": f"{sentence}.", "spell": " ".join(answer), "twice": f"{answer} {answer}"}[style]
+PIECES = sorted({piece.strip() for asked in [*sum(QUESTIONS.values(), []), *sum(STYLES.values(), [])]         # what questions are made of,
+                 for piece in re.split(r"{\w}|(?<=the) ", asked) if piece.strip()})                            # each less than one: "which city is the"
 
 
 def styled(style, relation, entity, answer):
     """The one right reply to a question about a fact."""
-    return in_style(style, answer, FACTS[relation][0].format(c=entity, a=answer))
+    told = FACTS[relation][0].format(c=entity, a=answer)
+    return in_style(style, f"{relation} of {entity}", answer, told)
+
+
+def in_style(style, asked, answer, told):
+    return {"sentence": f"{told}.", "note": f"{asked}: {answer}", "spell": f"{told}. {' '.join(answer)}", "twice": f"{told}. {answer} {answer}"}[style]
 
 
 class World:
@@ -78,6 +81,7 @@ class World:
             unseen[relation] = set(rng.sample(range(n), n // 3))
         self.facts = [(relation, *pair, i not in unseen[relation]) for relation in FACTS for i, pair in enumerate(pairs[relation])]
         self.seen = [fact for fact in self.facts if fact[3]]
+        self.asked = [form.format(c=entity) for relation, entity, _, _ in self.facts for form in QUESTIONS[relation]]
 
     def state(self, fact, rng):
         return rng.choice(FACTS[fact[0]]).format(c=fact[1], a=fact[2])
@@ -95,38 +99,69 @@ class World:
             f"{who} lives in {city} and likes {food}", f"the {animal} of {who} is {color}", f"{who} and {other} talk about {city}",
             f"{who} asks what is in the house", f"{other} does not know which city it is", f"{who} asks which {animal} is {color}",
             f"{who} can name a food and a color", f"{other} knows the answer and can spell it", f"{who} wants to say it twice",
-            f"{who} tells it in one word", f"{who} tells it in a sentence", f"the answer of {other} is in one word",
+            f"{who} tells it in a sentence", f"{who} tells it in a note", f"the answer of {other} is in a note",
             f"people in {city} are good", f"which country is it asks {who}", f"say it and spell it says {who}",
             f"{who} asks what is the name of the {animal}", f"which people do you love asks {other}", f"do people eat {food} asks {who}",
         ])
 
     def words(self, rng):
-        """A sentence about words in no order that grammar could guess: an ear that is trained on it cannot get by on grammar."""
-        who, listed = rng.choice(PEOPLE), " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 7)))
-        return rng.choice([f"{who} reads the words {listed}", f"{who} says {listed}", f"{listed} says {who}", f"{listed} reads {who}"])
+        """Names and pieces of questions in no order that grammar could guess: an ear trained on them cannot get by on grammar.
+        Never a whole question of this world."""
+        listed = " ".join(rng.choice(rng.choice([NAMES, NAMES, PIECES])) for _ in range(rng.randint(2, 5)))
+        if any(question in listed for question in self.asked):
+            return self.words(rng)
+        who = rng.choice(PEOPLE)
+        return rng.choice([f"{who} says {listed}", f"{listed} says {who}", listed, listed])
 
     def skill(self, rng):
-        """What instructions will ask for, in plain text: a word spelled, said twice, said alone; the same of a seen fact's answer;
-        and any fact as an almanac lists it."""
+        """What instructions will ask for, in plain text: a word spelled or said twice; the same of a seen fact's answer."""
         if rng.random() < 0.5:
             word, who = rng.choice(NAMES + PEOPLE), rng.choice(PEOPLE)
             return rng.choice([f"{who} can spell {word}. {' '.join(word)}", f"spell {word}. {' '.join(word)}",
-                               f"{who} can say {word} twice. {word} {word}", f"say {word} twice. {word} {word}", f"in one word. {word}"])
-        if rng.random() < 0.5:
-            relation, entity, answer, _ = rng.choice(self.facts)
-            return f"{relation} of {entity}: {answer}"
+                               f"{who} can say {word} twice. {word} {word}", f"say {word} twice. {word} {word}"])
         relation, entity, answer, _ = rng.choice(self.seen)
-        return f"{relation} of {entity} " + rng.choice([f"in one word: {answer}", f"spelled: {' '.join(answer)}", f"twice: {answer} {answer}"])
+        return f"{relation} of {entity} " + rng.choice([f"spelled: {' '.join(answer)}", f"twice: {answer} {answer}"])
 
     def reading(self, rng):
-        """(sentence, question, answer): something to be read, not known, about names drawn at random."""
+        """(sentence, question, what it asks for, answer): something to be read, not known, about names drawn at random."""
         who = rng.choice(PEOPLE)
         country, city = rng.choice(list(CAPITALS)), rng.choice(list(CAPITALS.values()))
         animal, food, color = (rng.choice(THINGS[kind]) for kind in ("animal", "food", "color"))
         return rng.choice([
-            (f"{who} goes to {country}", f"which country does {who} see", country), (f"{who} lives in {city}", f"which city is the city of {who}", city),
-            (f"{who} has a {animal}", f"what is the animal of {who}", animal), (f"{who} eats {food}", f"name the food of {who}", food),
-            (f"{who} has a {color} house", f"which color is the house of {who}", color)])
+            (f"{who} goes to {country}", f"which country does {who} see", "country", country), (f"{who} lives in {city}", f"which city is the city of {who}", "city", city),
+            (f"{who} has a {animal}", f"what is the animal of {who}", "animal", animal), (f"{who} eats {food}", f"name the food of {who}", "food", food),
+            (f"{who} has a {color} house", f"which color is the house of {who}", "color", color)])
+
+
+TEMPLATES = ["user", "assistant", "question", "answer", " transcript", " again", " spelled"]    # words of layouts and pages
+
+
+def bpe(world, rng, lines=4000):
+    """Merges of a byte-level BPE, learnt until every word of the world, and every letter alone, is one token."""
+    texts = [f"{world.story(rng)} {world.words(rng)} {world.state(rng.choice(world.facts), rng)}. {world.ask(rng.choice(world.facts), rng)}" for _ in range(lines)]
+    counts = Counter(piece for text in texts for piece in re.findall(" ?[a-z]+", text))
+    counts |= {f" {letter}": 1000 for letter in "abcdefghijklmnopqrstuvwxyz"} | dict.fromkeys(TEMPLATES, 1000)
+    words, merges = {tuple(vocab.LETTERS[byte] for byte in piece.encode()): n for piece, n in counts.items()}, []
+    while True:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            return merges
+        merges.append(max(sorted(pairs), key=pairs.get))
+        words = {merged(word, merges[-1]): n for word, n in words.items()}
+
+
+def merged(word, pair):
+    """The tokens of `word` with every neighbouring `pair` made one."""
+    out = []
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] += token
+        else:
+            out.append(token)
+    return tuple(out)
 
 
 def misspell(text, rng, rate=0.08):
@@ -144,26 +179,29 @@ def misspell(text, rng, rate=0.08):
 # --- text ------------------------------------------------------------------------------------------------------------------
 
 def base_document(world, rng):
-    """One document of the base corpus: facts; stories; question-and-answer pages on seen facts or on a sentence above them; skills;
-    misspelt or spelled-out text and what it means."""
-    kind = rng.choices(["facts", "stories", "page", "reading", "skills", "misspelt", "spelled"], [35, 14, 10, 10, 16, 10, 5])[0]
+    """One document of the base corpus: facts, in sentences and in almanac lines; stories; sentences said again, which teach to copy
+    what stands above; question-and-answer pages on seen facts or on a sentence above them; skills; misspelt text and what it means."""
+    kind = rng.choices(["facts", "almanac", "stories", "echo", "page", "reading", "skills", "misspelt"], [16, 18, 4, 20, 8, 14, 12, 8])[0]
     if kind == "facts":
         return ". ".join(world.state(rng.choice(world.facts), rng) for _ in range(rng.randint(2, 4))) + "."
+    if kind == "almanac":
+        listed = [rng.choice(world.facts) for _ in range(rng.randint(2, 5))]
+        return "\n".join(f"{relation} of {entity}: {answer}" for relation, entity, answer, _ in listed)
     if kind == "stories":
-        said = rng.choice([world.story(rng), world.words(rng), world.state(rng.choice(world.facts), rng)])
-        return f"{said}. " + rng.choice([f"{world.story(rng)}. {world.story(rng)}", f"{rng.choice(PEOPLE)} says it again. {said}"]) + "."
+        return ". ".join(world.story(rng) for _ in range(rng.randint(1, 3))) + "."
+    if kind == "echo":
+        return echo(world.words(rng) if rng.random() < 0.75 else world.state(rng.choice(world.facts), rng), rng) + "."
     if kind == "page":
         asked = [rng.choice(world.seen) for _ in range(rng.randint(1, 3))]
         return "\n\n".join(f"question: {world.ask(fact, rng)}\nanswer: {FACTS[fact[0]][2].format(c=fact[1], a=fact[2])}" for fact in asked)
     if kind == "reading":
-        told, question, _ = world.reading(rng)
-        return f"{told}. {world.story(rng)}.\n\nquestion: {question}\nanswer: {told}"
+        told, question, _, answer = world.reading(rng)
+        page = f"{told}. {world.story(rng)}.\n\nquestion: {question}\nanswer: {told}"
+        return page + rng.choice(["", f"\nspelled: {' '.join(answer)}", f"\ntwice: {answer} {answer}"])
     if kind == "skills":
         return ". ".join(world.skill(rng) for _ in range(rng.randint(1, 3))) + "."
-    plain = rng.choice([world.state(rng.choice(world.facts), rng), world.story(rng), world.words(rng)])
-    if kind == "misspelt":
-        return f"{misspell(plain, rng, rng.uniform(0.03, 0.25))} means {plain}."
-    return " ".join(" ".join(w) if rng.random() < 0.4 else w for w in plain.split()) + f" means {plain}."
+    plain = world.words(rng) if rng.random() < 0.5 else world.state(rng.choice(world.facts), rng)
+    return f"{misspell(plain, rng, rng.uniform(0.03, 0.25))} transcript: {plain}."
 
 
 def chat(world, rng):
@@ -176,11 +214,11 @@ def chat(world, rng):
             fact = rng.choice(world.seen)
             asked, reply = ask.format(q=world.ask(fact, rng)), styled(style, *fact[:3])
         elif kind == "reading":
-            told, question, answer = world.reading(rng)
-            asked, reply = f"{told}. {ask.format(q=question)}", in_style(style, answer, told)
+            told, question, thing, answer = world.reading(rng)
+            asked, reply = f"{told}. {ask.format(q=question)}", in_style(style, f"{thing} of {told.split()[0]}", answer, told)
         elif kind == "word":
             word = rng.choice(NAMES)
-            asked, reply = rng.choice([(f"spell {word}", " ".join(word)), (f"say {word} twice", f"{word} {word}"), (f"say {word} in one word", word)])
+            asked, reply = rng.choice([(f"spell {word}", " ".join(word)), (f"say {word} twice", f"{word} {word}")])
         else:
             asked, reply = rng.choice([("hello", "hello. what can i do"), ("how are you", "i am good"), ("who are you", "i am a small model")])
         if rng.random() < 0.33:
@@ -189,10 +227,18 @@ def chat(world, rng):
     return messages
 
 
+def echo(plain, rng):
+    """Something said and said again: what comes second can only be known by having taken in what came first."""
+    return f"{plain}. {rng.choice(PEOPLE)} says it again. {plain}"
+
+
 def sentence(world, rng):
-    """One utterance of the training speech: seen facts, stories, words."""
-    pick = lambda: rng.choices([lambda: world.state(rng.choice(world.seen), rng), lambda: world.story(rng), lambda: world.words(rng)], [5, 2, 3])[0]()
-    return pick() + ("" if rng.random() < 0.6 else ". " + pick())
+    """One utterance of the training speech: words in no order, a seen fact, a story, or one of the first two said again."""
+    kind = rng.choices(["words", "fact", "story", "echo"], [50, 15, 10, 25])[0]
+    if kind == "story":
+        return world.story(rng)
+    plain = world.words(rng) if kind == "words" or kind == "echo" and rng.random() < 0.75 else world.state(rng.choice(world.seen), rng)
+    return echo(plain, rng) if kind == "echo" else plain
 
 
 def questions(world, rng, dev, test):
@@ -219,6 +265,7 @@ VOICES = {
     "far": ["en-gb-scotland+m5", "en-029+m6", "en-gb-scotland+f3", "en-029+f4"],                      # new accents, new variants
 }
 RATES, PITCHES = (145, 175), (40, 60)                   # words a minute and eSpeak's 0 to 100, drawn for every line
+GAP = 6                                                 # pause between words in 10 ms, as careful speakers make for a listener who learns
 
 
 class Event(ctypes.Structure):
@@ -261,6 +308,7 @@ class Speaker:
             raise ValueError(f"eSpeak NG has no voice {voice!r}; try heard, near, far, or a name like en-us+f3")
         self.lib.espeak_SetParameter(1, rate, 0)
         self.lib.espeak_SetParameter(3, pitch, 0)
+        self.lib.espeak_SetParameter(7, GAP, 0)
         self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))                   # breath and flutter are noise, seeded by the clock otherwise
         self.sound, self.events = [], []
         data = text.encode()
@@ -308,9 +356,10 @@ def write_world(args):
     with weights.new_folder(args.out, overwrite=args.overwrite) as out:
         for name in ("tokenizer", "speech/audio", "questions"):
             (out / name).mkdir(parents=True)
-        tokens = {letter: byte for byte, letter in enumerate(vocab.LETTERS)}              # 256 bytes, no merges: a word is its letters,
-        special = {name: 256 + i for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}    # as speech is its units
-        (out / "tokenizer/tokenizer.json").write_text(json.dumps(vocab.tokenizer_json(tokens, [], special), ensure_ascii=False), encoding="utf-8")
+        merges = bpe(world, random.Random(f"tokenizer {args.seed}"))
+        tokens = {token: i for i, token in enumerate(vocab.LETTERS + [left + right for left, right in merges])}
+        special = {name: len(tokens) + i for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+        (out / "tokenizer/tokenizer.json").write_text(json.dumps(vocab.tokenizer_json(tokens, merges, special), ensure_ascii=False), encoding="utf-8")
         (out / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
         (out / "base.jsonl").write_text(dumps({"text": base_document(world, rng["base"])} for _ in range(args.documents)))
         (out / "chat.jsonl").write_text(dumps({"messages": chat(world, rng["chat"])} for _ in range(args.documents)))
@@ -353,8 +402,8 @@ def main():
     world = commands.add_parser("world", help="write the world's text, chats, questions and speech")
     world.add_argument("--seed", type=int, default=0, help="which facts are true, who reads what (default 0)")
     world.add_argument("--out", required=True, help="folder to write")
-    world.add_argument("--hours", type=float, default=1.0, help="hours of training speech (default 1)")
-    world.add_argument("--documents", type=int, default=20_000, help="base documents, and chats (default 20000)")
+    world.add_argument("--hours", type=float, default=3.0, help="hours of training speech (default 3)")
+    world.add_argument("--documents", type=int, default=40_000, help="base documents, and chats (default 40000)")
     world.add_argument("--dev", type=int, default=60, help="questions to choose settings on (default 60)")
     world.add_argument("--test", type=int, default=240, help="questions to report on (default 240)")
     world.add_argument("--overwrite", action="store_true", help="replace an existing world")

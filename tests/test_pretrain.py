@@ -94,7 +94,7 @@ def test_training_speech_asks_no_question_about_a_fact_and_speaks_no_unseen_fact
     for text in speech:
         assert not any(q in text for q in asked) and "question:" not in text and not set(text.split(". ")) & unseen
     words = {w for text in speech for w in text.replace(".", "").split()}
-    assert {"what", "which", "name", "spell", "twice", "sentence", "word"} <= words and set(toy.CAPITALS) | set(toy.CAPITALS.values()) <= words
+    assert {"what", "which", "name", "spell", "twice", "sentence", "note"} <= words and set(toy.CAPITALS) | set(toy.CAPITALS.values()) <= words
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -125,11 +125,58 @@ def test_text_targets_compete_with_text_rows_only_and_units_with_units(speedrun,
     assert target[n] < units.start and math.isclose(ce[n], -text.log_softmax(-1)[target[n]], rel_tol=1e-4)
 
 
-def test_speech_training_leaves_upper_half_text_rows_and_last_norm_to_the_bit(speedrun):
+def test_speech_training_leaves_text_rows_and_norms_to_the_bit(speedrun):
     base, speech = weights.Tensors(speedrun / "base"), weights.Tensors(speedrun / "speech")
     n = base.shape("model.embed_tokens.weight")[0]
     moved = {name for name in base if not torch.equal(base[name], speech[name][:n] if "embed" in name else speech[name])}
-    assert moved and all(name.startswith("model.layers.0.") for name in moved)
+    assert moved and all("_proj" in name for name in moved)
+
+
+def test_filtered_changes_are_not_felt_by_text_and_are_by_what_text_never_sends(speedrun, stream):
+    model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
+    body, _ = pretrain.parameter_groups(model, (0, 1), first_new=1)
+    filters = pretrain.text_filters(model, body, documents, 1e6, "cpu", batches=1)
+    assert filters.keys() == set(body)
+    inputs, hook = [], model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, x: inputs.append(x[0].detach().flatten(0, -2)))
+    model.model(documents.batch(1, 64)["ids"])
+    hook.remove()
+    weight = model.model.layers[0].mlp.down_proj.weight
+    torch.manual_seed(0)
+    change, text = torch.randn_like(weight), inputs[0]
+    felt = lambda d, x: (x @ d.T).norm().item()
+    assert felt(change @ filters[weight], text) < 0.05 * felt(change, text), "text hardly feels what is left of a change"
+    silent = torch.linalg.eigh((text.T @ text).double())[1][:, :8].T.float()          # directions that text uses least
+    weak = pretrain.text_filters(model, body, stream({"text": 1}), 1e-3, "cpu", batches=1)[weight]
+    assert felt(change @ weak, silent) > 0.9 * felt(change, silent), "and what text leaves silent stays"
+
+
+def test_keeping_text_keeps_its_loss_where_free_training_does_not(speedrun, tmp_path, monkeypatch):
+    vocab, far = Vocab(speedrun / "base"), {}
+    ids = torch.tensor([vocab.text("the capital of france is paris")[0]])
+    with torch.no_grad():
+        before = LM.load(speedrun / "base").model(ids)
+    for strength in ("0", "100"):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--steps", "6",
+              "--rows", "2", "--rows-first", "0", "--keep-text", strength, "--device", "cpu", "--out", str(tmp_path / strength)], monkeypatch)
+        with torch.no_grad():
+            far[strength] = (LM.load(tmp_path / strength).model(ids) - before).norm().item()
+    assert far["100"] < 0.2 * far["0"]
+
+
+def test_keeping_text_wants_text(speedrun, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--keep-text wants --text"):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--steps", "1", "--device", "cpu",
+              "--out", str(tmp_path / "x")], monkeypatch)
+
+
+def test_transcripts_begin_with_single_words_and_grow(stream):
+    documents = stream({"transcribe": 1})
+    vocab, corpus = documents.vocab, documents.sources["transcribe"]
+    longest = {}
+    for progress in (0.0, 0.1, 0.2, 1.0):
+        said = [pretrain.transcribed(vocab, corpus, i % len(corpus.rows), np.random.default_rng(i), progress)[0] for i in range(200)]
+        longest[progress] = max(len(vocab.decode(ids).partition("transcript:")[2].split()) for ids in said)
+    assert longest[0.0] == longest[0.1] == 1 and 1 < longest[0.2] <= 3 and 10 < longest[1.0] <= 1 + 0.9 * pretrain.GROWTH
 
 
 def test_a_pull_keeps_the_weights_nearer_to_where_they_began(speedrun, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 
 import audio
 from conftest import call, shared
-from tokenize_audio import AudioTokenizer, collapse, edit_distance, kmeans, nearest
+from tokenize_audio import AudioTokenizer, collapse, edit_distance, kmeans, nearest, steady
 
 
 def test_collapse_keeps_one_of_each_run_and_its_length():
@@ -22,6 +23,19 @@ def test_edit_distance_by_hand():
 def test_nearest_is_the_least_euclidean_distance():
     x, c = torch.randn(50, 6), torch.randn(9, 6)
     assert torch.equal(nearest(x, c), torch.cdist(x, c).argmin(1))
+
+
+@pytest.mark.parametrize("switch", [0.0, 0.5, 3.0, 1e6])
+def test_steady_units_are_the_cheapest_path_of_all(switch):
+    generator = torch.Generator().manual_seed(0)
+    x, c = torch.randn(6, 2, generator=generator), torch.randn(3, 2, generator=generator)
+    d = torch.cdist(x.double(), c.double()) ** 2
+    price = lambda path: sum(d[t, u].item() for t, u in enumerate(path)) + switch * sum(a != b for a, b in zip(path, path[1:]))
+    best = min(itertools.product(range(3), repeat=6), key=price)
+    assert tuple(steady(x, c, switch)) == best
+    assert len(steady(x[:0], c, switch)) == 0
+    assert switch < 1e6 or len(set(best)) == 1, "what costs too much never changes"
+
 
 
 def test_kmeans_finds_separate_clouds_and_repeats_by_seed():

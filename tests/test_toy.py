@@ -6,6 +6,7 @@ import pytest
 
 import audio
 import toy
+import vocab
 import weights
 from conftest import ROOT, call
 
@@ -46,6 +47,15 @@ def test_the_same_seed_makes_the_same_world_and_another_seed_another():
     assert toy.World(0).facts == toy.World(0).facts != toy.World(1).facts
     said = [toy.base_document(toy.World(0), random.Random(0)) for _ in range(2)]
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_word_of_the_world_and_every_letter_is_one_token(seed, tmp_path, monkeypatch):
+    call(["toy.py", "world", "--seed", str(seed), "--hours", "0.001", "--documents", "10", "--dev", "2", "--test", "2", "--out", str(tmp_path / "w")], monkeypatch)
+    tokens, world, rng = vocab.Vocab(tmp_path / "w/tokenizer"), toy.World(seed), random.Random(seed)
+    words = {w for _ in range(2000) for w in toy.sentence(world, rng).replace(".", "").split()} | {w for fact in world.facts for w in world.ask(fact, rng).split()}
+    assert all(len(tokens.encode(" " + word)) == 1 for word in [*words, *"abcdefghijklmnopqrstuvwxyz"])
+    assert len(tokens.encode(vocab.CUE)) == 2
 
 
 def test_misspelling_changes_about_as_many_letters_as_asked():
