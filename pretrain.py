@@ -297,14 +297,16 @@ def train(args, out):
     lacking = [name for name in mix if not sources[name]]
     if lacking:
         raise ValueError(f"--mix wants {', '.join(lacking)}, but no data for it is given (--text, --chat or --units)")
+    if args.units and not args.unit_loss and not any(row.get("text") for row in sources["interleave"].rows):
+        raise ValueError(f"{args.units}: no row has text, so there is no text to predict; give speech with its text, or --unit-loss above 0")
     documents = Documents(vocab, sources, mix, args.seed)
     held_out = documents.held_out()
 
     body, rows = parameter_groups(model, args.layers, first_new)
     filters = {}
+    if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
+        raise ValueError(f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, documents that show which inputs text uses")
     if args.keep_text:
-        if not sources["text"]:
-            raise ValueError("--keep-text wants --text: documents that show which inputs text uses")
         filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device)
     anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
@@ -358,7 +360,7 @@ def train(args, out):
         norm = torch.nn.utils.clip_grad_norm_([*body, *rows], 1.0).item()
         optimizer.step()
         for p, anchor in zip(body, anchors):
-            if filters:
+            if p in filters:
                 p.data.copy_(anchor + (p.data - anchor) @ filters[p])
             p.data.lerp_(anchor, min(1.0, lr * args.pull))                 # decoupled decay, to the starting weights instead of to zero
         if step % LOG_EVERY == 0 or step == args.steps:

@@ -25,7 +25,7 @@ import audio
 import weights
 from hubert import Hubert
 
-STEADY = 3                          # of HuBERT units: 35 a second become 16, near the rate of phones and of letters
+STEADY = 3                          # HuBERT units then change some 15 times a second, near the rate of phones and of letters
 SMALL = 50e6                        # bytes: a HuBERT up to this size travels with its codebook
 
 
@@ -170,9 +170,8 @@ def fit(args):
         inertia = (x - centroids[nearest(x, centroids)]).pow(2).sum(1).mean().item()
         switch = (STEADY if args.hubert else 0) if args.switch is None else args.switch
         save_file({"centroids": centroids.cpu().contiguous()}, out / "codebook.safetensors")
-        made = {"features": recipe, "k": args.k, "frame_rate": audio.FRAME_RATE, "collapse": True, "frames": have,
-                "switch": switch * inertia,
-                "sha256": weights.fingerprint(out / "codebook.safetensors")}
+        made = {"features": recipe, "k": args.k, "frame_rate": audio.FRAME_RATE, "collapse": True,
+                "switch": switch * inertia, "frames": have, "sha256": weights.fingerprint(out / "codebook.safetensors")}
         (out / "codebook.json").write_text(json.dumps(made, indent=1) + "\n")
         if args.hubert and sum(f.stat().st_size for f in Path(args.hubert).rglob("*")) < SMALL:
             shutil.copytree(args.hubert, out / "hubert")

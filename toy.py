@@ -178,6 +178,11 @@ def misspell(text, rng, rate=0.08):
 
 # --- text ------------------------------------------------------------------------------------------------------------------
 
+def echo(plain, rng):
+    """Something said and said again: what comes second can only be known by having taken in what came first."""
+    return f"{plain}. {rng.choice(PEOPLE)} says it again. {plain}"
+
+
 def base_document(world, rng):
     """One document of the base corpus: facts, in sentences and in almanac lines; stories; sentences said again, which teach to copy
     what stands above; question-and-answer pages on seen facts or on a sentence above them; skills; misspelt text and what it means."""
@@ -225,11 +230,6 @@ def chat(world, rng):
             asked = misspell(asked, rng, rng.uniform(0.03, 0.15))
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
     return messages
-
-
-def echo(plain, rng):
-    """Something said and said again: what comes second can only be known by having taken in what came first."""
-    return f"{plain}. {rng.choice(PEOPLE)} says it again. {plain}"
 
 
 def sentence(world, rng):

@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -164,9 +166,26 @@ def test_keeping_text_keeps_its_loss_where_free_training_does_not(speedrun, tmp_
 
 
 def test_keeping_text_wants_text(speedrun, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--keep-text wants --text"):
+    with pytest.raises(ValueError, match="--keep-text 0.01: wanted .* --text"):
         call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--steps", "1", "--device", "cpu",
               "--out", str(tmp_path / "x")], monkeypatch)
+
+
+def test_speech_without_text_says_that_there_is_nothing_to_predict(speedrun, tmp_path, monkeypatch):
+    shutil.copytree(speedrun / "units", tmp_path / "units")
+    rows = [{name: row[name] for name in ("audio", "seconds")} for row in weights.read_lines(tmp_path / "units/manifest.jsonl")]
+    (tmp_path / "units/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="no text to predict.*--unit-loss above 0"):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(tmp_path / "units"), "--mix", "interleave=1", "--keep-text", "0", "--unit-loss", "0",
+              "--steps", "2", "--rows", "1", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+def test_chats_too_can_keep_text(speedrun, tmp_path, monkeypatch):
+    call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--text", str(speedrun / "toy/base.jsonl"),
+          "--keep-text", "0.1", "--steps", "2", "--rows", "1", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+    with pytest.raises(ValueError, match="--keep-text -1.0: wanted 0 or more"):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--text", str(speedrun / "toy/base.jsonl"), "--keep-text", "-1", "--device", "cpu",
+              "--out", str(tmp_path / "y")], monkeypatch)
 
 
 def test_transcripts_begin_with_single_words_and_grow(stream):
