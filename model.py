@@ -31,7 +31,7 @@ ARCHITECTURES = {                                       # what differs between t
 
 SIZES = {      # the one dial for a model from scratch: layers, C, H, F; head_dim is 64. Parameters without the embedding:
     "micro": dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=1, intermediate_size=128),        #   0.1 M, tests
-    "nano": dict(num_hidden_layers=4, hidden_size=192, num_attention_heads=3, intermediate_size=576),        #   1.9 M, a laptop
+    "nano": dict(num_hidden_layers=6, hidden_size=256, num_attention_heads=4, intermediate_size=768),        #   5.1 M, a laptop
     "small": dict(num_hidden_layers=8, hidden_size=512, num_attention_heads=8, intermediate_size=1536),      #    27 M, any GPU
     "medium": dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=2048),   #    85 M, one big GPU
 }
@@ -181,15 +181,17 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids=None, embeddings=None, start=None, cache=None):
+    def forward(self, ids=None, embeddings=None, start=None, cache=None, states=None):
         """Hidden states (B, T, C) of ids (B, T) or embeddings (B, T, C). `start` (B, T): see fused.attention;
-        positions restart there, so a packed document is computed as if it were alone."""
+        positions restart there, so a packed document is computed as if it were alone. A list `states` gets what each block hands on."""
         x = self.embed_tokens(ids) if embeddings is None else embeddings   # (B, T, C)
         done = cache[0].length if cache else 0
         positions = torch.arange(done, done + x.shape[1], device=x.device)[None]                              # (1, T)
         cos, sin = rope(self.config, positions if start is None else positions - start)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, start, cache[i] if cache else None)
+            if states is not None:
+                states.append(x)                                           # (B, T, C)
         return self.norm(x)
 
 

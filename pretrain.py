@@ -10,6 +10,7 @@ What is given decides the stage, and the stage the defaults (STAGES): text alone
 a speech model. A stop costs at most the steps since the last checkpoint: the same command goes on from there, to the bit.
 """
 import argparse
+import copy
 import json
 import math
 import os
@@ -24,16 +25,18 @@ from tqdm import tqdm
 import weights
 from audio import Units, between
 from model import SIZES, Config, LM, add_rows
-from vocab import Vocab
+from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=1200, lr=2e-3, keep_text=0.0, rows_first=0, mix="text=1"),
-    "chat": dict(steps=600, lr=1.5e-4, keep_text=0.0, rows_first=0, mix="chat=1"),
-    "units": dict(steps=1500, lr=1e-3, keep_text=0.01, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
+    "text": dict(steps=1000, lr=2e-3, layers="0:1", keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
+    "chat": dict(steps=500, lr=3e-4, layers="0.5:1", keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
+    "units": dict(steps=1500, lr=1.5e-3, layers="0:1", keep_text=0.015, imitate=10.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
 }
+READ = {"mix": lambda text: pairs(text), "layers": lambda text: shares(text)}     # settings that are more than a number
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
 ALONE, GROWTH = 0.1, 20             # transcripts: single words for this share of the run; then the longest grows by 20 words a run
+EARS = 0.34                         # the share of the depth that need not think of speech as of text
 HELD_OUT = 100                      # one document in a hundred is for validation only
 
 
@@ -62,24 +65,24 @@ def field(row, name, path, kind=str):
     return row[name]
 
 
-def stretch(corpus, i, rng, most):
-    """A stretch of row i's words, at most `most` of them: (words before, its units, its words, words after)."""
+def spoken(corpus, i, a, b):
+    """Words a to b of row i as they were said: [(word, with the space before it unless it is first, its units)]."""
     words, (units, durations) = corpus.rows[i]["words"], corpus[i]
-    n = int(rng.integers(1, min(most, len(words)) + 1))                     # its length, then where it begins: half of the time at the start
-    a = int(rng.integers(len(words) - n + 1)) if rng.random() < 0.5 else 0
-    spoken = between(units, durations, words[a][1], words[a + n - 1][2], corpus.meta["frame_rate"])
-    text = [" ".join(w for w, _, _ in part) for part in (words[:a], words[a:a + n], words[a + n:])]
-    return text[0], spoken, text[1], text[2]
+    return [(" " * (n > 0) + words[n][0], between(units, durations, words[n][1], words[n][2], corpus.meta["frame_rate"])) for n in range(a, b)]
 
 
 def interleaved(vocab, corpus, i, rng):
-    """Row i with a stretch of words spoken and the rest written; without word times, row i spoken and the next one written."""
-    row = corpus.rows[i]
+    """Row i, spoken and written by turns; without word times, row i spoken and the next one written."""
+    row, parts, a = corpus.rows[i], [], 0
     if not row.get("words"):
         following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
-        return vocab.interleave([np.asarray(corpus[i][0])] + ([" " + following] if following else []))
-    before, spoken, _, after = stretch(corpus, i, rng, len(row["words"]))
-    return vocab.interleave([before] * bool(before) + [spoken] + [" " + after] * bool(after))
+        return vocab.interleave([[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else []))
+    aloud = rng.random() < 0.5
+    while a < len(row["words"]):
+        b = int(rng.integers(a, len(row["words"]))) + 1                     # any length that is left
+        parts.append(spoken(corpus, i, a, b) if aloud else " " * (a > 0) + " ".join(w for w, _, _ in row["words"][a:b]))
+        a, aloud = b, not aloud
+    return vocab.interleave(parts)
 
 
 def transcribed(vocab, corpus, i, rng, progress=1.0):
@@ -87,9 +90,10 @@ def transcribed(vocab, corpus, i, rng, progress=1.0):
     Which units make which word is learnt soonest from words alone; then where in an utterance the reader stands."""
     row = corpus.rows[i]
     if not row.get("words"):
-        return vocab.transcribe(np.asarray(corpus[i][0]), field(row, "text", "the units' manifest"))
-    _, spoken, said, _ = stretch(corpus, i, rng, 1 + int(max(0, progress - ALONE) * GROWTH))
-    return vocab.transcribe(spoken, said)
+        return vocab.transcribe([(field(row, "text", "the units' manifest"), np.asarray(corpus[i][0]))])
+    n = int(rng.integers(1, min(1 + int(max(0, progress - ALONE) * GROWTH), len(row["words"])) + 1))      # its length, then where it begins:
+    a = int(rng.integers(len(row["words"]) - n + 1)) if rng.random() < 0.5 else 0                         # half of the time at the start
+    return vocab.transcribe(spoken(corpus, i, a, a + n))
 
 
 class Documents:
@@ -118,7 +122,7 @@ class Documents:
         return len(self.sources[name].rows if isinstance(self.sources[name], Units) else self.sources[name])
 
     def next(self):
-        """(ids, loss, layout number) of the next training document; validation rows never come."""
+        """(the next training document, its layout's number); validation rows never come."""
         rng = np.random.default_rng([self.seed, sum(self.drawn.values())])
         kind = int(rng.choice(len(self.names), p=self.odds))
         name, n = self.names[kind], self.count(self.names[kind])
@@ -128,57 +132,71 @@ class Documents:
             self.orders[name] = passes, np.random.default_rng([self.seed, kind, passes]).permutation(train)
         i = int(self.orders[name][1][at]) + n // HELD_OUT
         self.drawn[name] += 1
-        return *self.make(name, i, rng), kind
+        return self.make(name, i, rng), kind
 
     def held_out(self, most=60):
         """The validation documents of each layout: the first of every source, always the same."""
-        return {name: [(*self.make(name, i, np.random.default_rng(i)), kind) for i in range(min(most, self.count(name) // HELD_OUT))]
+        return {name: [(self.make(name, i, np.random.default_rng(i)), kind) for i in range(min(most, self.count(name) // HELD_OUT))]
                 for kind, name in enumerate(self.names)}
 
     def batch(self, rows, length):
         """The next packed batch. Documents longer than a row are cut into rows; what does not fit waits for the next batch."""
-        while sum(len(ids) for ids, _, _ in self.pending) < 1.3 * rows * length:
-            ids, loss, kind = self.next()
-            self.pending += [(ids[a:a + length], loss[a:a + length], kind) for a in range(0, len(ids), length)]
+        while sum(len(document.ids) for document, _ in self.pending) < 1.3 * rows * length:
+            document, kind = self.next()
+            self.pending += [(part, kind) for part in cut(document, length)]
         packed, self.pending = pack(self.pending, rows, length, self.vocab.eos)
         return packed
+
+
+def cut(document, length):
+    """A document in pieces of at most `length` ids. A piece but the first has lost what it should be read as, so it has no twins."""
+    if len(document.ids) <= length:
+        return [document]
+    return [Document(document.ids[a:a + length], document.loss[a:a + length]) for a in range(0, len(document.ids), length)]
 
 
 def pack(documents, rows, length, filler):
     """First-fit-decreasing: (batch, documents that did not fit). A batch is tensors (rows, length):
 
-    ids, target (the next id of the same document), loss (0 or 1 of that target), start (where the document begins), kind.
+    ids, target (the next id of the same document), loss (0 or 1 of that target), start (where the document begins), kind; and of the
+    same documents had they been written, packed in the same rows: read, read_start (rows, at most length), and twin, the place in
+    its row of `read` that each id is to be like, or -1.
     """
     bins, left = [[] for _ in range(rows)], []
     room = [length] * rows
-    for document in sorted(documents, key=lambda d: -len(d[0])):
-        row = next((r for r in range(rows) if room[r] >= len(document[0])), None)
+    for document, kind in sorted(documents, key=lambda d: -len(d[0].ids)):
+        row = next((r for r in range(rows) if room[r] >= len(document.ids)), None)
         if row is None:
-            left.append(document)
+            left.append((document, kind))
         else:
-            bins[row].append(document)
-            room[row] -= len(document[0])
+            bins[row].append((document, kind))
+            room[row] -= len(document.ids)
+    reads = max(sum(len(document.read) for document, _ in bin) for bin in bins)
     batch = {name: np.zeros((rows, length), dtype=np.int64) for name in ("ids", "target", "loss", "start", "kind")}
+    batch |= {"twin": np.full((rows, length), -1), "read": np.full((rows, reads), filler), "read_start": np.tile(np.arange(reads), (rows, 1))}
     batch["ids"][:], batch["start"][:] = filler, np.arange(length)         # a filler sees only itself
     for r, documents in enumerate(bins):
-        a = 0
-        for ids, loss, kind in documents:
-            b = a + len(ids)
+        a = c = 0
+        for (ids, loss, read, twin), kind in documents:
+            b, d = a + len(ids), c + len(read)
             batch["ids"][r, a:b], batch["start"][r, a:b], batch["kind"][r, a:b] = ids, a, kind
             batch["target"][r, a:b - 1], batch["loss"][r, a:b - 1] = ids[1:], loss[1:]
-            a = b
+            if read:
+                batch["read"][r, c:d], batch["read_start"][r, c:d] = read, c
+                batch["twin"][r, a:b] = [c + t if t >= 0 else -1 for t in twin]
+            a, c = b, d
     return {name: torch.from_numpy(array) for name, array in batch.items()}, left
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------------
 
-def losses(model, batch, first_unit, k):
+def losses(model, batch, first_unit, k, states=None):
     """(cross-entropy of each target that bears loss, whether it is a unit, its layout), 1-D each.
 
     The softmax of a text target runs over text rows alone, that of a unit over unit rows: which modality comes next is not
     the model's to guess (the decoder holds it), and no row is pushed away by a modality it never competes with.
     """
-    hidden = model.model(batch["ids"], start=batch["start"])                # (B, T, C)
+    hidden = model.model(batch["ids"], start=batch["start"], states=states) # (B, T, C)
     at = batch["loss"] > 0                                                  # (B, T)
     target, logits = batch["target"][at], model.lm_head(hidden[at]).float() # (N,), (N, V): N targets bear loss
     is_unit = torch.zeros_like(target, dtype=torch.bool)
@@ -190,12 +208,33 @@ def losses(model, batch, first_unit, k):
     return F.cross_entropy(logits, target, reduction="none"), is_unit, batch["kind"][at]
 
 
+def unlikeness(states, batch, reader, first_new):
+    """How far what the model thinks of speech is from what `reader`, the frozen model it started from, thinks on reading the same.
+
+    Compared are the states of blocks, (B, T, C) each, as the next block sees them (normalised), of a word's last unit with those of the
+    written word, and of text behind speech with those of that text; a mean square, 0 alike to 2 unrelated. Where one text token stands
+    for a word and its units for another, nothing that is added to the weights later can tell them apart: so a delta learnt on
+    text works on speech. The first blocks are left alone: they need room to hear.
+    """
+    theirs = []
+    with torch.no_grad():
+        reader.model(batch["read"], start=batch["read_start"], states=theirs)
+    row, at = (batch["twin"] >= 0).nonzero(as_tuple=True)                   # (N,): N ids have a twin
+    place, speech = batch["twin"][row, at], (batch["ids"][row, at] >= first_new).float()
+    parts = torch.stack([speech / speech.sum().clamp(min=1), (1 - speech) / (1 - speech).sum().clamp(min=1)]).sum(0)    # both count alike
+    apart, first = 0.0, int(EARS * len(states))
+    for ours, theirs in zip(states[first:], theirs[first:]):
+        ours, theirs = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, at], theirs[row, place]))   # (N, C)
+        apart = apart + ((ours - theirs).pow(2).mean(-1) * parts).sum() / (len(states) - first)
+    return apart
+
+
 @torch.no_grad()
 def validate(model, held_out, length, filler, first_unit, k, device):
     """Mean cross-entropy per layout on the held-out documents, units and text apart: {"text": 1.2, "interleave units": 2.3}."""
     said = {}
     for name, documents in held_out.items():
-        left, sums = [(ids[:length], loss[:length], kind) for ids, loss, kind in documents], {}
+        left, sums = [(cut(document, length)[0], kind) for document, kind in documents], {}
         while left:
             batch, left = pack(left, 8, length, filler)
             ce, is_unit, _ = losses(model, {n: t.to(device) for n, t in batch.items()}, first_unit, k)
@@ -308,6 +347,7 @@ def train(args, out):
         raise ValueError(f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, documents that show which inputs text uses")
     if args.keep_text:
         filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device)
+    reader = copy.deepcopy(model).requires_grad_(False) if args.imitate and args.units else None
     anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
     optimizer = torch.optim.AdamW([{"params": body, "faster": 1}, {"params": rows, "faster": ROWS_FASTER if first_new else 1, "weight_decay": 0.0}],
@@ -325,14 +365,15 @@ def train(args, out):
         model.load_state_dict(saved["model"])
         model.tie()
         optimizer.load_state_dict(saved["optimizer"])
-        step, spent, documents.drawn, documents.pending = saved["step"], saved["seconds"], saved["drawn"], saved["pending"]
+        step, spent, documents.drawn = saved["step"], saved["seconds"], saved["drawn"]
+        documents.pending = [(Document(*document), kind) for document, kind in saved["pending"]]
         kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
         log.write_text("".join(line + "\n" for line in kept))
         tqdm.write(f"resuming at step {step} of {args.steps}")
 
     def save_checkpoint():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": spent + time.time() - began,
-                 "drawn": documents.drawn, "pending": documents.pending, "settings": settings}
+                 "drawn": documents.drawn, "pending": [(tuple(document), kind) for document, kind in documents.pending], "settings": settings}
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
@@ -343,10 +384,13 @@ def train(args, out):
             group["lr"] = lr * group["faster"]
         documents.progress = step / args.steps
         batch = {name: tensor.to(device) for name, tensor in documents.batch(args.rows, args.length).items()}
+        states, apart = [], 0.0
         with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
-            ce, is_unit, kind = losses(model, batch, first_unit, k)
+            ce, is_unit, kind = losses(model, batch, first_unit, k, states)
+            if reader:
+                apart = unlikeness(states, batch, reader, first_new)
         worth = torch.where(is_unit, args.unit_loss, 1.0)
-        loss = (ce * worth).sum() / worth.sum()
+        loss = (ce * worth).sum() / worth.sum() + args.imitate * apart
         if not torch.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept in {out}. Lower --lr")
         optimizer.zero_grad(set_to_none=True)
@@ -422,9 +466,11 @@ def main():
     parser.add_argument("--mix", type=pairs, help=f"shares of layouts ({default('mix')})")
     parser.add_argument("--keep-text", type=float, help="how strongly changes of weights are kept out of what text uses; 0: not at all "
                         f"({default('keep_text')})")
+    parser.add_argument("--imitate", type=float, help="weight, beside the text's loss, of thinking at the end of each spoken word what the starting model "
+                        f"thinks on reading it; 0: none ({default('imitate')})")
     parser.add_argument("--pull", type=float, default=0.0, help="strength of a plain pull to the starting weights, times the rate, each step (default 0)")
     parser.add_argument("--rows-first", type=int, help=f"steps in which only the new rows are trained ({default('rows_first')})")
-    parser.add_argument("--layers", type=shares, default=(0.0, 1.0), help="train only the blocks between two shares of the depth; 0:0.5 is the lower half (default 0:1)")
+    parser.add_argument("--layers", type=shares, help=f"train only the blocks between two shares of the depth ({default('layers')})")
     parser.add_argument("--unit-loss", type=float, default=0.0, help="weight of a unit's loss beside a text token's (default 0)")
     parser.add_argument("--rows", type=int, default=8, help="packed rows in a batch (default 8)")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")
@@ -437,7 +483,7 @@ def main():
     stage = "units" if args.units else "chat" if args.chat else "text" if args.text else parser.error("nothing to train on: give --text, --chat or --units")
     for name, value in STAGES[stage].items():
         if getattr(args, name) is None:
-            setattr(args, name, pairs(value) if name == "mix" else value)
+            setattr(args, name, READ[name](value) if name in READ else value)
     for path in (args.init, args.tokenizer, args.text, args.chat, args.units):
         if path and not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file or folder")

@@ -18,6 +18,7 @@ import argparse
 import json
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -95,6 +96,15 @@ def pattern_of(json_, folder):
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return SMOLLM2
     raise ValueError(f"{folder}: pre-tokenizer {kinds} is not supported; wanted the byte-level BPE of GPT-2, Llama-3, Qwen or SmolLM2")
+
+
+class Document(NamedTuple):
+    """The ids of a training document, and 1 where a token bears loss, else 0. Of a spoken one also `read`, the ids of the same
+    document had it been written, and `twin`: for each id the place in `read` by which the same was said, or -1."""
+    ids: list
+    loss: list
+    read: list = []
+    twin: list = []
 
 
 class Vocab:
@@ -177,17 +187,33 @@ class Vocab:
 
     def text(self, text):
         ids = self.encode(text) + [self.eos]
-        return ids, [1] * len(ids)
+        return Document(ids, [1] * len(ids))
 
     def interleave(self, parts):
-        """parts: text and units in turn. The switches bear no loss: which modality comes next is held by the decoder."""
-        ids = self.content(parts) + [self.eos]
-        switches = (self.speech["speech"], self.speech["end_speech"])
-        return ids, [int(i not in switches) for i in ids]
+        """parts: text, and what is spoken as a list of (text, units), word by word if word times are known. The switches bear no loss:
+        which modality comes next is held by the decoder."""
+        ids, read, twin = [], [], []
+        for part in [*parts, None]:
+            if part is None or isinstance(part, str):
+                written = [self.eos] if part is None else self.encode(part)
+                twin += range(len(read), len(read) + len(written))
+                ids, read = ids + written, read + written
+            else:
+                start, *inside, end = self.span(np.concatenate([units for _, units in part]))
+                twin.append(-1)
+                for text, units in part:
+                    read = read + self.encode(text)
+                    twin += [-1] * (len(units) - 1) + [len(read) - 1] * min(1, len(units))        # a word is known at its last unit
+                twin.append(len(read) - 1)
+                ids = ids + [start, *inside, end]
+        return Document(ids, [int(i not in (self.speech["speech"], self.speech["end_speech"])) for i in ids], read, twin)
 
-    def transcribe(self, units, text):
-        heard, said = self.span(units) + self.encode(CUE), self.encode(" " + text) + [self.eos]
-        return heard + said, [0] * len(heard) + [1] * len(said)
+    def transcribe(self, spoken):
+        """spoken: a list of (text, units), as above; then the cue and the text."""
+        said = "".join(text for text, _ in spoken).strip()
+        document = self.interleave([spoken, CUE, " " + said])
+        silent = len(document.ids) - len(self.encode(" " + said)) - 1
+        return document._replace(loss=[int(n >= silent) for n in range(len(document.ids))])
 
     def chat(self, messages):
         """Messages [{"role", "content"}] in the family's template; loss on each reply and its end."""
@@ -199,7 +225,7 @@ class Vocab:
             bears = int(message["role"] == "assistant")
             ids += head + body + tail
             loss += [0] * len(head) + [bears] * len(body) + [bears * int(i == self.special[end]) for i in tail]
-        return ids, loss
+        return Document(ids, loss)
 
     def turn(self, messages):
         """The prompt for the next reply: the conversation so far and an open assistant turn."""
@@ -242,14 +268,14 @@ def show(vocab):
         print(f"{title}\n    " + " ".join(cells) + "\n")
 
     print("token:id, * where it bears loss\n")
-    line("text", *vocab.text("hi there"))
+    line("text", *vocab.text("hi there")[:2])
     if vocab.family:
-        line("chat", *vocab.chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]))
+        line("chat", *vocab.chat([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}])[:2])
     line("page", vocab.page("hi"))
     if vocab.speech:
         units = np.array([3, 1, 4])
-        line("interleave", *vocab.interleave(["hi", units, " there"]))
-        line("transcribe", *vocab.transcribe(units, "hi"))
+        line("interleave", *vocab.interleave(["hi", [(" hi", units)], " there"])[:2])
+        line("transcribe", *vocab.transcribe([("hi", units)])[:2])
         if vocab.family:
             line("spoken turn", vocab.turn([{"role": "user", "content": units}]))
 

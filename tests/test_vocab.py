@@ -72,14 +72,14 @@ def test_the_hole_of_a_padded_vocabulary_is_filled_so_that_row_number_is_token_i
 def test_layouts_are_literally_what_the_docstring_says(hearing):
     v, units = hearing, np.array([3, 1])
     h, i, b = v.encode("h")[0], v.encode("i")[0], v.special
-    assert v.text("hi") == ([h, i, v.eos], [1, 1, 1])
-    assert v.interleave(["h", units, "i"]) == ([h, 300, 305, 303, 301, i, v.eos], [1, 0, 1, 1, 0, 1, 1])
+    assert v.text("hi")[:2] == ([h, i, v.eos], [1, 1, 1])
+    assert v.interleave(["h", [("i", units)], "i"]) == ([h, 300, 305, 303, 301, i, v.eos], [1, 0, 1, 1, 0, 1, 1], [h, i, i, v.eos], [0, -1, -1, 1, 1, 2, 3])
     cue = v.encode(" transcript:")
-    assert v.transcribe(units, "hi") == ([300, 305, 303, 301, *cue, *v.encode(" hi"), v.eos], [0] * (4 + len(cue)) + [1] * 4)
+    assert v.transcribe([("hi", units)])[:2] == ([300, 305, 303, 301, *cue, *v.encode(" hi"), v.eos], [0] * (4 + len(cue)) + [1] * 4)
     user, ends = [b["<|im_start|>"], *v.encode("user\n")], [b["<|im_end|>"], *v.encode("\n")]
     opened = [b["<|im_start|>"], *v.encode("assistant\n")]
     assert v.turn([{"role": "user", "content": units}]) == [*user, 300, 305, 303, 301, *ends, *opened]
-    ids, loss = v.chat([{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}])
+    ids, loss, *_ = v.chat([{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}])
     assert ids == [*user, h, *ends, *opened, i, *ends] and [ids[n] for n, bears in enumerate(loss) if bears] == [i, b["<|im_end|>"]]
 
 
