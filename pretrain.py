@@ -29,14 +29,13 @@ from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
     "text": dict(steps=1000, lr=2e-3, layers="0:1", keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
-    "chat": dict(steps=500, lr=3e-4, layers="0.5:1", keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
-    "units": dict(steps=1500, lr=1.5e-3, layers="0:1", keep_text=0.015, imitate=10.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
+    "chat": dict(steps=700, lr=4e-4, layers="0.5:1", keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
+    "units": dict(steps=1500, lr=2e-3, layers="0:1", keep_text=0.007, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
 }
-READ = {"mix": lambda text: pairs(text), "layers": lambda text: shares(text)}     # settings that are more than a number
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
 ALONE, GROWTH = 0.1, 20             # transcripts: single words for this share of the run; then the longest grows by 20 words a run
-EARS = 0.34                         # the share of the depth that need not think of speech as of text
+EARS = 6                            # one block in six is ears: there units become words, which need not be thought of as text yet
 HELD_OUT = 100                      # one document in a hundred is for validation only
 
 
@@ -208,25 +207,30 @@ def losses(model, batch, first_unit, k, states=None):
     return F.cross_entropy(logits, target, reduction="none"), is_unit, batch["kind"][at]
 
 
-def unlikeness(states, batch, reader, first_new):
-    """How far what the model thinks of speech is from what `reader`, the frozen model it started from, thinks on reading the same.
+def imitation(states, batch, reader, first_new):
+    """(named, unlike): how far the model is from hearing as `reader`, the frozen model it started from, reads the same in writing.
 
-    Compared are the states of blocks, (B, T, C) each, as the next block sees them (normalised), of a word's last unit with those of the
-    written word, and of text behind speech with those of that text; a mean square, 0 alike to 2 unrelated. Where one text token stands
-    for a word and its units for another, nothing that is added to the weights later can tell them apart: so a delta learnt on
-    text works on speech. The first blocks are left alone: they need room to hear.
+    named   behind the first blocks, the ears, a word's last unit must point to the word: cross-entropy over the embedding's text rows.
+    unlike  behind every later block its state must be the reader's state on that word, and beside speech that on the same text: mean
+            square difference of what each block hands on (B, T, C), normalised as the next block sees it; 0 alike, 2 unrelated.
+
+    Weights cannot tell apart what is alike, so a delta that was learnt on text then works on speech. (Matching a frozen model's states:
+    FitNets, arXiv:1412.6550; in speech DiVA, arXiv:2410.02678, from an *instruct* model. Here from the base: no instruction is heard.)
     """
     theirs = []
     with torch.no_grad():
         reader.model(batch["read"], start=batch["read_start"], states=theirs)
     row, at = (batch["twin"] >= 0).nonzero(as_tuple=True)                   # (N,): N ids have a twin
     place, speech = batch["twin"][row, at], (batch["ids"][row, at] >= first_new).float()
-    parts = torch.stack([speech / speech.sum().clamp(min=1), (1 - speech) / (1 - speech).sum().clamp(min=1)]).sum(0)    # both count alike
-    apart, first = 0.0, int(EARS * len(states))
-    for ours, theirs in zip(states[first:], theirs[first:]):
-        ours, theirs = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, at], theirs[row, place]))   # (N, C)
-        apart = apart + ((ours - theirs).pow(2).mean(-1) * parts).sum() / (len(states) - first)
-    return apart
+    parts = torch.stack([speech / speech.sum().clamp(min=1), (1 - speech) / (1 - speech).sum().clamp(min=1)])     # (2, N): speech, text
+    unlike, ears = 0.0, max(1, len(states) // EARS)
+    for ours, theirs_ in zip(states[ears:], theirs[ears:]):
+        ours, theirs_ = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, at], theirs_[row, place]))       # (N, C)
+        unlike = unlike + ((ours - theirs_).pow(2).mean(-1) * parts.sum(0)).sum() / (len(states) - ears)
+    heard = F.rms_norm(states[ears - 1][row, at].float(), states[0].shape[-1:])                                   # (N, C)
+    logits = F.linear(heard, reader.model.embed_tokens.weight[:first_new].float()).float()                        # (N, text rows)
+    named = (F.cross_entropy(logits, batch["read"][row, place], reduction="none") * parts[0]).sum()
+    return named, unlike
 
 
 @torch.no_grad()
@@ -388,7 +392,7 @@ def train(args, out):
         with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
             ce, is_unit, kind = losses(model, batch, first_unit, k, states)
             if reader:
-                apart = unlikeness(states, batch, reader, first_new)
+                apart = sum(imitation(states, batch, reader, first_new))
         worth = torch.where(is_unit, args.unit_loss, 1.0)
         loss = (ce * worth).sum() / worth.sum() + args.imitate * apart
         if not torch.isfinite(loss):
@@ -483,7 +487,7 @@ def main():
     stage = "units" if args.units else "chat" if args.chat else "text" if args.text else parser.error("nothing to train on: give --text, --chat or --units")
     for name, value in STAGES[stage].items():
         if getattr(args, name) is None:
-            setattr(args, name, READ[name](value) if name in READ else value)
+            setattr(args, name, {"mix": pairs, "layers": shares}[name](value) if isinstance(value, str) else value)
     for path in (args.init, args.tokenizer, args.text, args.chat, args.units):
         if path and not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
