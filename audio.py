@@ -100,6 +100,9 @@ def read_manifest(path):
         for number, row in enumerate(rows, 1):
             if not isinstance(row.get("audio"), str):
                 raise ValueError(f"{path}, row {number}: got no \"audio\", wanted a path relative to the manifest")
+            for word in row.get("words") or []:
+                if not (isinstance(word, list) and [type(part) in (int, float) for part in word] == [False, True, True] and isinstance(word[0], str)):
+                    raise ValueError(f'{path}, row {number}: got {str(word)[:40]} among "words", wanted ["the", start, end] in seconds')
         return [row | {"audio": str((path.parent / row["audio"]).resolve())} for row in rows]
     texts = {}
     for file in path.rglob("*.trans.txt"):                                 # LibriSpeech: "84-121123-0000 GO DO YOU HEAR"

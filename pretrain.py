@@ -148,7 +148,7 @@ class Documents:
 
 
 def cut(document, length):
-    """A document in pieces of at most `length` ids. A piece but the first has lost what it should be read as, so it has no twins."""
+    """A document in pieces of at most `length` ids. What a piece would read as in writing is not known, so pieces have no twins."""
     if len(document.ids) <= length:
         return [document]
     return [Document(document.ids[a:a + length], document.loss[a:a + length]) for a in range(0, len(document.ids), length)]
@@ -210,13 +210,15 @@ def losses(model, batch, first_unit, k, states=None):
 def imitation(states, batch, reader, first_new):
     """(named, unlike): how far the model is from hearing as `reader`, the frozen model it started from, reads the same in writing.
 
-    named   behind the first blocks, the ears, a word's last unit must point to the word: cross-entropy over the embedding's text rows.
+    named   behind the first blocks, the ears, a word's last unit must point to the word (its last token): cross-entropy over text rows.
     unlike  behind every later block its state must be the reader's state on that word, and beside speech that on the same text: mean
             square difference of what each block hands on (B, T, C), normalised as the next block sees it; 0 alike, 2 unrelated.
 
     Weights cannot tell apart what is alike, so a delta that was learnt on text then works on speech. (Matching a frozen model's states:
     FitNets, arXiv:1412.6550; in speech DiVA, arXiv:2410.02678, from an *instruct* model. Here from the base: no instruction is heard.)
     """
+    if not batch["read"].shape[1]:                                         # a batch without speech: nothing to imitate
+        return 0.0, 0.0
     theirs = []
     with torch.no_grad():
         reader.model(batch["read"], start=batch["read_start"], states=theirs)
@@ -450,7 +452,9 @@ def shares(text):
     try:
         first, last = (float(part) for part in text.split(":"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted two shares of the depth, like 0:0.5") from None
+        first = last = math.nan
+    if not 0 <= first < last <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted two rising shares of the depth, like 0:0.5")
     return first, last
 
 
@@ -488,6 +492,10 @@ def main():
     for name, value in STAGES[stage].items():
         if getattr(args, name) is None:
             setattr(args, name, {"mix": pairs, "layers": shares}[name](value) if isinstance(value, str) else value)
+    if not (0 <= args.imitate < math.inf and (args.units or not args.imitate)):
+        parser.error(f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only speech can be like its text")
+    if min(args.steps, args.rows, args.length - 1) < 1:
+        parser.error(f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at least one step, one row and two tokens")
     for path in (args.init, args.tokenizer, args.text, args.chat, args.units):
         if path and not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file or folder")

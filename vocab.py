@@ -103,8 +103,8 @@ class Document(NamedTuple):
     document had it been written, and `twin`: for each id the place in `read` by which the same was said, or -1."""
     ids: list
     loss: list
-    read: list = []
-    twin: list = []
+    read: list = ()
+    twin: list = ()
 
 
 class Vocab:

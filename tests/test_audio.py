@@ -93,3 +93,10 @@ def test_a_stretch_of_time_gives_the_runs_that_lie_mostly_inside():
     assert audio.between(units, durations, 0.0, 0.2, 50).tolist() == [5]
     assert audio.between(units, durations, 0.25, 0.65, 50).tolist() == [6, 7]
     assert [u for a in (0, 0.3, 0.5) for u in audio.between(units, durations, a, {0: 0.3, 0.3: 0.5, 0.5: 0.8}[a], 50)] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("word", ['["hi", "a", "b"]', '"hi"', '["hi", 0.1]', '[3, 0.1, 0.2]'])
+def test_word_times_of_the_wrong_form_are_shown(word, tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "words": [["a", 0, 0.5]]}\n{"audio": "a.wav", "words": [' + word + ']}\n')
+    with pytest.raises(ValueError, match='row 2: got .* among "words", wanted'):
+        audio.read_manifest(tmp_path / "m.jsonl")

@@ -276,6 +276,23 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("flags, wanted", [
+    ("--units {units} --imitate nan", "--imitate nan: wanted 0 or more"), ("--chat {chat} --imitate 3", "only speech"),
+    ("--units {units} --layers 0.9:0.1", "two rising shares"), ("--units {units} --layers nan:1", "two rising shares"), ("--chat {chat} --rows 0", "at least one step"),
+])
+def test_settings_that_make_no_sense_are_refused_before_anything_is_read(flags, wanted, speedrun, tmp_path, monkeypatch, capsys):
+    places = {"units": speedrun / "units", "chat": speedrun / "toy/chat.jsonl"}
+    with pytest.raises(SystemExit):
+        call(["pretrain.py", "--init", str(speedrun / "base"), *flags.format(**places).split(), "--out", str(tmp_path / "x")], monkeypatch)
+    assert wanted in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_batch_without_speech_has_nothing_to_imitate(speedrun, tmp_path, monkeypatch):
+    call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--mix", "text=1",
+          "--steps", "2", "--rows", "1", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+    assert (tmp_path / "x/model.safetensors").exists()
+
+
 @pytest.mark.parametrize("flag, line, wanted", [
     ("--chat", '{"messages": "hi"}', "got messages = hi"), ("--chat", '{"messages": ["hi"]}', "got the message hi"),
     ("--text", '{"text": 5}', "got text = 5"), ("--text", '{"words": "hi"}', "in a row with words"), ("--text", b"\xff\xfe", "not UTF-8"),
