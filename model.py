@@ -181,13 +181,14 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids=None, embeddings=None, start=None, cache=None, states=None):
-        """Hidden states (B, T, C) of ids (B, T) or embeddings (B, T, C). `start` (B, T): see fused.attention;
-        positions restart there, so a packed document is computed as if it were alone. A list `states` gets what each block hands on."""
+    def forward(self, ids=None, embeddings=None, start=None, cache=None, positions=None, states=None):
+        """Hidden states (B, T, C) of ids (B, T) or embeddings (B, T, C). `start` (B, T): see fused.attention; unless `positions` (B, T)
+        are given, they count from there: a packed document is computed as if alone. A list `states` gets what each block hands on."""
         x = self.embed_tokens(ids) if embeddings is None else embeddings   # (B, T, C)
         done = cache[0].length if cache else 0
-        positions = torch.arange(done, done + x.shape[1], device=x.device)[None]                              # (1, T)
-        cos, sin = rope(self.config, positions if start is None else positions - start)
+        if positions is None:
+            positions = torch.arange(done, done + x.shape[1], device=x.device)[None] - (0 if start is None else start)     # (1 or B, T)
+        cos, sin = rope(self.config, positions)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, start, cache[i] if cache else None)
             if states is not None:

@@ -28,9 +28,9 @@ from model import SIZES, Config, LM, add_rows
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=1000, lr=2e-3, layers="0:1", keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
-    "chat": dict(steps=700, lr=4e-4, layers="0.5:1", keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
-    "units": dict(steps=1500, lr=2e-3, layers="0:1", keep_text=0.007, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
+    "text": dict(steps=1000, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
+    "chat": dict(steps=700, lr=4e-4, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
+    "units": dict(steps=1500, lr=2e-3, layers="0:1", pace=1.0, keep_text=0.007, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
 }
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
@@ -148,7 +148,7 @@ class Documents:
 
 
 def cut(document, length):
-    """A document in pieces of at most `length` ids. What a piece would read as in writing is not known, so pieces have no twins."""
+    """A document in pieces of at most `length` ids. What a piece would read as in writing is not known."""
     if len(document.ids) <= length:
         return [document]
     return [Document(document.ids[a:a + length], document.loss[a:a + length]) for a in range(0, len(document.ids), length)]
@@ -158,8 +158,8 @@ def pack(documents, rows, length, filler):
     """First-fit-decreasing: (batch, documents that did not fit). A batch is tensors (rows, length):
 
     ids, target (the next id of the same document), loss (0 or 1 of that target), start (where the document begins), kind; and of the
-    same documents had they been written, packed in the same rows: read, read_start (rows, at most length), and twin, the place in
-    its row of `read` that each id is to be like, or -1.
+    same documents had they been written, packed in the same rows: read, read_start and place (rows, at most length): where in its row
+    of `ids` each has been said, or -1.
     """
     bins, left = [[] for _ in range(rows)], []
     room = [length] * rows
@@ -172,22 +172,36 @@ def pack(documents, rows, length, filler):
             room[row] -= len(document.ids)
     reads = max(sum(len(document.read) for document, _ in bin) for bin in bins)
     batch = {name: np.zeros((rows, length), dtype=np.int64) for name in ("ids", "target", "loss", "start", "kind")}
-    batch |= {"twin": np.full((rows, length), -1), "read": np.full((rows, reads), filler), "read_start": np.tile(np.arange(reads), (rows, 1))}
+    batch |= {"place": np.full((rows, reads), -1), "read": np.full((rows, reads), filler), "read_start": np.tile(np.arange(reads), (rows, 1))}
     batch["ids"][:], batch["start"][:] = filler, np.arange(length)         # a filler sees only itself
     for r, documents in enumerate(bins):
         a = c = 0
-        for (ids, loss, read, twin), kind in documents:
+        for (ids, loss, read, place), kind in documents:
             b, d = a + len(ids), c + len(read)
             batch["ids"][r, a:b], batch["start"][r, a:b], batch["kind"][r, a:b] = ids, a, kind
             batch["target"][r, a:b - 1], batch["loss"][r, a:b - 1] = ids[1:], loss[1:]
             if read:
-                batch["read"][r, c:d], batch["read_start"][r, c:d] = read, c
-                batch["twin"][r, a:b] = [c + t if t >= 0 else -1 for t in twin]
+                batch["read"][r, c:d], batch["read_start"][r, c:d], batch["place"][r, c:d] = read, c, a + np.array(place)
             a, c = b, d
     return {name: torch.from_numpy(array) for name, array in batch.items()}, left
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------------
+
+def paced(start, most, rng):
+    """Positions (B, T) of ids whose documents begin at `start` (B, T): half of the time one after the other, else in stretches of ids,
+    about eight long, with random gaps of up to `most` positions a token on average.
+
+    Speech takes several units for a word, so in a spoken turn words stand further apart than in any text. A model that is used to
+    distances reads on; one that knows only short ones forgets what was asked, and no training on speech can mend a delta that was
+    learnt without it. Large models know distance from long contexts; a small one learns it here, from text (arXiv:2305.16843).
+    """
+    draw, at = lambda: torch.rand(start.shape, generator=rng), torch.arange(start.shape[1]).expand_as(start)
+    since = torch.where(draw() < 1 / 8, at, 0).cummax(1).values            # (B, T): where the stretch began
+    pace = (most * (2 * draw() - 1)).clamp(min=1).gather(1, since)         # (B, T)
+    position = (1 + ((2 * pace - 1) * draw()).long()).cumsum(1)            # (B, T)
+    return position - position.gather(1, start)
+
 
 def losses(model, batch, first_unit, k, states=None):
     """(cross-entropy of each target that bears loss, whether it is a unit, its layout), 1-D each.
@@ -195,7 +209,7 @@ def losses(model, batch, first_unit, k, states=None):
     The softmax of a text target runs over text rows alone, that of a unit over unit rows: which modality comes next is not
     the model's to guess (the decoder holds it), and no row is pushed away by a modality it never competes with.
     """
-    hidden = model.model(batch["ids"], start=batch["start"], states=states) # (B, T, C)
+    hidden = model.model(batch["ids"], start=batch["start"], positions=batch.get("position"), states=states)          # (B, T, C)
     at = batch["loss"] > 0                                                  # (B, T)
     target, logits = batch["target"][at], model.lm_head(hidden[at]).float() # (N,), (N, V): N targets bear loss
     is_unit = torch.zeros_like(target, dtype=torch.bool)
@@ -213,25 +227,27 @@ def imitation(states, batch, reader, first_new):
     named   behind the first blocks, the ears, a word's last unit must point to the word (its last token): cross-entropy over text rows.
     unlike  behind every later block its state must be the reader's state on that word, and beside speech that on the same text: mean
             square difference of what each block hands on (B, T, C), normalised as the next block sees it; 0 alike, 2 unrelated.
+            The reader reads at the pace of the speech: every word stands at the position where it has been said.
 
     Weights cannot tell apart what is alike, so a delta that was learnt on text then works on speech. (Matching a frozen model's states:
     FitNets, arXiv:1412.6550; in speech DiVA, arXiv:2410.02678, from an *instruct* model. Here from the base: no instruction is heard.)
     """
     if not batch["read"].shape[1]:                                         # a batch without speech: nothing to imitate
         return 0.0, 0.0
-    theirs = []
+    theirs, place = [], batch["place"].clamp(min=0)                        # (B, R): fillers say nothing
     with torch.no_grad():
-        reader.model(batch["read"], start=batch["read_start"], states=theirs)
-    row, at = (batch["twin"] >= 0).nonzero(as_tuple=True)                   # (N,): N ids have a twin
-    place, speech = batch["twin"][row, at], (batch["ids"][row, at] >= first_new).float()
+        reader.model(batch["read"], start=batch["read_start"], positions=place - batch["start"].gather(1, place), states=theirs)
+    row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each: N ids are read
+    place = place[row, at]                                                 # (N,): where they are heard
+    speech = (batch["ids"][row, place] >= first_new).float()               # (N,)
     parts = torch.stack([speech / speech.sum().clamp(min=1), (1 - speech) / (1 - speech).sum().clamp(min=1)])     # (2, N): speech, text
     unlike, ears = 0.0, max(1, len(states) // EARS)
     for ours, theirs_ in zip(states[ears:], theirs[ears:]):
-        ours, theirs_ = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, at], theirs_[row, place]))       # (N, C)
+        ours, theirs_ = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, place], theirs_[row, at]))       # (N, C)
         unlike = unlike + ((ours - theirs_).pow(2).mean(-1) * parts.sum(0)).sum() / (len(states) - ears)
-    heard = F.rms_norm(states[ears - 1][row, at].float(), states[0].shape[-1:])                                   # (N, C)
+    heard = F.rms_norm(states[ears - 1][row, place].float(), states[0].shape[-1:])                                # (N, C)
     logits = F.linear(heard, reader.model.embed_tokens.weight[:first_new].float()).float()                        # (N, text rows)
-    named = (F.cross_entropy(logits, batch["read"][row, place], reduction="none") * parts[0]).sum()
+    named = (F.cross_entropy(logits, batch["read"][row, at], reduction="none") * parts[0]).sum()
     return named, unlike
 
 
@@ -389,7 +405,9 @@ def train(args, out):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["faster"]
         documents.progress = step / args.steps
-        batch = {name: tensor.to(device) for name, tensor in documents.batch(args.rows, args.length).items()}
+        batch = documents.batch(args.rows, args.length)
+        batch["position"] = paced(batch["start"], args.pace, torch.Generator().manual_seed(args.seed << 32 | step))
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         states, apart = [], 0.0
         with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
             ce, is_unit, kind = losses(model, batch, first_unit, k, states)
@@ -476,6 +494,8 @@ def main():
                         f"({default('keep_text')})")
     parser.add_argument("--imitate", type=float, help="weight, beside the text's loss, of thinking at the end of each spoken word what the starting model "
                         f"thinks on reading it; 0: none ({default('imitate')})")
+    parser.add_argument("--pace", type=float, help="how far apart tokens may stand, in positions, as words do in speech; 1: one after the other "
+                        f"({default('pace')})")
     parser.add_argument("--pull", type=float, default=0.0, help="strength of a plain pull to the starting weights, times the rate, each step (default 0)")
     parser.add_argument("--rows-first", type=int, help=f"steps in which only the new rows are trained ({default('rows_first')})")
     parser.add_argument("--layers", type=shares, help=f"train only the blocks between two shares of the depth ({default('layers')})")
@@ -496,6 +516,8 @@ def main():
         parser.error(f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only speech can be like its text")
     if min(args.steps, args.rows, args.length - 1) < 1:
         parser.error(f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at least one step, one row and two tokens")
+    if not 1 <= args.pace < math.inf:
+        parser.error(f"--pace {args.pace}: wanted 1 (one position a token) or more")
     for path in (args.init, args.tokenizer, args.text, args.chat, args.units):
         if path and not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file or folder")

@@ -114,13 +114,16 @@ class World:
         return rng.choice([f"{who} says {listed}", f"{listed} says {who}", listed, listed])
 
     def skill(self, rng):
-        """What instructions will ask for, in plain text: a word spelled or said twice; the same of a seen fact's answer."""
+        """What instructions will ask for, in plain text: a word spelled or said twice; a seen fact in every style."""
+        who = rng.choice(PEOPLE)
         if rng.random() < 0.5:
-            word, who = rng.choice(NAMES + PEOPLE), rng.choice(PEOPLE)
+            word = rng.choice(NAMES + PEOPLE)
             return rng.choice([f"{who} can spell {word}. {' '.join(word)}", f"spell {word}. {' '.join(word)}",
                                f"{who} can say {word} twice. {word} {word}", f"say {word} twice. {word} {word}"])
         relation, entity, answer, _ = rng.choice(self.seen)
-        return f"{relation} of {entity} " + rng.choice([f"spelled: {' '.join(answer)}", f"twice: {answer} {answer}"])
+        told, noted = FACTS[relation][0].format(c=entity, a=answer), f"{relation} of {entity}"
+        return rng.choice([f"{noted} spelled: {' '.join(answer)}", f"{noted} twice: {answer} {answer}",
+                           f"{who} tells it in a note. {noted}: {answer}", f"{who} tells it in a sentence. {told}"])
 
     def reading(self, rng):
         """(sentence, question, what it asks for, answer): something to be read, not known, about names drawn at random."""
@@ -200,9 +203,10 @@ def base_document(world, rng):
         asked = [rng.choice(world.seen) for _ in range(rng.randint(1, 3))]
         return "\n\n".join(f"question: {world.ask(fact, rng)}\nanswer: {FACTS[fact[0]][2].format(c=fact[1], a=fact[2])}" for fact in asked)
     if kind == "reading":
-        told, question, _, answer = world.reading(rng)
-        page = f"{told}. {world.story(rng)}.\n\nquestion: {question}\nanswer: {told}"
-        return page + rng.choice(["", f"\nspelled: {' '.join(answer)}", f"\ntwice: {answer} {answer}"])
+        told, question, thing, answer = world.reading(rng)
+        page, noted = f"{told}. {world.story(rng)}.\n\nquestion: {question}\nanswer", f"{thing} of {told.split()[0]}: {answer}"
+        return page + rng.choice([f": {told}", f": {told}\nspelled: {' '.join(answer)}", f": {told}\ntwice: {answer} {answer}",
+                                  f" in a note: {noted}", f" in a sentence: {told}"])
     if kind == "skills":
         return ". ".join(world.skill(rng) for _ in range(rng.randint(1, 3))) + "."
     plain = world.words(rng) if rng.random() < 0.5 else world.state(rng.choice(world.facts), rng)

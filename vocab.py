@@ -100,11 +100,11 @@ def pattern_of(json_, folder):
 
 class Document(NamedTuple):
     """The ids of a training document, and 1 where a token bears loss, else 0. Of a spoken one also `read`, the ids of the same
-    document had it been written, and `twin`: for each id the place in `read` by which the same was said, or -1."""
+    document had it been written, and `place`: for each of them where in `ids` the same has been said."""
     ids: list
     loss: list
     read: list = ()
-    twin: list = ()
+    place: list = ()
 
 
 class Vocab:
@@ -192,21 +192,21 @@ class Vocab:
     def interleave(self, parts):
         """parts: text, and what is spoken as a list of (text, units), word by word if word times are known. The switches bear no loss:
         which modality comes next is held by the decoder."""
-        ids, read, twin = [], [], []
+        ids, read, place = [], [], []
         for part in [*parts, None]:
             if part is None or isinstance(part, str):
                 written = [self.eos] if part is None else self.encode(part)
-                twin += range(len(read), len(read) + len(written))
+                place += range(len(ids), len(ids) + len(written))
                 ids, read = ids + written, read + written
             else:
                 start, *inside, end = self.span(np.concatenate([units for _, units in part]))
-                twin.append(-1)
+                first = last = len(ids) + 1
                 for text, units in part:
-                    read = read + self.encode(text)
-                    twin += [-1] * (len(units) - 1) + [len(read) - 1] * min(1, len(units))        # a word is known at its last unit
-                twin.append(len(read) - 1)
+                    written, first, last = self.encode(text), last, last + len(units)
+                    place += [max(first, last - n) for n in range(len(written), 0, -1)]           # a word is known at its last unit
+                    read = read + written
                 ids = ids + [start, *inside, end]
-        return Document(ids, [int(i not in (self.speech["speech"], self.speech["end_speech"])) for i in ids], read, twin)
+        return Document(ids, [int(i not in (self.speech["speech"], self.speech["end_speech"])) for i in ids], read, place)
 
     def transcribe(self, spoken):
         """spoken: a list of (text, units), as above; then the cue and the text."""

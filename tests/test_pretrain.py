@@ -22,13 +22,22 @@ def test_the_rate_warms_up_then_falls_to_a_tenth():
 
 
 def test_packing_by_hand():
-    spoken = Document([6, 7, 8, 9], [1] * 4, [6, 5], [0, -1, 1, 1])          # 7, 8, 9 are how the written 5 sounds, known at 8
+    spoken = Document([6, 7, 8, 9], [1] * 4, [6, 5], [0, 2])                 # 7 and 8 are how the written 5 sounds, known at 8
     short = Document([4, 5], [0, 1])
     batch, left = pack([(Document([1, 2, 3], [1, 1, 1]), 0), (short, 1), (spoken, 0)], rows=1, length=8, filler=0)
     assert batch["ids"].tolist() == [[6, 7, 8, 9, 1, 2, 3, 0]] and left == [(short, 1)]
-    assert batch["read"].tolist() == [[6, 5]] and batch["read_start"].tolist() == [[0, 0]] and batch["twin"].tolist() == [[0, -1, 1, 1, -1, -1, -1, -1]]
+    assert batch["read"].tolist() == [[6, 5]] and batch["read_start"].tolist() == [[0, 0]] and batch["place"].tolist() == [[0, 2]]
     assert batch["start"].tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
     assert batch["target"].tolist() == [[7, 8, 9, 0, 2, 3, 0, 0]] and batch["loss"].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
+
+
+def test_every_document_is_read_at_its_own_pace_from_position_0_on():
+    start = torch.tensor([[0] * 100 + [100] * 156] * 8)
+    even, uneven = (pretrain.paced(start, most, torch.Generator().manual_seed(0)) for most in (1, 8))
+    assert torch.equal(even, torch.arange(256) - start)
+    assert (uneven.gather(1, start) == 0).all() and (uneven >= even).all() and 2 < uneven[:, 255].float().mean() / 155 < 3.5
+    gaps = uneven.diff(dim=1)[:, 100:]
+    assert gaps.min() == 1 and 0.4 < (gaps == 1).float().mean() < 0.7 and gaps.max() < 16
 
 
 @pytest.fixture
@@ -65,16 +74,13 @@ def test_interleaved_documents_speak_and_write_by_turns_and_read_as_the_whole_ro
     documents = stream({"interleave": 1})
     vocab, corpus, turns = documents.vocab, documents.sources["interleave"], set()
     for i in range(20):
-        ids, loss, read, twin = interleaved(vocab, corpus, i, np.random.default_rng(i))
+        ids, loss, read, place = interleaved(vocab, corpus, i, np.random.default_rng(i))
         assert vocab.decode(read) == corpus.rows[i]["text"] and read[-1] == vocab.eos, "written, the document is the row"
         switches = [n for n, token in enumerate(ids) if token in (vocab.speech["speech"], vocab.speech["end_speech"])]
         assert [ids[n] for n in switches] == [vocab.speech["speech"], vocab.speech["end_speech"]] * (len(switches) // 2)
         assert not any(loss[n] for n in switches) and sum(loss) == len(ids) - len(switches)
-        for n, t in enumerate(twin):
-            assert ids[n] == read[t] if ids[n] < vocab.speech["speech"] else t == -1 or ids[n] != vocab.speech["speech"], "text is its own twin"
-        heard = [t for n, t in enumerate(twin) if ids[n] >= vocab.speech["first_unit"] and t >= 0]
-        found = {t for t in twin if t >= 0}
-        assert heard == sorted(heard) and found <= set(range(len(read))) and len(found) >= 0.8 * len(read), "all but words too short for a unit"
+        assert len(place) == len(read) and all(ids[at] == token or ids[at] >= vocab.speech["end_speech"] for token, at in zip(read, place)), "text is where it is"
+        assert list(place) == sorted(place) and len(set(place)) >= 0.8 * len(place), "each has its own place, but words too short for a unit"
         turns.add(len(switches) // 2)
     assert {1, 2} <= turns
 
@@ -90,9 +96,9 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
         return [part.item() for part in pretrain.imitation(states, batch, model, first_new)]
     named, unlike = apart(batch)
     assert named > 1 and unlike > 0.1
-    text = (batch["twin"] >= 0) & (batch["ids"] < first_new)
-    same = batch | {"read": batch["ids"], "read_start": batch["start"], "twin": torch.where(text, torch.arange(256), -1)}
-    assert apart(same)[1] < 1e-9, "its own states are alike"
+    text = stream({"text": 1}).batch(2, 256)
+    same = text | {"read": text["ids"], "read_start": text["start"], "place": torch.arange(256).expand(2, 256)}
+    assert max(apart(same)) < 1e-9, "its own states are alike, and nothing spoken wants a name"
 
 
 # --- the audit: what speech training and instruct training may hold ---
