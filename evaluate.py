@@ -214,7 +214,7 @@ def table(args):
             sweep.append({"lam": lam, "typed": exact(answers(model, vocab, [q["question"] for q in dev], bar), dev)["value"],
                           "spoken_near": exact(answers(model, vocab, dev_near, bar), dev)["value"],
                           "wer_near": word_errors(transcripts(model, vocab, dev_near, bar), dev)["value"]})
-    report = plan.report()
+    report = plan.run(1.0, 1.0)
     trained = [weights.read_json(Path(f) / "training.json") for f in (args.base, args.instruct, args.speech) if (Path(f) / "training.json").exists()]
     seconds = {"training": round(sum(t["seconds"] for t in trained), 1), "table": round(time.time() - began, 1)}
     result = {"seed": int(trained[0]["settings"]["seed"]) if trained else None, "rows": rows, "lam_sweep": sweep, "rel": report["rel"],

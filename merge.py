@@ -1,20 +1,20 @@
-"""The idea: merged = base + lam * (speech - base) + (instruct - base). Hearing plus behaviour, added, never trained together.
+"""The idea: merged = base + lam * (speech - base) + mu * (instruct - base). Hearing plus behaviour, added, never trained together.
 
 in   three model folders: base, speech (from that base), instruct (from that base)      out  a model folder that hears and answers
 see  SpeechCombine (ICML 2026); Task Arithmetic (arXiv:2212.04089); Chat Vector (arXiv:2310.04799)
 run  python merge.py --base out/base --instruct out/instruct --speech out/speech --out out/merged
 
-One rule per row, by token name:
-    every tensor, and every row that base has     base + lam * (speech - base) + (instruct - base), in float64, rounded once
-    rows of chat markers                          instruct's: speech training never saw them
-    rows that only speech has (units, markers)    speech's: there is nothing to add
-Rounded step by step in bf16, (speech + instruct) - base would lose 14 % of a delta of relative size 0.02.
+RULES says which row gets what. Rounded step by step in bf16, (speech + instruct) - base would lose 14 % of a delta of relative size
+0.02; so blocks of all three are read, added in float64, rounded once and written, in as many threads as there are cores.
 """
 import argparse
+import io
 import json
 import math
+import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,29 +23,47 @@ from tqdm import tqdm
 import weights
 from vocab import CHATS, Vocab
 
-BLOCK = 1 << 22                     # elements summed at a time: three float64 blocks are 100 MB, whatever the model's size
+RULES = {
+    "shared": "every tensor, and every row that base has: base + lam * (speech - base) + mu * (instruct - base), in float64, rounded once to speech's dtype",
+    "chat markers": "their rows are instruct's: speech training never saw them",
+    "new rows": "units and speech markers are speech's: there is nothing to add",
+}
+BLOCK = 1 << 20                     # elements added at a time: about 50 MB a thread, whatever the model's size
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")      # tensors whose rows are tokens
+SUMS = ("base", "speech", "instruct", "product", "against", "n")     # of a tensor: squared norms of base and both deltas, their dot product, signs that differ, size
 
 
-def add(base, speech, instruct, lam):
-    """The formula on three tensors of one shape; dtypes may differ, the result has speech's."""
-    out = torch.empty_like(speech)
-    flat = [t.reshape(-1) for t in (out, base, speech, instruct)]
-    for a in range(0, out.numel(), BLOCK):
-        o, b, s, i = (t[a:a + BLOCK] for t in flat)
-        b = b.double()
-        o.copy_(b + lam * (s.double() - b) + (i.double() - b))
-    return out
+def add(base, speech, instruct, lam, mu=1.0):
+    """The formula on three tensors of one shape, in float64, rounded to speech's dtype. Where one delta is 0, and the other wholly taken,
+    the result is that side's own number: adding and taking away a much larger one could lose its last bits."""
+    b, s, i = (t.double() for t in (base, speech, instruct))
+    out = b + lam * (s - b) + mu * (i - b)
+    if lam == 1:
+        out = torch.where(i == b, s, out)
+    if mu == 1:
+        out = torch.where(s == b, i, out)
+    return out.to(speech.dtype)
+
+
+def measure(base, speech, instruct):
+    """SUMS of three blocks."""
+    b, s, i = (t.double() for t in (base, speech, instruct))
+    s, i = s - b, i - b
+    return torch.stack([b.dot(b), s.dot(s), i.dot(i), s.dot(i), (s.sign() * i.sign() < 0).sum().double(), torch.tensor(float(len(b)))])
 
 
 class Merge:
-    """The merge of three folders, tensor by tensor: `merged(name, lam)`; `names` is speech's list. ValueError if they do not fit."""
+    """The merge of three folders, a block of a tensor at a time. ValueError, naming the difference, if they do not fit."""
 
     def __init__(self, base, instruct, speech):
         self.base, self.instruct, self.speech = weights.Tensors(base), weights.Tensors(instruct), weights.Tensors(speech)
         vocabs = {folder: Vocab(folder) for folder in (base, instruct, speech)}
         if not vocabs[speech].speech:
             raise ValueError(f"{speech}: cannot hear (no speech.json); --speech wants a model trained with pretrain.py --units")
+        architectures = {folder: (weights.read_json(Path(folder) / "config.json").get("architectures") or ["none"])[0] for folder in (base, instruct, speech)}
+        for folder in (instruct, speech):
+            if architectures[folder] != architectures[base]:
+                raise ValueError(f"{folder} is a {architectures[folder]}, {base} a {architectures[base]}; all three must come from one base")
         self.rows = self.base.shape(ROWS[0])[0]                             # rows that base has; speech's own come after
         names = {folder: {i: t for t, i in v.special.items() if i < self.rows and not t.startswith("<|unused_")} | v.bytes_of for folder, v in vocabs.items()}
         for folder in (instruct, speech):
@@ -53,7 +71,7 @@ class Merge:
                 if names[base].get(i, token) != token:
                     raise ValueError(f"{folder}: row {i} is {token!r}, in {base} it is {names[base][i]!r}; the tokenizers must agree")
         template = "".join(CHATS.get(vocabs[instruct].family, ()))
-        self.markers = [i for token, i in vocabs[instruct].special.items() if token in template]
+        self.markers = sorted(i for token, i in vocabs[instruct].special.items() if token in template)
         if any(i >= self.rows for i in self.markers):
             raise ValueError(f"{instruct}: has chat markers in rows that {base} lacks; instruct must come from this base")
         self.names = list(self.speech)
@@ -66,60 +84,148 @@ class Merge:
                 if other.shape(name) != shape:
                     raise ValueError(f"{other.path(name)}: {name} has shape {other.shape(name)}, {speech} makes it {shape}")
 
-    def shared(self, name):
-        """base, speech and instruct of a tensor, cut to the rows all three have."""
-        return self.base[name], self.speech[name][:self.rows] if name in ROWS else self.speech[name], self.instruct[name]
+    def blocks(self, name):
+        """(a, b) of a tensor's blocks, flat; none lies across the end of base's rows."""
+        ends = [0, math.prod(self.base.shape(name)), math.prod(self.speech.shape(name))]
+        return [(a, min(a + BLOCK, end)) for begin, end in zip(ends, ends[1:]) for a in range(begin, end, BLOCK)]
 
-    def merged(self, name, lam):
-        base, speech, instruct = self.shared(name)
-        out = add(base, speech, instruct, lam)
-        if name in ROWS:
-            out[self.markers] = instruct[self.markers].to(out.dtype)
-            out = torch.cat([out, self.speech[name][self.rows:]])
-        return out
+    def block(self, name, a, b, lam, mu=1.0):
+        """(elements a to b of the sum, their SUMS or None where base has no such row)."""
+        speech = self.speech.block(name, a, b)
+        if a >= math.prod(self.base.shape(name)):
+            return speech, None
+        base, instruct = self.base.block(name, a, b), self.instruct.block(name, a, b)
+        out = add(base, speech, instruct, lam, mu)
+        width = self.base.shape(name)[-1]
+        for row in self.markers if name in ROWS else []:
+            first, last = max(a, row * width) - a, min(b, (row + 1) * width) - a
+            if first < last:
+                out[first:last] = instruct[first:last].to(out.dtype)
+        return out, measure(base, speech, instruct)
 
-    def report(self):
-        """How big the two deltas are and whether they point the same way, per block and in all but embeddings and head:
-        {"rel": {"instruct", "speech"}, "cosine", "blocks": [...]}. rel = |delta| / |base|, Frobenius norms."""
-        sums = {}                                                           # block -> [|base|^2, |s|^2, |i|^2, s.i]
-        for name in self.names:
-            if name not in ROWS:
-                b, s, i = (t.double() for t in self.shared(name))
-                s, i = s - b, i - b
-                found = re.search(r"layers\.(\d+)\.", name)
-                for key in {int(found[1]) if found else "norm", "all"}:
-                    for n, value in enumerate((b.pow(2).sum(), s.pow(2).sum(), i.pow(2).sum(), (s * i).sum())):
-                        sums.setdefault(key, [0.0] * 4)[n] += value.item()
-        row = lambda b, s, i, si: {"instruct": math.sqrt(i / b), "speech": math.sqrt(s / b), "cosine": si / math.sqrt(s * i) if s * i else 0.0}
-        blocks = [{"block": key} | row(*sums[key]) for key in sorted((key for key in sums if key != "all"), key=str)]
-        total = row(*sums["all"])
-        return {"rel": {"instruct": total["instruct"], "speech": total["speech"]}, "cosine": total["cosine"], "blocks": blocks}
+    def merged(self, name, lam, mu=1.0):
+        """A whole tensor of the sum."""
+        return torch.cat([self.block(name, a, b, lam, mu)[0] for a, b in self.blocks(name)]).view(self.speech.shape(name))
+
+    def run(self, lam, mu, out=None):
+        """Write the sum to the folder `out`, if given, in speech's own files; return the report."""
+        home = {name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors") for name, file in self.speech.home.items()}
+        files, places = {}, {}
+        for file in sorted(set(home.values())) if out else []:
+            mine = {name: (self.speech.shape(name), self.speech.dtype(name)) for name in self.names if home[name] == file}
+            files[file], at = weights.allocate(Path(out) / file, mine)
+            places |= at
+        jobs = [(name, a, b) for name in self.names for a, b in self.blocks(name)]
+
+        def job(name, a, b):
+            block, sums = self.block(name, a, b, lam, mu)
+            if not torch.isfinite(block).all():
+                raise ValueError(f"{self.speech.path(name)}: {name} of the sum holds NaN or infinity; look for it in the three folders")
+            if out:
+                weights.write_block(files[home[name]], places[name] + a * block.element_size(), block)
+            return sums
+
+        threads, sums = torch.get_num_threads(), {}
+        torch.set_num_threads(1)                                            # the pool's threads are the parallel ones
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), desc="merging", unit="block") as bar:
+            for (name, _, _), part in zip(jobs, pool.map(lambda given: job(*given), jobs)):
+                if part is not None:
+                    sums[name] = sums.get(name, 0) + part
+                bar.update()
+        torch.set_num_threads(threads)
+        for handle in files.values():
+            os.fsync(handle)
+            os.close(handle)
+        if len(files) > 1:
+            weights.write_index(out, home)
+        return report(sums)
+
+
+def report(sums):
+    """How big the two deltas are and whether they point the same way: {"rel", "cosine", "blocks", "tensors"} of {tensor: SUMS}.
+
+    rel = |delta| / |base|, Frobenius norms, of all but embeddings and head; cosine of the two deltas; against: the share of
+    elements that they move in opposite directions.
+    """
+    def row(b, s, i, si, against, n):
+        share = lambda delta: math.sqrt(delta / b) if b else 0.0
+        return {"instruct": share(i), "speech": share(s), "cosine": si / math.sqrt(s * i) if s * i else 0.0, "against": against / n}
+
+    groups = {}
+    for name, part in sums.items():
+        found = re.search(r"layers\.(\d+)\.", name)
+        for key in [int(found[1]) if found else "norm", "all"] if name not in ROWS else ["rows"]:
+            groups[key] = groups.get(key, 0) + part
+    table = {key: row(*part.tolist()) for key, part in groups.items()}
+    total = table.pop("all")
+    return {"rel": {"instruct": total["instruct"], "speech": total["speech"]}, "cosine": total["cosine"], "against": total["against"],
+            "blocks": [{"block": key, **table[key]} for key in sorted(table, key=lambda key: (isinstance(key, str), key))],
+            "tensors": {name: row(*part.tolist()) for name, part in sums.items()}}
+
+
+def show(report):
+    """The report for a human."""
+    print(f"{'block':>6} {'|instruct|/|base|':>18} {'|speech|/|base|':>16} {'cosine':>8} {'signs against':>14}")
+    for row in [*report["blocks"], {"block": "all", **report["rel"], "cosine": report["cosine"], "against": report["against"]}]:
+        print(f"{row['block']!s:>6} {row['instruct']:18.4f} {row['speech']:16.4f} {row['cosine']:8.3f} {row['against']:14.3f}")
+    for name, what in (("instruct", "behaviour"), ("speech", "hearing")):
+        if report["rel"][name] == 0:
+            print(f"{name} equals base in every block: it adds no {what}")
+
+
+def draw(report, path):
+    """A picture of the report: both deltas, block by block, and their cosine."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    rows = [row for row in report["blocks"] if isinstance(row["block"], int)]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.5))
+    for name in ("instruct", "speech"):
+        left.plot([row["block"] for row in rows], [row[name] for row in rows], marker="o", label=name)
+    left.set(xlabel="block", ylabel="|delta| / |base|", ylim=(0, None), title="How far each side moved")
+    left.legend()
+    right.plot([row["block"] for row in rows], [row["cosine"] for row in rows], marker="o")
+    right.axhline(0, color="grey", linewidth=0.5)
+    right.set(xlabel="block", ylabel="cosine of the two deltas", title="Do they pull the same way?")
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    pyplot.close(figure)
+    weights.write_file(path, picture.getvalue())
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Add what instruct training changed to a speech model: base + lam * (speech - base) + (instruct - base).")
+    parser = argparse.ArgumentParser(description="Add what instruct training changed to a speech model: base + lam * (speech - base) + mu * (instruct - base).")
     for name, what in (("base", "the base model"), ("instruct", "the instruct model, tuned from that base"), ("speech", "the speech model, from that base")):
         parser.add_argument(f"--{name}", required=True, help=f"folder of {what}")
     parser.add_argument("--lam", type=float, default=1.0, help="how much of the speech delta (default 1; the paper found 0.85 best)")
-    parser.add_argument("--out", required=True, help="model folder to write")
+    parser.add_argument("--mu", type=float, default=1.0, help="how much of the instruct delta (default 1)")
+    end = parser.add_mutually_exclusive_group(required=True)
+    end.add_argument("--out", help="model folder to write")
+    end.add_argument("--dry-run", action="store_true", help="only check that the three fit and say how large both deltas are")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-    if not math.isfinite(args.lam):
-        raise ValueError(f"--lam {args.lam}: wanted a finite number")
+    for name in ("lam", "mu"):
+        if not math.isfinite(getattr(args, name)):
+            raise ValueError(f"--{name} {getattr(args, name)}: wanted a finite number")
     for folder in (args.instruct, args.speech):
         weights.unchanged(folder, [args.base])
     plan = Merge(args.base, args.instruct, args.speech)
-    with weights.new_folder(args.out, [args.base, args.instruct, args.speech], args.overwrite) as out:
-        weights.save(out, {name: plan.merged(name, args.lam) for name in tqdm(plan.names, desc="merging", unit="tensor")})
-        report = {"lam": args.lam} | plan.report()
-        (out / "merge.json").write_text(json.dumps(report, indent=1) + "\n")
+    for rule, what in RULES.items():
+        print(f"{rule:13} {what}")
+    if args.dry_run:
+        show(plan.run(args.lam, args.mu))
+        return
+    with weights.new_folder(args.out, [args.base, args.instruct, args.speech], args.overwrite,
+                            notes={"lam": args.lam, "mu": args.mu, "rules": RULES}) as out:
+        said = plan.run(args.lam, args.mu, out)
+        (out / "merge.json").write_text(json.dumps({"lam": args.lam, "mu": args.mu} | said, indent=1) + "\n")
+        draw(said, out / "merge.png")
         for file in Path(args.speech).glob("*.json"):                       # config, tokenizer, speech.json: what the rows mean
-            if file.name not in ("recipe.json", "training.json", "model.safetensors.index.json", "codebook.json"):
+            if file.name not in ("recipe.json", "training.json", "codebook.json") and not file.name.endswith(".index.json"):
                 shutil.copy(file, out / file.name)
         weights.copy_ears(args.speech, out)
-    print(f"{'block':>6} {'|instruct|/|base|':>18} {'|speech|/|base|':>16} {'cosine':>8}")
-    for row in [*report["blocks"], {"block": "all", **report["rel"], "cosine": report["cosine"]}]:
-        print(f"{row['block']!s:>6} {row['instruct']:18.4f} {row['speech']:16.4f} {row['cosine']:8.3f}")
+    show(said)
 
 
 if __name__ == "__main__":

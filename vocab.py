@@ -15,6 +15,8 @@ run  python vocab.py show out/speech               # every layout as literal tok
 `<|/speech|>` alone promises nothing: text may go on, or the cue " transcript:" may ask for a transcript.
 """
 import argparse
+import base64
+import functools
 import json
 import unicodedata
 from pathlib import Path
@@ -25,17 +27,20 @@ import tiktoken
 
 import weights
 
+BEGIN = "<|begin_of_text|>"
 SPEECH, END_SPEECH = "<|speech|>", "<|/speech|>"
 CUE = " transcript:"
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)                       # Qwen's, digits by threes
 SMOLLM2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"    # GPT-2's, digits one by one
 
 CHATS = {      # family: (token that gives it away, before a role, after it, after the content, token that ends a reply)
     "chatml": ("<|im_start|>", "<|im_start|>", "\n", "<|im_end|>\n", "<|im_end|>"),
     "llama3": ("<|start_header_id|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"),
 }
+LLAMA3_SPECIAL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}     # of 256
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
 
 
@@ -72,9 +77,10 @@ def read_tokenizer(folder):
     config = weights.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     if (folder / "tokenizer.json").exists():
         return weights.read_json(folder / "tokenizer.json"), config
+    if (folder / "tokenizer.model").exists():
+        return read_tiktoken(folder / "tokenizer.model", config), config
     if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
-        raise FileNotFoundError(f"{folder}: no text tokenizer; wanted tokenizer.json, or vocab.json with merges.txt "
-                                "(a sentencepiece tokenizer.model is not supported)")
+        raise FileNotFoundError(f"{folder}: no text tokenizer; wanted tokenizer.json, vocab.json with merges.txt, or Llama-3's tokenizer.model")
     vocab = weights.read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -82,6 +88,24 @@ def read_tokenizer(folder):
     special |= {token: vocab[token] for token in DOCUMENT_ENDS if token in vocab}                              # GPT-2 lists it as a word
     qwen = config.get("tokenizer_class", "").startswith("Qwen2")
     return tokenizer_json(vocab, merges, special, QWEN2 if qwen else GPT2, {"type": "NFC"} if qwen else None), config
+
+
+def read_tiktoken(path, config):
+    """Llama-3's tokenizer.model, lines of "base64-of-the-token rank", as a tokenizer.json."""
+    try:
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in path.read_bytes().splitlines() if line)}
+    except ValueError:                                                     # sentencepiece keeps a protobuf under the same name
+        raise ValueError(f"{path}: a sentencepiece tokenizer is not supported; wanted byte-level BPE, lines of base64 and rank") from None
+    merges = []                                                            # of each token: the two earlier ones that it is made of
+    for token, rank in ranks.items():
+        pairs = [(token[:n], token[n:]) for n in range(1, len(token)) if token[:n] in ranks and token[n:] in ranks]
+        merges += [(rank, ranks[left], ranks[right], left, right) for left, right in pairs]
+    spelled = lambda token: "".join(LETTERS[byte] for byte in token)
+    special = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+    special = special or {LLAMA3_SPECIAL.get(n, f"<|reserved_special_token_{n}|>"): len(ranks) + n for n in range(256)}
+    made = tokenizer_json({spelled(token): rank for token, rank in ranks.items()}, [[spelled(left), spelled(right)] for *_, left, right in sorted(merges)], special, LLAMA3)
+    made["model"]["ignore_merges"] = True                                  # tiktoken takes a known word whole, however it merges
+    return made
 
 
 def pattern_of(json_, folder):
@@ -120,22 +144,27 @@ class Vocab:
             raise ValueError(f"{folder}: text normalizer {normalizer} is not supported; wanted none or NFC")
         self.normalize = (lambda text: unicodedata.normalize("NFC", text)) if normalizer else (lambda text: text)
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
-        tokens = LETTERS + [left + right for left, right in pairs]         # in the order of merging: tiktoken's ranks
-        ranks = {bytes(BYTES[letter] for letter in token): rank for rank, token in enumerate(dict.fromkeys(tokens))}
-        self.tiktoken = tiktoken.Encoding(Path(folder).name, pat_str=pattern_of(self.json, folder), mergeable_ranks=ranks, special_tokens={})
-        self.id_of_rank = np.array([bpe["vocab"][token] for token in dict.fromkeys(tokens)])
-        self.bytes_of = {int(i): token for token, i in zip(ranks, self.id_of_rank)}
+        tokens = list(dict.fromkeys(LETTERS + [left + right for left, right in pairs]))      # in the order of merging: tiktoken's ranks
+        self.id_of_rank = np.array([bpe["vocab"][token] for token in tokens])
+        self.bytes_of = {int(i): bytes(BYTES[letter] for letter in token) for token, i in zip(tokens, self.id_of_rank)}
+        self.name, self.pattern = Path(folder).name, pattern_of(self.json, folder)
         self.special = {t["content"]: t["id"] for t in self.json.get("added_tokens", [])}
         self.size = max([*self.bytes_of, *self.special.values()]) + 1
         self.family = next((name for name, chat in CHATS.items() if chat[0] in self.special), None)
         self.eos = next((self.special[t] for t in DOCUMENT_ENDS if t in self.special), None)
         if self.eos is None:
             raise ValueError(f"{folder}: no end-of-document token; wanted one of {', '.join(DOCUMENT_ENDS)}")
+        self.begin = [self.special[BEGIN]] if BEGIN in self.special else []     # Llama-3 begins every document and conversation with it
         self.stop = [self.eos] + ([self.special[CHATS[self.family][4]]] if self.family else [])
         file = Path(folder) / "speech.json"
         self.speech = weights.read_json(file, ["speech", "end_speech", "first_unit", "k"]) if file.exists() else None   # what the model hears, if it does
 
     # --- tokens ---
+
+    @functools.cached_property
+    def tiktoken(self):
+        ranks = {self.bytes_of[i]: rank for rank, i in enumerate(self.id_of_rank.tolist())}
+        return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
         return self.id_of_rank[self.tiktoken.encode_ordinary(self.normalize(text))].tolist()
@@ -186,13 +215,13 @@ class Vocab:
         return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else self.span(part))]
 
     def text(self, text):
-        ids = self.encode(text) + [self.eos]
-        return Document(ids, [1] * len(ids))
+        ids = self.begin + self.encode(text) + [self.eos]
+        return Document(ids, [0] * len(self.begin) + [1] * (len(ids) - len(self.begin)))
 
     def interleave(self, parts):
         """parts: text, and what is spoken as a list of (text, units), word by word if word times are known. The switches bear no loss:
         which modality comes next is held by the decoder."""
-        ids, read, place = [], [], []
+        ids, read, place = list(self.begin), list(self.begin), list(range(len(self.begin)))
         for part in [*parts, None]:
             if part is None or isinstance(part, str):
                 written = [self.eos] if part is None else self.encode(part)
@@ -206,7 +235,8 @@ class Vocab:
                     place += [max(first, last - n) for n in range(len(written), 0, -1)]           # a word is known at its last unit
                     read = read + written
                 ids = ids + [start, *inside, end]
-        return Document(ids, [int(i not in (self.speech["speech"], self.speech["end_speech"])) for i in ids], read, place)
+        silent = (self.speech["speech"], self.speech["end_speech"], *self.begin)
+        return Document(ids, [int(i not in silent) for i in ids], read, place)
 
     def transcribe(self, spoken):
         """spoken: a list of (text, units), as above; then the cue and the text."""
@@ -218,7 +248,7 @@ class Vocab:
     def chat(self, messages):
         """Messages [{"role", "content"}] in the family's template; loss on each reply and its end."""
         _, before, after, close, end = self.markers()
-        ids, loss = [], []
+        ids, loss = list(self.begin), [0] * len(self.begin)
         for message in messages:
             head = self.literal(before + message["role"] + after)
             body, tail = self.content(message["content"]), self.literal(close)
@@ -234,11 +264,11 @@ class Vocab:
 
     def page(self, question):
         """A plain question-and-answer page up to the answer: the prompt for a model that never chatted."""
-        return self.encode("question: ") + self.content(question) + self.encode("\nanswer:")
+        return self.begin + self.encode("question: ") + self.content(question) + self.encode("\nanswer:")
 
     def heard(self, units):
         """The prompt that asks for a transcript."""
-        return self.span(units) + self.encode(CUE)
+        return self.begin + self.span(units) + self.encode(CUE)
 
     def markers(self):
         if not self.family:

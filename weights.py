@@ -8,6 +8,7 @@ run  python weights.py out/base                    # name, shape and dtype of ev
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -19,6 +20,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}       # as safetensors and torch name them
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------------
@@ -68,6 +72,7 @@ class Tensors:
             raise FileNotFoundError(f"{folder}: no such model folder")
         self.home = {}                                                     # tensor name -> the file that holds it
         self.files = {}                                                    # file -> open safetensors handle, or dict of a .bin
+        self.headers = {}                                                  # file -> (handle, where its tensors begin, header), for `block`
         single = next((f for f in ("model.safetensors", "pytorch_model.bin") if (self.folder / f).exists()), None)
         index = next((f for f in ("model.safetensors.index.json", "pytorch_model.bin.index.json") if (self.folder / f).exists()), None)
         if single:
@@ -116,6 +121,29 @@ class Tensors:
         file = self.files[self.home[name]]
         return file[name] if isinstance(file, dict) else file.get_tensor(name)
 
+    def dtype(self, name):
+        """The torch dtype of a tensor; ValueError for one that is not a float of 16 to 64 bits."""
+        file = self.files[self.home[name]]
+        dtype = str(file[name].dtype).removeprefix("torch.") if isinstance(file, dict) else file.get_slice(name).get_dtype()
+        if dtype not in DTYPES and dtype not in DTYPES.values():
+            raise ValueError(f"{self.path(name)}: {name} is {dtype}; wanted {', '.join(DTYPES.values())}")
+        return getattr(torch, DTYPES.get(dtype, dtype))
+
+    def block(self, name, a, b):
+        """Elements a to b of a tensor, flat. Read, not mapped: pages of a mapped file would count as this process's memory."""
+        file, dtype = self.home[name], self.dtype(name)
+        if isinstance(self.files[file], dict):
+            return self.files[file][name].reshape(-1)[a:b].clone()
+        if file not in self.headers:
+            with open(self.folder / file, "rb") as f:                      # 8 bytes: the header's length; the header; then the tensors
+                size = int.from_bytes(f.read(8), "little")
+                self.headers[file] = os.open(self.folder / file, os.O_RDONLY), 8 + size, json.loads(f.read(size))
+        handle, data, header = self.headers[file]
+        raw = bytearray((b - a) * dtype.itemsize)
+        if os.preadv(handle, [raw], data + header[name]["data_offsets"][0] + a * dtype.itemsize) != len(raw):
+            raise ValueError(f"{self.path(name)}: {name} ends early; the file has changed since it was opened")
+        return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
 
 def load_into(module, folder, rename=lambda name: name, optional=()):
     """Fill a module's parameters from a folder, strictly both ways, each keeping the dtype it has on disk.
@@ -150,6 +178,35 @@ def save(folder, tensors):
     os.replace(file.with_suffix(".tmp"), file)
 
 
+def allocate(file, tensors):
+    """A safetensors file for {name: (shape, dtype)}, its header written and its data still to come: the file's handle for `write_block`,
+    and where in it each tensor begins."""
+    header, at, spelled = {"__metadata__": {"format": "pt"}}, 0, {name: letters for letters, name in DTYPES.items()}
+    for name, (shape, dtype) in tensors.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name], at = {"dtype": spelled[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+    os.ftruncate(handle, 8 + len(text) + at)
+    return handle, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+
+
+def write_index(folder, home):
+    """model.safetensors.index.json for {tensor: the shard that holds it}."""
+    size = sum((Path(folder) / file).stat().st_size for file in set(home.values()))
+    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": home}, indent=1) + "\n")
+
+
+def write_block(handle, at, tensor):
+    """Write a flat tensor at a byte of the file, whole: a full disk is an OSError, never a short file."""
+    data = memoryview(tensor.contiguous().view(torch.uint8).numpy())
+    while data:
+        done = os.pwrite(handle, data, at)
+        data, at = data[done:], at + done
+
+
 def write_file(path, data, overwrite=False):
     """Write text or bytes to a file beside `path`, then rename: a reader sees the old file or the new, never half of one."""
     path = Path(path)
@@ -170,10 +227,10 @@ def copy_ears(source, target):
 
 
 @contextmanager
-def new_folder(out, inputs=(), overwrite=False, resume=False):
+def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None):
     """Yield OUT.partial to write into; when the block ends well, add recipe.json and rename it to OUT.
 
-    `inputs` are the files and folders it is made from (their hashes go into the recipe). With `resume` an earlier
+    `inputs` are the files and folders it is made from (their hashes go into the recipe, beside `notes`). With `resume` an earlier
     OUT.partial is kept, for its owner to go on from; else it is thrown away. OUT itself is replaced only with
     `overwrite`, only at the very end, and only if this project made it (it has a recipe.json).
     """
@@ -187,7 +244,7 @@ def new_folder(out, inputs=(), overwrite=False, resume=False):
     if partial.exists() and not resume:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    made = recipe(inputs)                                                  # before the work: inputs are hashed as they were read
+    made = recipe(inputs) | (notes or {})                                  # before the work: inputs are hashed as they were read
     yield partial
     (partial / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
     if out.exists():
@@ -213,15 +270,20 @@ def unchanged(folder, inputs):
 
 
 def fingerprint(path):
-    """sha256 of a file; of a folder, that of its files' names and hashes (recipe.json left out: it tells how, not what)."""
+    """sha256 of a file; of a folder, that of its files' names and hashes (recipe.json left out: it tells how, not what). Of a file over
+    64 MB that of its size and 64 samples of 64 KB: enough to notice other weights, in no time."""
     path, digest = Path(path), hashlib.sha256()
     if path.is_dir():
         for file in sorted(f for f in path.rglob("*") if f.is_file() and f.name != "recipe.json"):
             digest.update(f"{file.relative_to(path)} {fingerprint(file)}\n".encode())
-    else:
+    elif (size := path.stat().st_size) > 1 << 26:
+        digest.update(f"{size}\n".encode())
         with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
+            for n in range(64):
+                f.seek((size - (1 << 16)) * n // 63)
+                digest.update(f.read(1 << 16))
+    else:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

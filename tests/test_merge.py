@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import weights
 from conftest import call
@@ -21,22 +22,84 @@ def test_the_formula_is_exact_with_one_rounding():
     assert torch.equal(add(*low, 0.85), (wide[0] + 0.85 * (wide[1] - wide[0]) + (wide[2] - wide[0])).bfloat16())
 
 
-def test_blocks_do_not_change_the_sum(monkeypatch):
-    import merge
-    b, s, i = (torch.randn(7, 11) for _ in range(3))
-    whole = add(b, s, i, 0.5)
-    monkeypatch.setattr(merge, "BLOCK", 10)
-    assert torch.equal(add(b, s, i, 0.5), whole)
+def copied(folder, to, change=lambda name, tensor: tensor, shards=1):
+    """A copy of a model folder with its tensors changed, in so many shards."""
+    shutil.copytree(folder, to)
+    tensors = {name: change(name, weights.Tensors(folder)[name].clone()) for name in weights.Tensors(folder)}
+    if shards == 1:
+        weights.save(to, tensors)
+        return str(to)
+    (to / "model.safetensors").unlink()
+    home = {name: f"model-{n % shards + 1:05d}-of-{shards:05d}.safetensors" for n, name in enumerate(tensors)}
+    for file in set(home.values()):
+        save_file({name: tensors[name].contiguous() for name in tensors if home[name] == file}, to / file)
+    weights.write_index(to, home)
+    return str(to)
 
 
-def test_two_identities_nothing_learnt_by_one_side_leaves_the_other(speedrun):
+def made(folder):
+    tensors = weights.Tensors(folder)
+    return {name: tensors[name] for name in tensors}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def merge(out, monkeypatch, base, instruct, speech, *flags):
+    call(["merge.py", "--base", base, "--instruct", instruct, "--speech", speech, "--out", str(out), *flags], monkeypatch)
+    return made(out)
+
+
+def test_nothing_learnt_by_one_side_leaves_the_other_bit_for_bit(speedrun, tmp_path, monkeypatch):
     base, instruct, speech = folders(speedrun)
-    plan = Merge(base, base, speech)
-    for name in plan.names:                                                  # instruct = base: the sum is speech
-        assert torch.allclose(plan.merged(name, 1.0), weights.Tensors(speech)[name], atol=1e-7)
-    plan, tuned = Merge(base, instruct, speech), weights.Tensors(instruct)
-    for name in plan.names:                                                  # lam = 0: the sum is instruct, plus new rows
-        assert torch.allclose(plan.merged(name, 0.0)[:len(tuned[name])], tuned[name], atol=1e-7)
+    def tiny(name, tensor):                                                 # half of it nearly gone: adding and taking away would lose it
+        return tensor if "embed" in name else tensor * torch.where(torch.rand_like(tensor) < 0.5, 1e-20, 1.0)
+    instruct, speech = copied(instruct, tmp_path / "i", tiny), copied(speech, tmp_path / "s", tiny)
+    assert same(merge(tmp_path / "m1", monkeypatch, base, base, speech), made(speech)), "merge(base, base, S) is S"
+    old = made(base)
+    deaf = copied(speech, tmp_path / "deaf", lambda name, tensor: torch.cat([old[name], tensor[len(old[name]):]]))
+    sum_, tuned = merge(tmp_path / "m2", monkeypatch, base, instruct, deaf), made(instruct)
+    assert same({name: sum_[name][:len(tuned[name])] for name in tuned}, tuned), "merge(base, I, base) is I"
+    assert same({name: sum_[name][len(tuned[name]):] for name in tuned}, {name: made(speech)[name][len(tuned[name]):] for name in tuned}), "and hears with speech's rows"
+
+
+def test_the_sum_is_the_same_however_folders_are_cut_into_shards_and_blocks(speedrun, tmp_path, monkeypatch):
+    base, instruct, speech = folders(speedrun)
+    whole = merge(tmp_path / "whole", monkeypatch, base, instruct, speech, "--lam", "0.7")
+    monkeypatch.setattr("merge.BLOCK", 1000)
+    parts = [copied(folder, tmp_path / f"p{n}", shards=n) for n, folder in zip((2, 3, 4), (base, instruct, speech))]
+    cut = merge(tmp_path / "cut", monkeypatch, *parts, "--lam", "0.7")
+    assert same(whole, cut) and len(list((tmp_path / "cut").glob("model-*.safetensors"))) == 4
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").state_dict()
+    assert all(torch.equal(theirs[name], cut[name]) for name in cut)
+
+
+def test_dtypes_may_differ_and_the_sum_has_speechs(speedrun, tmp_path, monkeypatch):
+    base, instruct, speech = folders(speedrun)
+    wide = [made(folder) for folder in (base, instruct, speech)]
+    half = [copied(folder, tmp_path / str(kind), lambda name, tensor: tensor.to(kind)) for folder, kind in ((base, torch.float16), (speech, torch.bfloat16))]
+    sum_, name = merge(tmp_path / "m", monkeypatch, half[0], instruct, half[1], "--mu", "0.5"), "model.layers.0.mlp.up_proj.weight"
+    b, i, s = wide[0][name].half().double(), wide[1][name].double(), wide[2][name].bfloat16().double()
+    assert torch.equal(sum_[name], (b + (s - b) + 0.5 * (i - b)).bfloat16())
+
+
+def test_killed_at_any_moment_it_leaves_no_folder_or_a_whole_one(speedrun, tmp_path, monkeypatch):
+    base, instruct, speech = folders(speedrun)
+    write, left = weights.write_block, [7]
+
+    def dying(*given):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        write(*given)
+    monkeypatch.setattr(weights, "write_block", dying)
+    with pytest.raises(OSError, match="No space"):
+        merge(tmp_path / "m", monkeypatch, base, instruct, speech)
+    assert not (tmp_path / "m").exists()
+    monkeypatch.setattr(weights, "write_block", write)
+    assert same(merge(tmp_path / "m", monkeypatch, base, instruct, speech), made(speedrun / "merged")), "the rest of the first try is in nobody's way"
 
 
 def test_every_row_follows_its_rule(speedrun):
@@ -48,6 +111,7 @@ def test_every_row_follows_its_rule(speedrun):
     assert torch.equal(m[n:], s[n:]) and torch.equal(m[markers], i[markers])
     text = [r for r in range(n) if r not in markers]
     assert torch.allclose(m[text], b[text] + (s[:n][text] - b[text]) + (i[text] - b[text]), atol=1e-7)
+    assert weights.read_json(speedrun / "merged/recipe.json", ["rules", "lam", "mu"])["mu"] == 1.0
     assert vocab.speech == Vocab(speedrun / "speech").speech
 
 
@@ -69,15 +133,30 @@ def test_folders_that_do_not_belong_together_are_refused(speedrun, tmp_path):
     file.write_text(file.read_text().replace("<|im_start|>", "<|im_begin|>"))
     with pytest.raises(ValueError, match="the tokenizers must agree"):
         Merge(base, tmp_path / "other", speech)
+    config = tmp_path / "other/config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "Qwen3ForCausalLM"))
+    with pytest.raises(ValueError, match="is a Qwen3ForCausalLM, .* a LlamaForCausalLM"):
+        Merge(base, tmp_path / "other", speech)
 
 
 def test_the_report_measures_both_deltas(speedrun):
     base, instruct, speech = folders(speedrun)
-    report, b, s = Merge(base, instruct, speech).report(), weights.Tensors(base), weights.Tensors(speech)
+    report, b, s, i = Merge(base, instruct, speech).run(1.0, 1.0), *map(made, (base, speech, instruct))
     names = [name for name in b if "embed" not in name]
     wanted = (sum((s[n] - b[n]).pow(2).sum() for n in names) / sum(b[n].pow(2).sum() for n in names)).sqrt().item()
-    assert abs(report["rel"]["speech"] - wanted) < 1e-5 and report["rel"]["instruct"] > 0 and -1 <= report["cosine"] <= 1
-    assert Merge(base, base, speech).report()["rel"]["instruct"] == 0
+    assert abs(report["rel"]["speech"] - wanted) < 1e-5 and report["rel"]["instruct"] > 0
+    one, name = report["tensors"]["model.layers.1.mlp.up_proj.weight"], "model.layers.1.mlp.up_proj.weight"
+    ds, di = (s[name] - b[name]).flatten().double(), (i[name] - b[name]).flatten().double()
+    assert abs(one["cosine"] - torch.cosine_similarity(ds, di, dim=0).item()) < 1e-9
+    assert abs(one["against"] - (ds.sign() * di.sign() < 0).double().mean().item()) < 1e-9
+    assert [row["block"] for row in report["blocks"]] == [0, 1, "norm", "rows"]
+
+
+def test_a_dry_run_reports_and_writes_nothing_and_equal_folders_are_noticed(speedrun, tmp_path, monkeypatch, capsys):
+    base, instruct, speech = folders(speedrun)
+    call(["merge.py", "--base", base, "--instruct", base, "--speech", speech, "--dry-run"], monkeypatch)
+    said = capsys.readouterr().out
+    assert "instruct equals base in every block: it adds no behaviour" in said and "shared" in said and "signs against" in said
 
 
 def test_nothing_is_overwritten_and_lam_must_be_a_number(speedrun, tmp_path, monkeypatch):
@@ -85,8 +164,9 @@ def test_nothing_is_overwritten_and_lam_must_be_a_number(speedrun, tmp_path, mon
     words = ["merge.py", "--base", base, "--instruct", instruct, "--speech", speech]
     with pytest.raises(FileExistsError, match="--overwrite"):
         call([*words, "--out", str(speedrun / "merged")], monkeypatch)
-    with pytest.raises(ValueError, match="finite"):
-        call([*words, "--lam", "nan", "--out", str(tmp_path / "x")], monkeypatch)
+    for flag in ("--lam", "--mu"):
+        with pytest.raises(ValueError, match=f"{flag} nan: wanted a finite"):
+            call([*words, flag, "nan", "--out", str(tmp_path / "x")], monkeypatch)
 
 
 def test_a_base_that_changed_after_speech_was_trained_from_it_is_noticed(speedrun, tmp_path, monkeypatch):

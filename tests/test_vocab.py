@@ -1,12 +1,15 @@
+import base64
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
+import tiktoken
 
 import weights
 from conftest import shared
-from vocab import LETTERS, Vocab, tokenizer_json
+from vocab import LETTERS, LLAMA3, Vocab, tokenizer_json
 
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
@@ -35,9 +38,58 @@ def test_real_tokenizers_pass_all_their_vectors(name, vectors):
     assert len(texts) == 47 and all(vocab.decode(vocab.encode(text)) == vocab.normalize(text) for text in texts)
 
 
-def test_a_sentencepiece_tokenizer_is_refused():
+def test_a_sentencepiece_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="byte-level BPE"):
         Vocab(shared("tokenizers/tinyllama"))
+    shutil.copy(shared("tokenizers/tinyllama/tokenizer.model"), tmp_path)
+    with pytest.raises(ValueError, match="sentencepiece"):
+        Vocab(tmp_path)
+
+
+def hard_strings(n, rng):
+    """Random text of letters of many scripts, digits, contractions, white space and emoji: what pre-tokenizers stumble over."""
+    pieces = ["'s", "'LL", " don't", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "123", "4567890", "½", "é", "e\u0301", "ß", "中文", "한국", "ไทย", "العربية", "हिन्दी", "😀", "👩\u200d🚀", "<|im_end|>", "--", "...", "_a", "$9.99"]
+    letter = lambda: rng.choice([chr(rng.randrange(32, 127)), chr(rng.randrange(0xA1, 0x3000)), rng.choice(pieces), rng.choice(pieces), " the", " Word"])
+    return ["".join(letter() for _ in range(rng.randrange(1, 30))) for _ in range(n)]
+
+
+@pytest.fixture
+def llama3(tmp_path):
+    """A folder with a tokenizer.model as Meta writes it, of GPT-2's real merges, and what tiktoken itself makes of it."""
+    ranks = {token: rank for rank, token in enumerate(Vocab(shared("tokenizers/gpt2")).bytes_of.values())}
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
+    return tmp_path, tiktoken.Encoding("oracle", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens={})
+
+
+def test_llama_3s_tokenizer_model_gives_tiktokens_ids_and_its_chat_begins_with_begin_of_text(llama3, tmp_path):
+    folder, oracle = llama3
+    vocab, texts = Vocab(folder), hard_strings(1000, random.Random(1))
+    assert [vocab.encode(text) for text in texts] == [oracle.encode_ordinary(text) for text in texts]
+    bos, start, end, eot = (vocab.special[t] for t in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+    assert (bos, start, end, eot) == tuple(len(vocab.bytes_of) + n for n in (0, 6, 7, 9)) and len(vocab.special) == 256
+    said = vocab.turn([{"role": "user", "content": "hi"}])
+    assert said == [bos, start, *vocab.encode("user"), end, *vocab.encode("\n\nhi"), eot, start, *vocab.encode("assistant"), end, *vocab.encode("\n\n")]
+    ids, loss, *_ = vocab.text("hi")
+    assert ids[0] == bos and loss[0] == 0 and all(loss[1:])
+
+
+def test_every_pretokenizer_equals_transformers_on_a_thousand_hard_strings(llama3, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folders = [shared("tokenizers/qwen2.5"), shared("tokenizers/gpt2"), llama3[0]]
+    gpt2 = Vocab(folders[1])
+    smollm2 = tmp_path / "smollm2"
+    smollm2.mkdir()
+    gpt2.json["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+    gpt2.save(smollm2)
+    for number, folder in enumerate([*folders, smollm2]):
+        vocab = Vocab(folder)
+        (tmp_path / str(number)).mkdir()
+        vocab.save(tmp_path / str(number))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(number))
+        for text in hard_strings(1000, random.Random(number)):
+            plain = text.replace("<|im_end|>", "")                           # transformers reads a spelled special as one; ours never does
+            assert theirs.encode(plain, add_special_tokens=False) == vocab.encode(plain), (folder, plain)
+            assert not set(vocab.encode(text)) & set(vocab.special.values())
 
 
 def test_text_that_spells_a_special_token_is_plain_text(toy):
