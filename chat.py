@@ -62,7 +62,7 @@ class Chat:
     def heard(self, units):
         """The model's own transcript of units: what it understood."""
         ids = [int(i[0]) for i in generate(self.model, [torch.tensor(self.vocab.heard(units))], LIMIT, self.vocab.stop, self.vocab.text_rows())]
-        return self.vocab.decode(ids).strip()
+        return self.vocab.decode(ids).strip().removesuffix(".")
 
 
 def turn(chat, line, transcribe, spoken=False):

@@ -69,7 +69,7 @@ def answers(model, vocab, contents, bar=None):
 
 
 def transcripts(model, vocab, contents, bar=None):
-    return [normal(reply) for reply in replies(model, vocab, [vocab.heard(c) for c in contents], bar=bar)]
+    return [normal(reply).removesuffix(".") for reply in replies(model, vocab, [vocab.heard(c) for c in contents], bar=bar)]
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------------

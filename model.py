@@ -249,7 +249,7 @@ def add_rows(model, count, like, among, seed):
     """Append rows for new tokens to the embedding and to the head, then pad to a multiple of 128.
 
     New rows start at the mean of the rows `among` (ids that text really uses: a tied softmax has pushed the others far away)
-    plus noise of their own spread: where the model's letters live, yet each in its own place. `like` maps a new token's offset to an
+    plus noise of a tenth of their spread: where the model's letters live, yet each in its own place. `like` maps a new token's offset to an
     id whose row it starts from instead: a marker starts as a token that already means something. Returns the first new id.
     """
     first, noise = model.config.vocab_size, torch.Generator().manual_seed(seed)
@@ -257,7 +257,7 @@ def add_rows(model, count, like, among, seed):
     for module in {model.model.embed_tokens, model.lm_head} if not model.config.tie_word_embeddings else {model.model.embed_tokens}:
         old = module.weight.data
         used = old[among].float()
-        new = used.mean(0) + used.std(0) * torch.randn(total - first, old.shape[1], generator=noise).to(old.device)
+        new = used.mean(0) + 0.1 * used.std(0) * torch.randn(total - first, old.shape[1], generator=noise).to(old.device)
         for offset, known in like.items():
             new[offset] = old[known].float()
         module.weight = nn.Parameter(torch.cat([old, new.to(old.dtype)]))

@@ -30,7 +30,7 @@ from vocab import Document, Vocab
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
     "text": dict(steps=1000, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
     "chat": dict(steps=700, lr=4e-4, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
-    "units": dict(steps=1500, lr=2e-3, layers="0:1", pace=1.0, keep_text=0.007, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
+    "units": dict(steps=1500, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
 }
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
@@ -70,18 +70,20 @@ def spoken(corpus, i, a, b):
     return [(" " * (n > 0) + words[n][0], between(units, durations, words[n][1], words[n][2], corpus.meta["frame_rate"])) for n in range(a, b)]
 
 
-def interleaved(vocab, corpus, i, rng):
-    """Row i, spoken and written by turns; without word times, row i spoken and the next one written."""
+def interleaved(vocab, corpus, i, rng, texts=()):
+    """Row i, spoken and written by turns; without word times, row i spoken and the next one written. Half of the time one of `texts`
+    goes on below: what is written beside speech, of any kind, has to be read as if the speech were text."""
     row, parts, a = corpus.rows[i], [], 0
+    below = [".\n\n" + texts[int(rng.integers(len(texts)))]] if texts and rng.random() < 0.5 else []
     if not row.get("words"):
         following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
-        return vocab.interleave([[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else []))
+        return vocab.interleave([[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else []) + below)
     aloud = rng.random() < 0.5
     while a < len(row["words"]):
         b = int(rng.integers(a, len(row["words"]))) + 1                     # any length that is left
         parts.append(spoken(corpus, i, a, b) if aloud else " " * (a > 0) + " ".join(w for w, _, _ in row["words"][a:b]))
         a, aloud = b, not aloud
-    return vocab.interleave(parts)
+    return vocab.interleave(parts + below)
 
 
 def transcribed(vocab, corpus, i, rng, progress=1.0):
@@ -106,6 +108,8 @@ class Documents:
         self.names, odds = list(mix), np.array(list(mix.values()), dtype=float)
         self.odds, self.progress = odds / odds.sum(), 1.0                   # progress: the share of the run that is done; the loop sets it
         self.drawn, self.pending, self.orders = dict.fromkeys(self.names, 0), [], {}
+        texts = sources.get("text") or []
+        self.below = texts[len(texts) // HELD_OUT:]                         # what may stand below speech
 
     def make(self, name, i, rng):
         source = self.sources[name]
@@ -114,7 +118,7 @@ class Documents:
         if name == "chat":
             return self.vocab.chat(source[i])
         if name == "interleave":
-            return interleaved(self.vocab, source, i, rng)
+            return interleaved(self.vocab, source, i, rng, self.below)
         return transcribed(self.vocab, source, i, rng, self.progress)
 
     def count(self, name):
@@ -242,9 +246,10 @@ def imitation(states, batch, reader, first_new):
     speech = (batch["ids"][row, place] >= first_new).float()               # (N,)
     parts = torch.stack([speech / speech.sum().clamp(min=1), (1 - speech) / (1 - speech).sum().clamp(min=1)])     # (2, N): speech, text
     unlike, ears = 0.0, max(1, len(states) // EARS)
-    for ours, theirs_ in zip(states[ears:], theirs[ears:]):
+    for n, (ours, theirs_) in enumerate(zip(states, theirs)):
         ours, theirs_ = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, place], theirs_[row, at]))       # (N, C)
-        unlike = unlike + ((ours - theirs_).pow(2).mean(-1) * parts.sum(0)).sum() / (len(states) - ears)
+        worth = parts.sum(0) if n >= ears else parts[1]                    # (N,): behind the ears all, before that text alone
+        unlike = unlike + ((ours - theirs_).pow(2).mean(-1) * worth).sum() / (len(states) - ears)
     heard = F.rms_norm(states[ears - 1][row, place].float(), states[0].shape[-1:])                                # (N, C)
     logits = F.linear(heard, reader.model.embed_tokens.weight[:first_new].float()).float()                        # (N, text rows)
     named = (F.cross_entropy(logits, batch["read"][row, at], reduction="none") * parts[0]).sum()
@@ -330,7 +335,7 @@ def text_filters(model, body, documents, strength, device, batches=8):
     sums, hooks = {}, []
 
     def listen(module, inputs):
-        x = inputs[0].flatten(0, -2).double()                              # (B * T, in)
+        x = inputs[0].flatten(0, -2).float()                               # (B * T, in)
         sums[module.weight] = sums.get(module.weight, 0) + x.T @ x
 
     for module in model.modules():
@@ -341,8 +346,8 @@ def text_filters(model, body, documents, strength, device, batches=8):
         model.model(batch["ids"].to(device), start=batch["start"].to(device))
     for hook in hooks:
         hook.remove()
-    scaled = {p: C * len(C) / C.trace() for p, C in sums.items()}
-    return {p: torch.linalg.inv(torch.eye(len(C), dtype=C.dtype, device=device) + strength * C).float() for p, C in scaled.items()}
+    scaled = {p: C * len(C) / C.trace() for p, C in sums.items()}          # I + strength * C: symmetric, no eigenvalue below 1
+    return {p: torch.cholesky_inverse(torch.linalg.cholesky(torch.eye(len(C), device=device) + strength * C)) for p, C in scaled.items()}
 
 
 def train(args, out):

@@ -5,8 +5,8 @@ out  ids (rows of the LM) and, for training, which of them bear loss
 see  tiktoken; ChatML and Llama-3 chat formats; Spirit LM (arXiv:2402.05755) for interleaving
 run  python vocab.py show out/speech               # every layout as literal tokens, ids and loss positions
 
-    interleave   text <|speech|> units <|/speech|> text goes on ... <eos>          loss: text and units, none on the switches
-    transcribe   <|speech|> units <|/speech|> transcript: text <eos>               loss: the text behind the cue
+    interleave   text <|speech|> units <|/speech|> text goes on ... <eos>          loss: text and units, none on the switches and the end
+    transcribe   <|speech|> units <|/speech|> transcript: text. <eos>              loss: the text behind the cue
     text         text <eos>                                                        loss: all
     chat         <|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n    loss: replies and their end
     spoken turn  <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
@@ -220,7 +220,7 @@ class Vocab:
 
     def interleave(self, parts):
         """parts: text, and what is spoken as a list of (text, units), word by word if word times are known. The switches bear no loss:
-        which modality comes next is held by the decoder."""
+        which modality comes next is held by the decoder. Nor does the end: what is said stops anywhere, and replies should not."""
         ids, read, place = list(self.begin), list(self.begin), list(range(len(self.begin)))
         for part in [*parts, None]:
             if part is None or isinstance(part, str):
@@ -235,14 +235,15 @@ class Vocab:
                     place += [max(first, last - n) for n in range(len(written), 0, -1)]           # a word is known at its last unit
                     read = read + written
                 ids = ids + [start, *inside, end]
-        silent = (self.speech["speech"], self.speech["end_speech"], *self.begin)
+        silent = (self.speech["speech"], self.speech["end_speech"], self.eos, *self.begin)
         return Document(ids, [int(i not in silent) for i in ids], read, place)
 
     def transcribe(self, spoken):
-        """spoken: a list of (text, units), as above; then the cue and the text."""
-        said = "".join(text for text, _ in spoken).strip()
-        document = self.interleave([spoken, CUE, " " + said])
-        silent = len(document.ids) - len(self.encode(" " + said)) - 1
+        """spoken: a list of (text, units), as above; then the cue and the text, with a full stop as text has it where it ends: learnt to end
+        without one, replies would too."""
+        said = " " + "".join(text for text, _ in spoken).strip().removesuffix(".") + "."
+        document = self.interleave([spoken, CUE, said])
+        silent = len(document.ids) - len(self.encode(said)) - 1
         return document._replace(loss=[int(n >= silent) for n in range(len(document.ids))])
 
     def chat(self, messages):

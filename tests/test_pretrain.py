@@ -78,7 +78,7 @@ def test_interleaved_documents_speak_and_write_by_turns_and_read_as_the_whole_ro
         assert vocab.decode(read) == corpus.rows[i]["text"] and read[-1] == vocab.eos, "written, the document is the row"
         switches = [n for n, token in enumerate(ids) if token in (vocab.speech["speech"], vocab.speech["end_speech"])]
         assert [ids[n] for n in switches] == [vocab.speech["speech"], vocab.speech["end_speech"]] * (len(switches) // 2)
-        assert not any(loss[n] for n in switches) and sum(loss) == len(ids) - len(switches)
+        assert not any(loss[n] for n in switches) and sum(loss) == len(ids) - len(switches) - 1
         assert len(place) == len(read) and all(ids[at] == token or ids[at] >= vocab.speech["end_speech"] for token, at in zip(read, place)), "text is where it is"
         assert list(place) == sorted(place) and len(set(place)) >= 0.8 * len(place), "each has its own place, but words too short for a unit"
         turns.add(len(switches) // 2)

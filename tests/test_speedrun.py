@@ -1,15 +1,18 @@
 """The whole recipe, shrunken, end to end; and that every folder of it is a citizen of the Hugging Face world."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
-from model import LM
+import weights
+from conftest import ROOT, call, shared
+from model import LM, Config
 from vocab import Vocab
 
 MODELS = ["base", "instruct", "speech", "merged"]
@@ -34,6 +37,30 @@ def test_transformers_loads_every_model_folder_with_our_logits_and_ids(speedrun,
     ids = torch.randint(0, vocab.size, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = theirs(ids).logits, ours(ids)
+    assert ((a - b).norm() / a.norm()).item() < 1e-5
+
+
+def test_the_real_recipes_commands_run_on_the_real_shape_and_tokenizer_of_qwen2_5(speedrun, tmp_path, monkeypatch, capsys):
+    """Random weights, two of its 24 blocks, bf16: what a user of open weights types, from --init to an answer, and the folder in transformers."""
+    transformers = pytest.importorskip("transformers")
+    for seed, name in enumerate(("base", "instruct")):
+        shutil.copytree(shared("tokenizers/qwen2.5"), tmp_path / name)
+        raw = json.loads(shared("configs/qwen2.5-0.5b.json").read_text()) | {"num_hidden_layers": 2, "max_window_layers": 2}
+        (tmp_path / name / "config.json").write_text(json.dumps(raw))
+        LM.fresh(Config.read(tmp_path / name), seed).bfloat16().save(tmp_path / name)
+    at = lambda name: str(tmp_path / name)
+    call(["pretrain.py", "--init", at("base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--lr", "1e-4",
+          "--steps", "2", "--rows", "1", "--length", "64", "--device", "cpu", "--out", at("speech")], monkeypatch)
+    call(["merge.py", "--base", at("base"), "--instruct", at("instruct"), "--speech", at("speech"), "--out", at("merged")], monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        call(["chat.py", at("merged"), str(speedrun / "question.wav"), "--device", "cpu"], monkeypatch)
+    assert not end.value.code and "units]" in capsys.readouterr().out
+    vocab, speech = Vocab(at("merged")), weights.read_json(tmp_path / "merged/speech.json")
+    assert speech["speech"] == 151936 and vocab.size == 152064 and vocab.span([0]) == [151936, 151938, 151937], "new rows come after the padded embedding"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(at("merged"), dtype=torch.float32).eval()
+    ids = torch.tensor([vocab.turn([{"role": "user", "content": np.array([3, 1, 4])}])])
+    with torch.no_grad():
+        a, b = theirs(ids).logits, LM.load(at("merged"), dtype=torch.float32)(ids)
     assert ((a - b).norm() / a.norm()).item() < 1e-5
 
 

@@ -125,9 +125,9 @@ def test_layouts_are_literally_what_the_docstring_says(hearing):
     v, units = hearing, np.array([3, 1])
     h, i, b = v.encode("h")[0], v.encode("i")[0], v.special
     assert v.text("hi")[:2] == ([h, i, v.eos], [1, 1, 1])
-    assert v.interleave(["h", [("i", units)], "i"]) == ([h, 300, 305, 303, 301, i, v.eos], [1, 0, 1, 1, 0, 1, 1], [h, i, i, v.eos], [0, 3, 5, 6])
+    assert v.interleave(["h", [("i", units)], "i"]) == ([h, 300, 305, 303, 301, i, v.eos], [1, 0, 1, 1, 0, 1, 0], [h, i, i, v.eos], [0, 3, 5, 6])
     cue = v.encode(" transcript:")
-    assert v.transcribe([("hi", units)])[:2] == ([300, 305, 303, 301, *cue, *v.encode(" hi"), v.eos], [0] * (4 + len(cue)) + [1] * 4)
+    assert v.transcribe([("hi", units)])[:2] == ([300, 305, 303, 301, *cue, *v.encode(" hi."), v.eos], [0] * (4 + len(cue)) + [1] * 5)
     user, ends = [b["<|im_start|>"], *v.encode("user\n")], [b["<|im_end|>"], *v.encode("\n")]
     opened = [b["<|im_start|>"], *v.encode("assistant\n")]
     assert v.turn([{"role": "user", "content": units}]) == [*user, 300, 305, 303, 301, *ends, *opened]
