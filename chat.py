@@ -35,7 +35,7 @@ class Chat:
         if not self.ears:
             raise ValueError(f"{self.folder} cannot hear (no speech.json); chat with a merged model, or type")
         samples = audio.load(path)
-        if len(samples) < audio.HOP:
+        if len(samples) < self.ears.hop:
             raise ValueError(f"{path}: {len(samples)} samples at 16 kHz, too short to hear anything")
         return self.ears(samples)[0], len(samples) / audio.SAMPLE_RATE
 

@@ -43,6 +43,7 @@ class Config:
     num_attention_heads: int = 3
     num_conv_pos_embeddings: int = 32
     num_conv_pos_embedding_groups: int = 16
+    conv_pos_batch_norm: bool = False                   # True in the 25 Hz mHuBERT: a batch norm in place of weight norm
     do_stable_layer_norm: bool = True                   # False: norms after each sum (base); True: before each part (large)
     layer_norm_eps: float = 1e-5
     do_normalize: bool = False                          # of preprocessor_config.json: zero mean, unit variance per clip
@@ -82,10 +83,15 @@ class ConvLayer(nn.Module):
         if self.kind:
             self.layer_norm = nn.GroupNorm(width, width) if self.kind == "group" else nn.LayerNorm(width)
 
-    def forward(self, x):                                                   # (B, channels, time)
+    def forward(self, x, counts=None):                                      # (B, channels, time); counts (B,): of which so many are the clip's
         x = self.conv(x)
-        if self.kind == "group":
+        if self.kind == "group" and counts is None:
             x = self.layer_norm(x)                                          # each channel over all of the clip's time
+        elif self.kind == "group":                                         # over that of the clip alone: what fills up a batch says nothing
+            real, n = torch.arange(x.shape[2], device=x.device) < counts[:, None, None], counts[:, None, None]        # (B, 1, time)
+            x = x - (x * real).sum(-1, keepdim=True) / n
+            x = x * torch.rsqrt((x.pow(2) * real).sum(-1, keepdim=True) / n + self.layer_norm.eps)
+            x = x * self.layer_norm.weight[:, None] + self.layer_norm.bias[:, None]
         elif self.kind == "layer":
             x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)          # all channels at one time
         return F.gelu(x)
@@ -96,10 +102,12 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
 
-    def forward(self, samples):
+    def forward(self, samples, counts=None):
         x = samples[:, None]                                                # (B, 1, N)
         for layer in self.conv_layers:
-            x = layer(x)
+            if counts is not None:
+                counts = (counts - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+            x = layer(x, counts)
         return x.transpose(1, 2)                                            # (B, T, conv_dim)
 
 
@@ -116,17 +124,24 @@ class FeatureProjection(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """Position from a wide grouped convolution. Its weight is stored as direction and length per tap ("weight norm")."""
+    """Position from a wide grouped convolution. Its weight is stored as direction and length per tap ("weight norm"), or plain behind a
+    batch norm."""
 
     def __init__(self, config):
         super().__init__()
         C, self.width = config.hidden_size, config.num_conv_pos_embeddings
-        self.conv = nn.utils.parametrizations.weight_norm(
-            nn.Conv1d(C, C, self.width, padding=self.width // 2, groups=config.num_conv_pos_embedding_groups), dim=2)
+        conv = nn.Conv1d(C, C, self.width, padding=self.width // 2, groups=config.num_conv_pos_embedding_groups)
+        self.batch_norm = nn.BatchNorm1d(C) if config.conv_pos_batch_norm else None
+        self.conv = conv if self.batch_norm else nn.utils.parametrizations.weight_norm(conv, dim=2)
 
-    def forward(self, x):                                                   # (B, T, C)
-        y = self.conv(x.transpose(1, 2))                                    # (B, C, T), one more if the width is even
-        return F.gelu(y[:, :, :x.shape[1]]).transpose(1, 2)                 # (B, T, C)
+    def forward(self, x, real=None):                                        # (B, T, C)
+        x = x.transpose(1, 2)                                               # (B, C, T)
+        if self.batch_norm:
+            x = self.batch_norm(x)
+        if real is not None:
+            x = x * real[:, None]                                           # beyond a clip's end there is silence, as if it were alone
+        y = self.conv(x)                                                    # (B, C, T), one more if the width is even
+        return F.gelu(y[:, :, :x.shape[2]]).transpose(1, 2)                 # (B, T, C)
 
 
 class Attention(nn.Module):
@@ -135,10 +150,10 @@ class Attention(nn.Module):
         C, self.H = config.hidden_size, config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         B, T, C = x.shape
         q, k, v = (p(x).view(B, T, self.H, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))   # (B, H, T, D) each
-        y = F.scaled_dot_product_attention(q, k, v)                         # every frame sees every other: no mask, no cache
+        y = F.scaled_dot_product_attention(q, k, v, None if real is None else real[:, None, None])     # every frame of a clip sees every other
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))            # (B, T, C)
 
 
@@ -160,11 +175,11 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm_first = config.do_stable_layer_norm
 
-    def forward(self, x):
+    def forward(self, x, real=None):
         if self.norm_first:
-            x = x + self.attention(self.layer_norm(x))
+            x = x + self.attention(self.layer_norm(x), real)
             return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.layer_norm(x + self.attention(x))
+        x = self.layer_norm(x + self.attention(x, real))
         return self.final_layer_norm(x + self.feed_forward(x))
 
 
@@ -176,12 +191,12 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm_first = config.do_stable_layer_norm
 
-    def forward(self, x, layer):
-        x = x + self.pos_conv_embed(x)
+    def forward(self, x, layer, real=None):
+        x = x + self.pos_conv_embed(x, real)
         if not self.norm_first:
             x = self.layer_norm(x)
         for block in self.layers[:layer]:
-            x = block(x)
+            x = block(x, real)
         return x
 
 
@@ -194,17 +209,31 @@ class Hubert(nn.Module):
         self.encoder = Encoder(config)
         self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
 
-    def forward(self, samples, layer, hidden=None):
-        """Layer `layer`'s residual stream, (B, T, C), of samples (B, N) that are of one length; T = N // hop exactly.
-        `hidden` (B, T) bool: frames replaced by the mask vector before the encoder."""
+    def hop(self):
+        """Samples per frame: 320, or 640 for a model of 25 Hz."""
+        return math.prod(self.config.conv_stride)
+
+    def forward(self, samples, layer, hidden=None, lengths=None):
+        """Layer `layer`'s residual stream, (B, T, C), of samples (B, N); T = N // hop exactly.
+
+        `lengths` (B,) int: clips of unequal length, filled up; the first lengths // hop frames of each are what it gives alone.
+        `hidden` (B, T) bool: frames replaced by the mask vector before the encoder.
+        """
+        counts = real = None
+        T, pad = samples.shape[1] // self.hop(), (self.receptive_field() - self.hop()) // 2        # 40 samples for 320 a frame: 50 frames a second, not 49
+        if lengths is not None:
+            inside = torch.arange(samples.shape[1], device=samples.device) < lengths[:, None]                  # (B, N)
+            real = torch.arange(T, device=samples.device) < (lengths // self.hop())[:, None]                   # (B, T)
+            counts, samples = lengths + 2 * pad, samples * inside
         if self.config.do_normalize:
-            samples = (samples - samples.mean(-1, keepdim=True)) / torch.sqrt(samples.var(-1, unbiased=False, keepdim=True) + 1e-7)
-        hop = math.prod(self.config.conv_stride)
-        pad = (self.receptive_field() - hop) // 2                           # 40 samples for all published models: 50 frames a second, not 49
-        x = self.feature_projection(self.feature_extractor(F.pad(samples, (pad, pad))))[:, :samples.shape[1] // hop]   # (B, T, C)
+            n = samples.shape[1] if lengths is None else lengths[:, None]
+            samples = samples - samples.sum(-1, keepdim=True) / n
+            samples = samples if lengths is None else samples * inside
+            samples = samples * torch.rsqrt(samples.pow(2).sum(-1, keepdim=True) / n + 1e-7)
+        x = self.feature_projection(self.feature_extractor(F.pad(samples, (pad, pad)), counts))[:, :T]          # (B, T, C)
         if hidden is not None:
             x = torch.where(hidden[:, :, None], self.masked_spec_embed, x)
-        return self.encoder(x, layer)
+        return self.encoder(x, layer, real)
 
     def receptive_field(self):
         """Samples one frame is computed from: 400 for the published strides and kernels."""

@@ -411,7 +411,8 @@ def train(args, out):
             group["lr"] = lr * group["faster"]
         documents.progress = step / args.steps
         batch = documents.batch(args.rows, args.length)
-        batch["position"] = paced(batch["start"], args.pace, torch.Generator().manual_seed(args.seed << 32 | step))
+        pace = 1 + (args.pace - 1) * min(1, 2 * step / args.steps)          # short distances first: copying is learnt there
+        batch["position"] = paced(batch["start"], pace, torch.Generator().manual_seed(args.seed << 32 | step))
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         states, apart = [], 0.0
         with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32

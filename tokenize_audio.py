@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,30 +26,52 @@ import audio
 import weights
 from hubert import Hubert
 
+PREVIEW, PASSES_AFTER, SPREAD = 3, 5, 40     # k-means with --minibatch: passes' worth of steps, whole passes after them, frames a centroid for the start
 STEADY = 3                          # HuBERT units then change some 15 times a second, near the rate of phones and of letters
+LONG, AROUND = 60 * audio.SAMPLE_RATE, 2 * audio.SAMPLE_RATE      # a longer clip is heard in windows of a minute, two seconds more on each side
+AHEAD = 64                          # clips decoded while the ones before are encoded; what a kill can cost
+SILENT = 1e-4                       # a clip that never gets louder than -80 dB
 SMALL = 50e6                        # bytes: a HuBERT up to this size travels with its codebook
 
 
 # --- features --------------------------------------------------------------------------------------------------------------
 
-def feature_function(recipe, folder, device):
-    """samples (N,) -> float32 tensor (N // 320, width) on `device`, by a recipe {"kind": "mfcc"} or {"kind": "hubert", "path", "layer", "sha256"}."""
+def feature_function(recipe, folder, device, bf16=False):
+    """(features, hop) by a recipe {"kind": "mfcc"} or {"kind": "hubert", "path", "layer", "sha256"}: features turns a list of clips,
+    samples (N,) each, into float32 tensors (N // hop, width) on `device`; a clip gives in any list what it gives alone."""
     if recipe["kind"] == "mfcc":
-        return lambda samples: torch.from_numpy(audio.mfcc(samples)).to(device)
+        return lambda clips: [torch.from_numpy(audio.mfcc(samples)).to(device) for samples in clips], audio.HOP
     path = Path(folder) / "hubert" if (Path(folder) / "hubert").exists() else Path(recipe["path"])
     if not path.exists():
         raise FileNotFoundError(f"{path}: the HuBERT of {folder} is not there; pass it with --hubert")
     if weights.fingerprint(path) != recipe["sha256"]:
         raise ValueError(f"{path}: not the HuBERT that {folder} was fitted with (its sha256 differs); pass the right one with --hubert")
     model, layer = Hubert.load(path, device), recipe["layer"]
+    hop = model.hop()
 
     @torch.inference_mode()
-    def features(samples):
-        if len(samples) < audio.HOP:
-            return torch.zeros(0, model.config.hidden_size, device=device)
-        x = model(torch.from_numpy(samples)[None].to(device), layer)[0]                                       # (T, C)
-        return x - x.mean(0)                            # what stays the same through a clip is the voice and the room, not the words
-    return features
+    def features(clips):
+        lengths = torch.tensor([len(samples) for samples in clips], device=device)
+        if int(lengths.max()) < hop:
+            return [torch.zeros(0, model.config.hidden_size, device=device) for _ in clips]
+        x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(samples) for samples in clips], batch_first=True).to(device)      # (B, N)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            x = model(x, layer, lengths=lengths if len(set(map(len, clips))) > 1 else None).float()                          # (B, T, C)
+        each = [row[:n // hop] for row, n in zip(x, lengths.tolist())]
+        return [row - row.mean(0) if len(row) else row for row in each]     # what stays the same through a clip is the voice and the room, not the words
+    return features, hop
+
+
+def windows(samples, hop):
+    """[(stretch of samples, its first frame that counts, how many do)]: the clip itself, or, if it is long, windows that overlap, so that
+    attention's memory has a bound and every frame that counts has its surroundings."""
+    if len(samples) <= LONG + 2 * AROUND:
+        return [(samples, 0, len(samples) // hop)]
+    cut = []
+    for a in range(0, len(samples), LONG):
+        low, b = max(0, a - AROUND), min(a + LONG, len(samples))
+        cut.append((samples[low:b + AROUND], (a - low) // hop, b // hop - a // hop))
+    return cut
 
 
 # --- k-means ---------------------------------------------------------------------------------------------------------------
@@ -80,28 +103,30 @@ def steady(x, centroids, switch):
     return labels
 
 
-def kmeans(x, k, seed=0, passes=50):
+def kmeans(x, k, seed=0, passes=50, minibatch=0):
     """Centroids (k, C) of x (N, C), float32: a k-means++ start, then Lloyd's passes until no frame changes its cluster.
 
+    `minibatch` frames at a time, if given, come first: PREVIEW passes' worth of steps on random frames, each centroid moving to the mean of
+    what it lately got (Sculley 2010); from there few passes are needed, and the start is drawn among as many frames as SPREAD a centroid.
     A centroid that loses all its frames is put on the frame farthest from its own.
     """
     if len(x) < k:
         raise ValueError(f"{len(x)} frames are too few for {k} centroids; give more audio or a smaller --k")
     generator = torch.Generator().manual_seed(seed)
-    centroids = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
-    distance = (x - centroids).pow(2).sum(1)                                # (N,) to the nearest centroid so far
-    for _ in tqdm(range(k - 1), desc="k-means++", unit="centroid"):         # the next one: a frame drawn by its distance
-        sums = distance.double().cumsum(0)
-        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * sums[-1]
-        new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]
-        centroids = torch.cat([centroids, new])
-        distance = torch.minimum(distance, (x - new).pow(2).sum(1))
+    draw = lambda n: torch.randint(len(x), (n,), generator=generator).to(x.device)
+    centroids = plus_plus(x[draw(SPREAD * k)] if 0 < minibatch and SPREAD * k < len(x) else x, k, generator)
+    lately = torch.zeros(k, device=x.device)                                # frames that each centroid is the mean of, older ones forgotten
+    for _ in tqdm(range(PREVIEW * len(x) // minibatch if minibatch else 0), desc="k-means, minibatch", unit="step"):
+        part = x[draw(minibatch)]
+        sums, counts = gathered(part, nearest(part, centroids), k)
+        lately = 0.8 * lately + counts
+        centroids = centroids + (sums - counts[:, None] * centroids) / lately.clamp(min=1)[:, None]
     label = None
-    for _ in (bar := tqdm(range(passes), desc="k-means", unit="pass")):
+    for _ in (bar := tqdm(range(PASSES_AFTER if minibatch else passes), desc="k-means", unit="pass")):
         last, label = label, nearest(x, centroids)
         if last is not None and torch.equal(last, label):
             break
-        sums, counts = torch.zeros_like(centroids).index_add_(0, label, x), torch.bincount(label, minlength=k)
+        sums, counts = gathered(x, label, k)
         centroids = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centroids)
         distance = (x - centroids[label]).pow(2).sum(1)
         dead = (counts == 0).nonzero()[:, 0]
@@ -110,6 +135,24 @@ def kmeans(x, k, seed=0, passes=50):
             label = None
         bar.set_postfix(inertia=f"{distance.mean().item():.4f}")
     return centroids
+
+
+def plus_plus(x, k, generator):
+    """k rows of x (N, C), the k-means++ start: each next one drawn by its squared distance to those before."""
+    centroids = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
+    distance = (x - centroids).pow(2).sum(1)                                # (N,) to the nearest centroid so far
+    for _ in tqdm(range(k - 1), desc="k-means++", unit="centroid"):
+        sums = distance.double().cumsum(0)
+        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * sums[-1]
+        new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]
+        centroids = torch.cat([centroids, new])
+        distance = torch.minimum(distance, (x - new).pow(2).sum(1))
+    return centroids
+
+
+def gathered(x, label, k):
+    """(sum of the rows of x, their number) of each of k labels."""
+    return torch.zeros(k, x.shape[1], device=x.device).index_add_(0, label, x), torch.bincount(label, minlength=k)
 
 
 # --- units -----------------------------------------------------------------------------------------------------------------
@@ -124,7 +167,7 @@ def collapse(labels):
 class AudioTokenizer:
     """Samples -> (units, durations), with the codebook and feature recipe of a folder. `recipe` is its codebook.json."""
 
-    def __init__(self, folder, device="cpu", hubert=None):
+    def __init__(self, folder, device="cpu", hubert=None, bf16=False):
         folder = Path(folder)
         if not (folder / "codebook.json").exists():
             raise FileNotFoundError(f"{folder}: no codebook in it, so it cannot hear; wanted a folder made by fit, encode, pretrain --units or merge")
@@ -132,11 +175,23 @@ class AudioTokenizer:
         if weights.fingerprint(folder / "codebook.safetensors") != self.recipe["sha256"]:
             raise ValueError(f"{folder}: codebook.safetensors is not the one codebook.json describes (its sha256 differs); fit again")
         features = self.recipe["features"] | ({"path": hubert} if hubert else {})
-        self.features = feature_function(features, "." if hubert else folder, device)
+        self.features, self.hop = feature_function(features, "." if hubert else folder, device, bf16)
         self.centroids = load_file(folder / "codebook.safetensors")["centroids"].to(device)
 
     def __call__(self, samples):
-        return collapse(steady(self.features(samples), self.centroids, self.recipe["switch"]))
+        return self.many([samples])[0]
+
+    def many(self, clips, seconds=40):
+        """[(units, durations)] of a list of clips, heard in batches of like length, at most `seconds` of sound in each."""
+        pieces = [(n, *piece) for n, clip in enumerate(clips) for piece in windows(clip, self.hop)]
+        labels, waiting = [None] * len(pieces), sorted(range(len(pieces)), key=lambda p: len(pieces[p][1]))
+        while waiting:
+            longest = len(pieces[waiting[-1]][1])
+            batch = [waiting.pop() for _ in range(min(len(waiting), max(1, int(seconds * audio.SAMPLE_RATE) // max(1, longest))))]
+            for p, x in zip(batch, self.features([pieces[p][1] for p in batch])):
+                _, _, first, count = pieces[p]
+                labels[p] = steady(x, self.centroids, self.recipe["switch"])[first:first + count]
+        return [collapse(np.concatenate([labels[p] for p, piece in enumerate(pieces) if piece[0] == n])) for n in range(len(clips))]
 
 
 # --- commands --------------------------------------------------------------------------------------------------------------
@@ -146,6 +201,8 @@ def fit(args):
         raise ValueError("give --hubert FOLDER --layer N for HuBERT features, or --features mfcc")
     if args.switch is not None and not 0 <= args.switch < float("inf"):
         raise ValueError(f"--switch {args.switch}: wanted 0 or more")
+    if args.minibatch < 0:
+        raise ValueError(f"--minibatch {args.minibatch}: wanted 0 or more frames")
     if not 1 <= args.k <= 1 << 16:
         raise ValueError(f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can name")
     recipe = {"kind": "mfcc"}
@@ -154,52 +211,140 @@ def fit(args):
         depth = weights.read_json(Path(args.hubert) / "config.json")["num_hidden_layers"]
         if not 0 <= args.layer <= depth:
             raise ValueError(f"--layer {args.layer}: {args.hubert} has layers 0 to {depth}")
-    features, rows, kept = feature_function(recipe, "", args.device), audio.read_manifest(args.manifest), []
+    (features, hop), rows, kept = feature_function(recipe, "", args.device), audio.read_manifest(args.manifest), []
     with weights.new_folder(args.out, [args.manifest, args.hubert], args.overwrite) as out:
         rng, have = random.Random(args.seed), 0
         rng.shuffle(rows)                                                   # enough frames may come before the list ends: take any clips
         with tqdm(total=args.frames, desc="features", unit="frame") as bar:
             for row in rows:
-                kept.append(features(audio.load(row["audio"])))
+                kept.append(features([audio.load(row["audio"])[:LONG]])[0])            # a minute of a clip is sample enough
                 have += len(kept[-1])
                 bar.update(len(kept[-1]))
                 if have >= args.frames:
                     break
         x = torch.cat(kept)
-        centroids = kmeans(x, args.k, args.seed)
+        centroids = kmeans(x, args.k, args.seed, minibatch=args.minibatch)
         inertia = (x - centroids[nearest(x, centroids)]).pow(2).sum(1).mean().item()
         switch = (STEADY if args.hubert else 0) if args.switch is None else args.switch
         save_file({"centroids": centroids.cpu().contiguous()}, out / "codebook.safetensors")
-        made = {"features": recipe, "k": args.k, "frame_rate": audio.FRAME_RATE, "collapse": True,
+        made = {"features": recipe, "k": args.k, "frame_rate": audio.SAMPLE_RATE // hop, "collapse": True,
                 "switch": switch * inertia, "frames": have, "sha256": weights.fingerprint(out / "codebook.safetensors")}
         (out / "codebook.json").write_text(json.dumps(made, indent=1) + "\n")
         if args.hubert and sum(f.stat().st_size for f in Path(args.hubert).rglob("*")) < SMALL:
             shutil.copytree(args.hubert, out / "hubert")
-    print(f"{args.out}: {args.k} centroids from {have} frames ({have / audio.FRAME_RATE / 3600:.2f} h)")
+    print(f"{args.out}: {args.k} centroids from {have} frames ({have * hop / audio.SAMPLE_RATE / 3600:.2f} h)")
 
 
 def encode(args):
-    tokenizer = AudioTokenizer(args.codebook, args.device, args.hubert)
-    rows, offsets, heard, began = audio.read_manifest(args.manifest), [0], 0.0, time.time()
-    with weights.new_folder(args.out, [args.manifest, args.codebook], args.overwrite) as out:
-        with open(out / "units.bin", "wb") as units_file, open(out / "durations.bin", "wb") as durations_file, open(out / "manifest.jsonl", "w") as manifest:
-            for row in (bar := tqdm(rows, desc="encoding", unit="clip")):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rows = audio.read_manifest(args.manifest)
+    if Path(args.out).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it, or another --out")
+    parts = [f"{args.out}.part-{r}-of-{world}" for r in range(world)]
+    if world == 1:
+        encode_rows(args, rows, args.out)
+        return
+    if not Path(parts[rank]).exists():
+        encode_rows(args, rows[len(rows) * rank // world:len(rows) * (rank + 1) // world], parts[rank])
+    if rank == 0:
+        while not all(Path(part).exists() for part in parts):               # torchrun ends all processes if one fails
+            time.sleep(1)
+        join(args, parts)
+
+
+def encode_rows(args, rows, target):
+    """Encode some rows into a units folder. A kill costs at most the clips since the last mark; the same command goes on behind it."""
+    tokenizer = AudioTokenizer(args.codebook, args.device, args.hubert, args.bf16)
+    made_with = {"manifest": weights.fingerprint(args.manifest) if Path(args.manifest).is_file() else len(rows), "codebook": tokenizer.recipe["sha256"], "rows": len(rows)}
+    files = {"units.bin": 2, "durations.bin": 2, "counts.bin": 8, "manifest.jsonl": None, "skipped.jsonl": None}
+    with weights.new_folder(target, [args.manifest, args.codebook], args.overwrite, resume=True) as out:
+        mark = {"done": 0, "seconds": 0.0, "skipped": 0, "silent": 0, "clipped": 0, "sizes": dict.fromkeys(files, 0), "made_with": made_with}
+        if (out / "mark.json").exists():
+            mark = weights.read_json(out / "mark.json", list(mark))
+            if mark["made_with"] != made_with:
+                raise ValueError(f"{out} holds a run on other audio or another codebook; give what it was started with, or remove that folder")
+            tqdm.write(f"resuming at clip {mark['done']} of {len(rows)}")
+        open_ = {name: open(out / name, "ab") for name in files}
+        for name, file in open_.items():
+            file.truncate(mark["sizes"][name])                              # what was written behind the last mark is encoded again
+        began, before = time.time(), mark["seconds"]
+
+        def decode(row):
+            try:
                 samples = audio.load(row["audio"])
-                units, durations = tokenizer(samples)
-                if not len(units):
-                    raise ValueError(f"{row['audio']}: {len(samples)} samples are under one frame ({audio.HOP}); take it out of the manifest")
-                units_file.write(units.tobytes())
-                durations_file.write(durations.tobytes())
-                offsets.append(offsets[-1] + len(units))
-                relative = os.path.relpath(row["audio"], Path(args.out).resolve())
-                manifest.write(json.dumps(row | {"audio": relative, "seconds": round(len(samples) / audio.SAMPLE_RATE, 3)}) + "\n")
-                heard += len(samples) / audio.SAMPLE_RATE
-                bar.set_postfix_str(f"{heard / 3600:.2f} h, {heard / (time.time() - began):.0f}x real time")
-        np.save(out / "index.npy", np.array(offsets, dtype=np.int64))
-        weights.copy_ears(args.codebook, out)
-        meta = {name: tokenizer.recipe[name] for name in ("features", "k", "frame_rate", "collapse", "switch")} | {"codebook_sha256": tokenizer.recipe["sha256"]}
-        (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    print(f"{args.out}: {len(rows)} clips, {heard / 3600:.2f} h, {offsets[-1]} units, {offsets[-1] / heard:.1f} a second")
+                return samples if len(samples) >= tokenizer.hop else f"{len(samples)} samples are under one frame ({tokenizer.hop})"
+            except (ValueError, OSError) as error:
+                return str(error)
+
+        with ThreadPoolExecutor(4) as pool, tqdm(total=len(rows), initial=mark["done"], desc=f"encoding {target}", unit="clip") as bar:
+            chunks = [rows[a:a + AHEAD] for a in range(mark["done"], len(rows), AHEAD)]
+            ready = pool.map(decode, chunks[0]) if chunks else ()
+            for n, chunk in enumerate(chunks):
+                clips, ready = list(ready), pool.map(decode, chunks[n + 1]) if n + 1 < len(chunks) else ()
+                for row, clip in zip(chunk, clips):
+                    if isinstance(clip, str) and not args.skip_bad:
+                        raise ValueError(f"{row['audio']}: {clip.removeprefix(row['audio']).lstrip(': ')}; take it out of the manifest, or pass --skip-bad to list such "
+                                         f"clips in skipped.jsonl and go on")
+                good = [(row, clip) for row, clip in zip(chunk, clips) if not isinstance(clip, str)]
+                for (row, clip), (units, durations) in zip(good, tokenizer.many([clip for _, clip in good], args.batch)):
+                    open_["units.bin"].write(units.tobytes())
+                    open_["durations.bin"].write(durations.tobytes())
+                    open_["counts.bin"].write(np.int64(len(units)).tobytes())
+                    relative = os.path.relpath(row["audio"], Path(args.out).resolve())
+                    open_["manifest.jsonl"].write((json.dumps(row | {"audio": relative, "seconds": round(len(clip) / audio.SAMPLE_RATE, 3)}) + "\n").encode())
+                    mark["seconds"] += len(clip) / audio.SAMPLE_RATE
+                    mark["silent"] += int(abs(clip).max() < SILENT)
+                    mark["clipped"] += int((abs(clip) > 0.999).mean() > 0.001)
+                for row, clip in zip(chunk, clips):
+                    if isinstance(clip, str):
+                        open_["skipped.jsonl"].write((json.dumps({"audio": row["audio"], "why": clip}) + "\n").encode())
+                        mark["skipped"] += 1
+                for name, file in open_.items():
+                    file.flush()
+                    mark["sizes"][name] = file.tell()
+                mark["done"] += len(chunk)
+                weights.write_file(out / "mark.json", json.dumps(mark), overwrite=True)
+                bar.update(len(chunk))
+                bar.set_postfix_str(f"{mark['seconds'] / 3600:.2f} h, {(mark['seconds'] - before) / (time.time() - began):.0f}x real time")
+        for file in open_.values():
+            file.close()
+        counts = np.fromfile(out / "counts.bin", dtype=np.int64)
+        if not len(counts):
+            raise ValueError(f"{args.manifest}: not one clip in it could be encoded")
+        np.save(out / "index.npy", np.concatenate([[0], counts.cumsum()]))
+        finish(args, tokenizer.recipe, out)
+        for name in ("counts.bin", "mark.json", *([] if mark["skipped"] else ["skipped.jsonl"])):
+            (out / name).unlink()
+    odd = {"skipped": " skipped (skipped.jsonl says why)", "silent": " of them silent", "clipped": " of them clipped"}
+    said = "".join(f", {mark[name]}{what}" for name, what in odd.items() if mark[name])
+    print(f"{target}: {len(counts)} clips{said}, {mark['seconds'] / 3600:.2f} h, {counts.sum()} units, {counts.sum() / mark['seconds']:.1f} a second")
+
+
+def finish(args, recipe, out):
+    """What every units folder holds beside its units: the codebook, and how they were made."""
+    weights.copy_ears(args.codebook, out)
+    meta = {name: recipe[name] for name in ("features", "k", "frame_rate", "collapse", "switch")} | {"codebook_sha256": recipe["sha256"]}
+    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def join(args, parts):
+    """One units folder of the parts that several processes wrote, in their order; then the parts go."""
+    with weights.new_folder(args.out, [args.manifest, args.codebook], args.overwrite) as out:
+        for name in ("units.bin", "durations.bin", "manifest.jsonl", "skipped.jsonl"):
+            have = [Path(part) / name for part in parts if (Path(part) / name).exists()]
+            if have:
+                with open(out / name, "wb") as file:
+                    for part in have:
+                        with open(part, "rb") as source:
+                            shutil.copyfileobj(source, file)
+        index = [np.zeros(1, dtype=np.int64)]
+        for part in parts:
+            index.append(np.load(Path(part) / "index.npy")[1:] + index[-1][-1])
+        np.save(out / "index.npy", np.concatenate(index))
+        finish(args, weights.read_json(Path(args.codebook) / "codebook.json"), out)
+    for part in parts:
+        shutil.rmtree(part)
+    print(f"{args.out}: {len(index[-1]) and sum(map(len, index)) - 1} clips, joined from {len(parts)} parts")
 
 
 def edit_distance(a, b):
@@ -256,8 +401,12 @@ def main():
     one.add_argument("--switch", type=float, help="price of a change of unit, in mean squared distances of a frame to its centroid "
                                                   f"(default {STEADY} for HuBERT features, 0 for MFCC: every frame for itself)")
     one.add_argument("--frames", type=int, default=200_000, help="frames to fit on, from clips drawn at random (default 200000: 1.1 h)")
+    one.add_argument("--minibatch", type=int, default=0, help="begin k-means with steps on so many frames: quicker for large --frames (default 0: whole passes only)")
     one.add_argument("--seed", type=int, default=0, help="of the clips and the start (default 0)")
     two.add_argument("--codebook", required=True, help="a folder made by fit")
+    two.add_argument("--batch", type=float, default=40 if not torch.cuda.is_available() else 600, help="seconds of sound in a batch (default 40, on a GPU 600)")
+    two.add_argument("--bf16", action="store_true", help="hear in bfloat16: faster, and a unit in some hundreds differs")
+    two.add_argument("--skip-bad", action="store_true", help="list clips that cannot be read in skipped.jsonl and go on, instead of stopping at the first")
     three = commands.add_parser("report", help="used units, perplexity, rate, and how alike a word is across voices")
     three.add_argument("--units", required=True, help="a folder made by encode")
     args = parser.parse_args()

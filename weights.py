@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+SAMPLED = 1 << 26                   # bytes; larger files are known by samples of them
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}       # as safetensors and torch name them
 
 
@@ -276,7 +277,7 @@ def fingerprint(path):
     if path.is_dir():
         for file in sorted(f for f in path.rglob("*") if f.is_file() and f.name != "recipe.json"):
             digest.update(f"{file.relative_to(path)} {fingerprint(file)}\n".encode())
-    elif (size := path.stat().st_size) > 1 << 26:
+    elif (size := path.stat().st_size) > SAMPLED:
         digest.update(f"{size}\n".encode())
         with open(path, "rb") as f:
             for n in range(64):

@@ -1,12 +1,15 @@
 import json
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
 import audio
-from conftest import shared
+from conftest import ROOT, shared
+from odd_audio import ODD
 
 
 def sine(hertz, rate, seconds=2.0):
@@ -22,6 +25,25 @@ def test_resampling_keeps_what_16_khz_can_carry(rate):
 def test_resampling_removes_what_16_khz_cannot_carry():
     y = audio.resample(sine(9000, 48000), 48000)[500:-500]
     assert 20 * np.log10(np.sqrt(2 * (y ** 2).mean()) + 1e-9) < -60
+
+
+def gain(hertz, rate):
+    """What is left of a sine of 1 at `hertz`, in dB, after resampling to 16 kHz; whatever comes out counts, at any frequency."""
+    y = audio.resample(sine(hertz, rate), rate)[2000:-2000]
+    return 20 * np.log10(np.sqrt(2 * (y.astype(np.float64) ** 2).mean()) + 1e-12)
+
+
+@pytest.mark.parametrize("rate", [22050, 24000, 44100, 48000, 96000])
+def test_the_passband_is_flat_to_a_tenth_of_a_decibel_and_aliases_are_60_below(rate):
+    assert max(abs(gain(hertz, rate)) for hertz in (50, 500, 2000, 4000, 6000, 7000, 7200)) < 0.1
+    assert max(gain(hertz, rate) for hertz in np.linspace(8100, min(rate / 2 - 100, 40000), 9)) < -60
+
+
+def test_resampling_agrees_with_scipys_where_both_pass():
+    signal = pytest.importorskip("scipy.signal")
+    x = sum(sine(hertz, 48000) for hertz in (100, 1000, 3000, 6000)) / 4
+    wanted = signal.resample_poly(x.astype(np.float64), 1, 3, window=("kaiser", 12.0))
+    assert abs(audio.resample(x, 48000) - wanted)[500:-500].max() < 1e-2
 
 
 def test_any_wav_becomes_mono_float32_at_16_khz(tmp_path):
@@ -40,20 +62,27 @@ def test_what_is_not_audio_is_refused_in_one_line_that_names_it(tmp_path, name, 
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_real_odd_files_are_read_or_refused_in_one_line():
-    files = [f for f in shared("odd_audio").rglob("*") if f.suffix.lower() in audio.AUDIO | {".m4a"}]
-    assert len(files) > 40
-    read = 0
-    for file in files:
-        began = time.time()
-        try:
-            samples = audio.load(file)
-            read += 1
-            assert samples.ndim == 1 and samples.dtype == np.float32 and np.isfinite(samples).all()
-        except (ValueError, OSError) as error:
-            assert "\n" not in str(error) and file.name in str(error)
-        assert time.time() - began < 5
-    assert read > 20
+def test_every_odd_file_gives_what_the_table_says_quickly_and_in_little_memory():
+    """Samples at 16 kHz, or refused in one line that names the file; in a process of its own, so that its memory can be told."""
+    folder = shared("odd_audio")
+    script = "import sys, json, time, resource, pathlib; sys.path.insert(0, sys.argv[1]); import audio\nsaid, start = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n" \
+             "for name in sys.stdin.read().split():\n  began = time.time()\n  try: got = len(audio.load(name))\n  except (ValueError, OSError) as e: got = str(e)\n" \
+             "  said[name] = got, time.time() - began\nprint(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start]))"
+    files = sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in audio.AUDIO | {".m4a"})
+    said, memory = json.loads(subprocess.run([sys.executable, "-c", script, str(ROOT)], input="\n".join(files), capture_output=True, text=True, check=True).stdout)
+    got = {str(Path(name).relative_to(folder)): value if isinstance(value, int) else "refused" for name, (value, _) in said.items()}
+    assert got == ODD and len(got) > 80
+    for name, (value, seconds) in said.items():
+        assert seconds < 1 and (isinstance(value, int) or "\n" not in value and Path(name).name in value), (name, value, seconds)
+    assert memory < 200 * 1024, f"{memory / 1024:.0f} MB above start-up"
+
+
+def test_a_sentence_in_twelve_encodings_of_16_bits_and_more_gives_nearly_the_same_units(speedrun):
+    """With the HuBERT of a whole speedrun the twelve agree to the unit, and the two of 8 bits, left out here, differ by 13 and 19 % (seed 0)."""
+    from tokenize_audio import AudioTokenizer, edit_distance
+    files, ears = sorted(f for f in shared("odd_audio/uberi").glob("audio-*") if "8-bit" not in f.name), AudioTokenizer(speedrun / "codebook")
+    first, *others = [ears(audio.load(f))[0].tolist() for f in files]
+    assert len(others) == 11 and all(edit_distance(units, first) <= 0.02 * len(first) for units in others)
 
 
 def test_frames_are_samples_over_320_rounded_down():

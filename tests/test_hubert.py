@@ -5,6 +5,8 @@ from hubert import Config, Hubert, hide
 
 transformers = pytest.importorskip("transformers")
 KINDS = {
+    "mhubert-25hz": dict(feat_extract_norm="group", do_stable_layer_norm=False, conv_bias=False, feat_proj_layer_norm=True, conv_pos_batch_norm=True,
+                         conv_dim=(16,) * 8, conv_kernel=(10, 3, 3, 3, 3, 2, 2, 2), conv_stride=(5, 2, 2, 2, 2, 2, 2, 2)),
     "base": dict(feat_extract_norm="group", do_stable_layer_norm=False, conv_bias=False, feat_proj_layer_norm=True),
     "large": dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True, feat_proj_layer_norm=True),
 }
@@ -14,7 +16,7 @@ SMALL = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, interme
 
 def theirs_of(kind, tmp_path):
     torch.manual_seed(0)
-    model = transformers.HubertModel(transformers.HubertConfig(**SMALL, **KINDS[kind])).eval()
+    model = transformers.HubertModel(transformers.HubertConfig(**(SMALL | KINDS[kind]))).eval()
     for name, p in model.named_parameters():
         if p.dim() > 1 or "bias" in name:
             torch.nn.init.normal_(p, std=0.2)
@@ -27,10 +29,30 @@ def test_every_layer_equals_transformers(kind, tmp_path):
     theirs, ours = theirs_of(kind, tmp_path), Hubert.load(tmp_path)
     samples = torch.randn(2, 8000)
     with torch.no_grad():
-        wanted = theirs(torch.nn.functional.pad(samples, (40, 40)), output_hidden_states=True).hidden_states
-        for layer in range(3 + (kind == "base")):                            # a large model's last state has a norm that ours leaves out
+        pad = (ours.receptive_field() - ours.hop()) // 2
+        wanted = theirs(torch.nn.functional.pad(samples, (pad, pad)), output_hidden_states=True).hidden_states
+        for layer in range(3 + (kind != "large")):                            # a large model's last state has a norm that ours leaves out
             got = ours(samples, layer)
             assert ((wanted[layer] - got).norm() / wanted[layer].norm()).item() < 1e-4, layer
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_batch_every_clip_is_computed_as_if_alone(kind, normalize, tmp_path):
+    theirs_of(kind, tmp_path)
+    model = Hubert.load(tmp_path)
+    model.config.do_normalize = normalize
+    lengths = torch.tensor([8000, 3333, 641, 5119])
+    clips = [torch.randn(n) * scale + 0.1 for n, scale in zip(lengths.tolist(), (1.0, 0.1, 3.0, 0.5))]
+    batch = torch.full((4, 8000), 7.0)                                       # what fills up is loud, and must not be heard
+    for row, clip in zip(batch, clips):
+        row[:len(clip)] = clip
+    with torch.no_grad():
+        together = model(batch, 2, lengths=lengths)
+        for n, clip in enumerate(clips):
+            alone = model(clip[None], 2)[0]
+            assert len(alone) == len(clip) // model.hop()
+            assert ((together[n, :len(alone)] - alone).norm() / alone.norm()).item() < 1e-4, (kind, n)
 
 
 def test_both_spellings_of_weight_norm_and_a_head_are_read(tmp_path):

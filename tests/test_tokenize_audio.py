@@ -1,11 +1,13 @@
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import audio
+import tokenize_audio
 from conftest import call, shared
 from tokenize_audio import AudioTokenizer, collapse, edit_distance, kmeans, nearest, steady
 
@@ -37,7 +39,6 @@ def test_steady_units_are_the_cheapest_path_of_all(switch):
     assert switch < 1e6 or len(set(best)) == 1, "what costs too much never changes"
 
 
-
 def test_kmeans_finds_separate_clouds_and_repeats_by_seed():
     torch.manual_seed(0)
     middles = 10 * torch.randn(8, 5)
@@ -47,6 +48,19 @@ def test_kmeans_finds_separate_clouds_and_repeats_by_seed():
     assert torch.equal(found, kmeans(x, 8, seed=3))
     with pytest.raises(ValueError, match="too few"):
         kmeans(x[:5], 8)
+
+
+def test_minibatches_reach_what_whole_passes_reach_and_repeat_by_seed():
+    torch.manual_seed(0)
+    x = torch.randn(6000, 8)                                                # one cloud: no start is luckier than another
+    inertia = lambda c: (x - c[nearest(x, c)]).pow(2).sum(1).mean().item()
+    quick, full = kmeans(x, 40, seed=1, minibatch=512), kmeans(x, 40, seed=1, passes=300)
+    assert inertia(quick) < 1.02 * inertia(full) and torch.equal(quick, kmeans(x, 40, seed=1, minibatch=512))
+
+
+def test_a_centroid_that_nothing_is_near_to_is_put_where_it_is_of_use():
+    x = torch.cat([torch.zeros(50, 2), torch.ones(1, 2) * 5, torch.ones(1, 2) * 9])
+    assert sorted(kmeans(x, 3, seed=0)[:, 0].tolist()) == [0, 5, 9]
 
 
 def test_our_quantiser_agrees_with_float64_on_real_hubert_features():
@@ -98,3 +112,81 @@ def test_a_clip_shorter_than_a_frame_and_a_bad_layer_are_refused(speedrun, tmp_p
     assert not (tmp_path / "u").exists()
     with pytest.raises(ValueError, match="layers 0 to 5"):
         call(["tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl"), "--hubert", str(speedrun / "hubert"), "--layer", "9", "--out", str(tmp_path / "c")], monkeypatch)
+
+
+# --- a corpus ---
+
+def words_of(speedrun, out, *flags):
+    return ["tokenize_audio.py", "encode", "--manifest", str(speedrun / "toy/speech/train.jsonl"), "--codebook", str(speedrun / "codebook"), "--out", str(out), "--device", "cpu", *flags]
+
+
+def same_units(a, b):
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in ("units.bin", "durations.bin", "index.npy", "meta.json")) and \
+        [row["text"] for row in audio.Units(a).rows] == [row["text"] for row in audio.Units(b).rows]
+
+
+def test_clips_of_a_batch_get_the_units_they_get_alone(speedrun):
+    ears = AudioTokenizer(speedrun / "codebook")
+    clips = [audio.load(row["audio"]) for row in audio.Units(speedrun / "units").rows[:12]]
+    together = ears.many(clips, seconds=15)
+    for clip, (units, durations) in zip(clips, together):
+        alone = ears(clip)
+        assert edit_distance(units.tolist(), alone[0].tolist()) <= 0.02 * len(alone[0]) and durations.sum() == alone[1].sum() == len(clip) // 320
+
+
+def test_killed_and_started_again_it_encodes_what_is_left_and_nothing_twice(speedrun, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_audio, "AHEAD", 4)
+    call(words_of(speedrun, tmp_path / "straight"), monkeypatch)
+    many, heard = AudioTokenizer.many, []
+
+    def dying(self, clips, seconds=40):
+        heard.append(len(clips))
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+        return many(self, clips, seconds)
+    monkeypatch.setattr(AudioTokenizer, "many", dying)
+    with pytest.raises(KeyboardInterrupt):
+        call(words_of(speedrun, tmp_path / "killed"), monkeypatch)
+    assert not (tmp_path / "killed").exists()
+    with open(tmp_path / "killed.partial/units.bin", "ab") as file:
+        file.write(b"half of something")                                     # written behind the last mark, as a kill leaves it
+    call(words_of(speedrun, tmp_path / "killed"), monkeypatch)
+    n = len(audio.Units(tmp_path / "straight").rows)
+    assert same_units(tmp_path / "killed", tmp_path / "straight") and sum(heard) - heard[2] == n, "every clip once, but for those in the air"
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(p.name for p in (tmp_path / "straight").iterdir())
+
+
+def test_several_processes_write_what_one_does(speedrun, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_audio, "AHEAD", 1)                          # one clip a batch: the same roundings however the list is cut
+    call(words_of(speedrun, tmp_path / "one"), monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in ("2", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        call(words_of(speedrun, tmp_path / "three"), monkeypatch)
+    assert same_units(tmp_path / "one", tmp_path / "three") and sorted(p.name for p in tmp_path.iterdir()) == ["one", "three"]
+
+
+def test_bad_clips_stop_the_run_in_one_line_or_are_listed_with_their_reason(speedrun, tmp_path, monkeypatch, capsys):
+    import soundfile
+    (tmp_path / "bad.wav").write_text("not audio")
+    soundfile.write(tmp_path / "short.wav", np.zeros(100, np.float32), 16000)
+    soundfile.write(tmp_path / "good.wav", 0.1 * np.sin(np.arange(16000) / 9), 16000)
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"audio": f"{name}.wav"}) + "\n" for name in ("good", "bad", "short")))
+    words = words_of(speedrun, tmp_path / "u", "--manifest", str(tmp_path / "m.jsonl"))
+    with pytest.raises(ValueError, match="bad.wav: not audio that soundfile reads.*--skip-bad"):
+        call(words, monkeypatch)
+    call([*words, "--skip-bad"], monkeypatch)
+    listed = [json.loads(line) for line in (tmp_path / "u/skipped.jsonl").read_text().splitlines()]
+    assert [Path(row["audio"]).name for row in listed] == ["bad.wav", "short.wav"] and "under one frame" in listed[1]["why"]
+    assert len(audio.Units(tmp_path / "u").rows) == 1 and "1 clips, 2 skipped" in capsys.readouterr().out
+
+
+def test_a_long_file_is_heard_in_windows_nearly_as_in_one_piece(speedrun, monkeypatch):
+    ears = AudioTokenizer(speedrun / "codebook")
+    samples = np.concatenate([audio.load(row["audio"]) for row in audio.Units(speedrun / "units").rows[:8]])
+    whole = np.repeat(*ears(samples))
+    monkeypatch.setattr(tokenize_audio, "LONG", 5 * 16000)
+    cut = np.repeat(*ears(samples))
+    assert len(samples) > 12 * 16000 and len(cut) == len(whole) == len(samples) // 320
+    assert [sum(piece[2] for piece in tokenize_audio.windows(samples[:n], 320)) for n in (100, 80000, 200000, 239999)] == [0, 250, 625, 749]
+    assert (cut == whole).mean() > 0.5, "an untrained HuBERT's clusters follow the mean of what it hears; see bench/tokenizer.py for a trained one"

@@ -108,6 +108,34 @@ def test_a_recipe_holds_the_fingerprint_of_every_input(tmp_path):
     assert before != weights.recipe([tmp_path / "in.txt"])["inputs"]
 
 
+def test_a_large_file_is_known_by_samples_that_notice_other_weights_and_another_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SAMPLED", 1 << 20)
+    file = tmp_path / "w"
+    file.write_bytes(torch.randn(1 << 20).numpy().tobytes())
+    first = weights.fingerprint(file)
+    assert weights.fingerprint(file) == first
+    with open(file, "ab") as f:
+        f.write(b"x")
+    longer = weights.fingerprint(file)
+    file.write_bytes((torch.frombuffer(bytearray(file.read_bytes()[:1 << 22]), dtype=torch.float32) * 1.001).numpy().tobytes() + b"x")
+    assert len({first, longer, weights.fingerprint(file)}) == 3
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_a_block_of_a_tensor_is_its_elements_and_a_written_one_comes_back(tmp_path, kind):
+    tensors = {"x": torch.randn(7, 5), "y": torch.randn(11).bfloat16()}
+    if kind.endswith(".bin"):
+        torch.save(tensors, tmp_path / kind)
+    else:
+        handle, at = weights.allocate(tmp_path / kind, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        for name, t in tensors.items():
+            for a in (4, 0):                                                 # in any order
+                weights.write_block(handle, at[name] + a * t.element_size(), t.flatten()[a:] if a else t.flatten()[:4])
+    read = weights.Tensors(tmp_path)
+    for name, t in tensors.items():
+        assert torch.equal(read[name], t) and torch.equal(read.block(name, 2, 9), t.flatten()[2:9]) and read.dtype(name) == t.dtype
+
+
 def test_bad_json_lines_name_their_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n[1]\n')
     with pytest.raises(ValueError, match="line 2"):
