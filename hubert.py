@@ -88,10 +88,8 @@ class ConvLayer(nn.Module):
         if self.kind == "group" and counts is None:
             x = self.layer_norm(x)                                          # each channel over all of the clip's time
         elif self.kind == "group":                                         # over that of the clip alone: what fills up a batch says nothing
-            real, n = torch.arange(x.shape[2], device=x.device) < counts[:, None, None], counts[:, None, None]        # (B, 1, time)
-            x = x - (x * real).sum(-1, keepdim=True) / n
-            x = x * torch.rsqrt((x.pow(2) * real).sum(-1, keepdim=True) / n + self.layer_norm.eps)
-            x = x * self.layer_norm.weight[:, None] + self.layer_norm.bias[:, None]
+            for row, n in zip(x, counts.tolist()):
+                row[:, :n] = self.layer_norm(row[None, :, :n])[0]
         elif self.kind == "layer":
             x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)          # all channels at one time
         return F.gelu(x)

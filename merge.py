@@ -17,6 +17,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -28,28 +29,34 @@ RULES = {
     "chat markers": "their rows are instruct's: speech training never saw them",
     "new rows": "units and speech markers are speech's: there is nothing to add",
 }
-BLOCK = 1 << 20                     # elements added at a time: about 50 MB a thread, whatever the model's size
+BLOCK, CACHE = 1 << 20, 1 << 18     # elements read and written at a time, and added at a time: small enough for a cache, large enough that threads rarely meet
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")      # tensors whose rows are tokens
 SUMS = ("base", "speech", "instruct", "product", "against", "n")     # of a tensor: squared norms of base and both deltas, their dot product, signs that differ, size
 
 
 def add(base, speech, instruct, lam, mu=1.0):
-    """The formula on three tensors of one shape, in float64, rounded to speech's dtype. Where one delta is 0, and the other wholly taken,
-    the result is that side's own number: adding and taking away a much larger one could lose its last bits."""
-    b, s, i = (t.double() for t in (base, speech, instruct))
-    out = b + lam * (s - b) + mu * (i - b)
-    if lam == 1:
-        out = torch.where(i == b, s, out)
-    if mu == 1:
-        out = torch.where(s == b, i, out)
-    return out.to(speech.dtype)
+    """(the formula on three flat tensors of one length, in float64, rounded to speech's dtype; their SUMS). ValueError if it is not finite.
 
-
-def measure(base, speech, instruct):
-    """SUMS of three blocks."""
-    b, s, i = (t.double() for t in (base, speech, instruct))
-    s, i = s - b, i - b
-    return torch.stack([b.dot(b), s.dot(s), i.dot(i), s.dot(i), (s.sign() * i.sign() < 0).sum().double(), torch.tensor(float(len(b)))])
+    Where one side has learnt nothing and the other is wholly taken, the result is that other side, to the bit.
+    """
+    out, sums, wide = torch.empty_like(speech), np.zeros(len(SUMS)), torch.empty(4, CACHE, dtype=torch.float64)
+    for a in range(0, len(out), CACHE):
+        n = min(CACHE, len(out) - a)
+        b, s, i, product = wide[:, :n]                                      # the same memory each time: fresh pages cost more than the sums
+        for to, given in ((b, base), (s, speech), (i, instruct)):
+            to.copy_(given[a:a + n])
+        s.sub_(b), i.sub_(b)                                                # the deltas
+        bb, ss, ii, si = (x.dot(y).item() for x, y in ((b, b), (s, s), (i, i), (s, i)))
+        sums += bb, ss, ii, si, np.count_nonzero(torch.mul(s, i, out=product).numpy() < 0), n
+        if ii == 0 and lam == 1:
+            out[a:a + n] = speech[a:a + n]
+        elif ss == 0 and mu == 1:
+            out[a:a + n] = instruct[a:a + n]
+        else:
+            out[a:a + n] = b.add_(s, alpha=lam).add_(i, alpha=mu)
+    if not math.isfinite(sums.sum()):                                       # one NaN or infinity anywhere spoils them
+        raise ValueError("holds NaN or infinity; look for it in the three folders")
+    return out, sums
 
 
 class Merge:
@@ -95,13 +102,16 @@ class Merge:
         if a >= math.prod(self.base.shape(name)):
             return speech, None
         base, instruct = self.base.block(name, a, b), self.instruct.block(name, a, b)
-        out = add(base, speech, instruct, lam, mu)
+        try:
+            out, sums = add(base, speech, instruct, lam, mu)
+        except ValueError as error:
+            raise ValueError(f"{self.speech.path(name)}: {name} of the sum {error}") from None
         width = self.base.shape(name)[-1]
         for row in self.markers if name in ROWS else []:
             first, last = max(a, row * width) - a, min(b, (row + 1) * width) - a
             if first < last:
                 out[first:last] = instruct[first:last].to(out.dtype)
-        return out, measure(base, speech, instruct)
+        return out, sums
 
     def merged(self, name, lam, mu=1.0):
         """A whole tensor of the sum."""
@@ -119,8 +129,6 @@ class Merge:
 
         def job(name, a, b):
             block, sums = self.block(name, a, b, lam, mu)
-            if not torch.isfinite(block).all():
-                raise ValueError(f"{self.speech.path(name)}: {name} of the sum holds NaN or infinity; look for it in the three folders")
             if out:
                 weights.write_block(files[home[name]], places[name] + a * block.element_size(), block)
             return sums
@@ -134,7 +142,6 @@ class Merge:
                 bar.update()
         torch.set_num_threads(threads)
         for handle in files.values():
-            os.fsync(handle)
             os.close(handle)
         if len(files) > 1:
             weights.write_index(out, home)

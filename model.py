@@ -294,8 +294,10 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
     rows = [p.to(device, dtype) if p.is_floating_point() else model.model.embed_tokens(p.to(device)) for p in prompts]
     B, T = len(rows), max(len(r) for r in rows)
     x = torch.stack([F.pad(r, (0, 0, T - len(r), 0)) for r in rows])       # (B, T, C): padded on the left, so all end together
-    first = torch.tensor([T - len(r) for r in rows], device=device)[:, None]                                  # (B, 1): where a row begins
-    start = torch.minimum(first, torch.arange(T, device=device))           # (B, T): a padded position sees only itself
+    first = start = None                                                   # rows of one length need no mask
+    if any(len(r) < T for r in rows):
+        first = torch.tensor([T - len(r) for r in rows], device=device)[:, None]                              # (B, 1): where a row begins
+        start = torch.minimum(first, torch.arange(T, device=device))       # (B, T): a padded position sees only itself
     config = model.config
     cache = [Cache(B, config.num_key_value_heads, T + limit, config.head_dim, x) for _ in model.model.layers]
     barred = torch.full((config.vocab_size,), 0.0 if allowed is None else -math.inf, device=device)

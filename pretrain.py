@@ -28,7 +28,7 @@ from model import SIZES, Config, LM, add_rows
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=1000, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
+    "text": dict(steps=1500, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
     "chat": dict(steps=700, lr=4e-4, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
     "units": dict(steps=1500, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
 }
@@ -325,7 +325,7 @@ def parameter_groups(model, layers, first_new):
 
 
 @torch.no_grad()
-def text_filters(model, body, documents, strength, device, batches=8):
+def text_filters(model, body, documents, strength, device, rows=8, length=256, batches=8):
     """{weight (out, in): matrix (in, in)} that takes out of a weight's change what text would feel of it.
 
     Let C be the mean of x x^T over the inputs x that text sends into a weight, scaled to a mean eigenvalue of 1. A change D adds D x
@@ -342,7 +342,7 @@ def text_filters(model, body, documents, strength, device, batches=8):
         if isinstance(module, torch.nn.Linear) and any(module.weight is p for p in body):
             hooks.append(module.register_forward_pre_hook(listen))
     for _ in range(batches):
-        batch = documents.batch(8, 256)
+        batch = documents.batch(rows, length)
         model.model(batch["ids"].to(device), start=batch["start"].to(device))
     for hook in hooks:
         hook.remove()
@@ -373,7 +373,7 @@ def train(args, out):
     if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
         raise ValueError(f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, documents that show which inputs text uses")
     if args.keep_text:
-        filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device)
+        filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device, args.rows, args.length)
     reader = copy.deepcopy(model).requires_grad_(False) if args.imitate and args.units else None
     anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
@@ -411,8 +411,7 @@ def train(args, out):
             group["lr"] = lr * group["faster"]
         documents.progress = step / args.steps
         batch = documents.batch(args.rows, args.length)
-        pace = 1 + (args.pace - 1) * min(1, 2 * step / args.steps)          # short distances first: copying is learnt there
-        batch["position"] = paced(batch["start"], pace, torch.Generator().manual_seed(args.seed << 32 | step))
+        batch["position"] = paced(batch["start"], args.pace, torch.Generator().manual_seed(args.seed << 32 | step))
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         states, apart = [], 0.0
         with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32

@@ -10,6 +10,7 @@ and, if its features come from a HuBERT under 50 MB, that HuBERT as hubert/: it 
 """
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -26,7 +27,8 @@ import audio
 import weights
 from hubert import Hubert
 
-PREVIEW, PASSES_AFTER, SPREAD = 3, 5, 40     # k-means with --minibatch: passes' worth of steps, whole passes after them, frames a centroid for the start
+PREVIEW, PASSES_AFTER, SPREAD = 1, 20, 200    # k-means with --minibatch: passes' worth of steps, whole passes after them, frames a centroid for the start
+ROWS = 2048                         # frames compared with all centroids at a time
 STEADY = 3                          # HuBERT units then change some 15 times a second, near the rate of phones and of letters
 LONG, AROUND = 60 * audio.SAMPLE_RATE, 2 * audio.SAMPLE_RATE      # a longer clip is heard in windows of a minute, two seconds more on each side
 AHEAD = 64                          # clips decoded while the ones before are encoded; what a kill can cost
@@ -77,8 +79,10 @@ def windows(samples, hop):
 # --- k-means ---------------------------------------------------------------------------------------------------------------
 
 def nearest(x, centroids):
-    """Index of the nearest centroid of each row of x (N, C): |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), and |x|^2 changes nothing."""
-    return (x @ centroids.T - 0.5 * centroids.pow(2).sum(1)).argmax(1)                                        # (N,)
+    """Index of the nearest centroid of each row of x (N, C): |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), and |x|^2 changes nothing.
+    Some thousand rows at a time: their products with all centroids stay in a cache."""
+    half = 0.5 * centroids.pow(2).sum(1)
+    return torch.cat([torch.addmm(-half, part, centroids.T).argmax(1) for part in x.split(ROWS if x.device.type == "cpu" else 1 << 20)])      # (N,)
 
 
 def steady(x, centroids, switch):
@@ -138,15 +142,17 @@ def kmeans(x, k, seed=0, passes=50, minibatch=0):
 
 
 def plus_plus(x, k, generator):
-    """k rows of x (N, C), the k-means++ start: each next one drawn by its squared distance to those before."""
+    """k rows of x (N, C), the k-means++ start: each next one drawn by its squared distance to those before, the best of a few draws."""
     centroids = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
-    distance = (x - centroids).pow(2).sum(1)                                # (N,) to the nearest centroid so far
+    distance, square = (x - centroids).pow(2).sum(1), x.pow(2).sum(1)       # (N,) to the nearest centroid so far; of each row
     for _ in tqdm(range(k - 1), desc="k-means++", unit="centroid"):
         sums = distance.double().cumsum(0)
-        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device) * sums[-1]
-        new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]
-        centroids = torch.cat([centroids, new])
-        distance = torch.minimum(distance, (x - new).pow(2).sum(1))
+        drawn = torch.rand(2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device) * sums[-1]
+        new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]      # (draws, C)
+        left = torch.addmm(square[:, None], x, new.T, alpha=-2).add_(new.pow(2).sum(1)).clamp_(min=0)          # (N, draws): |x - new|^2
+        torch.minimum(left, distance[:, None], out=left)
+        best = left.sum(0).argmin()
+        centroids, distance = torch.cat([centroids, new[best, None]]), left[:, best]
     return centroids
 
 

@@ -52,6 +52,7 @@ def test_the_real_recipes_commands_run_on_the_real_shape_and_tokenizer_of_qwen2_
     call(["pretrain.py", "--init", at("base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--lr", "1e-4",
           "--steps", "2", "--rows", "1", "--length", "64", "--device", "cpu", "--out", at("speech")], monkeypatch)
     call(["merge.py", "--base", at("base"), "--instruct", at("instruct"), "--speech", at("speech"), "--out", at("merged")], monkeypatch)
+    monkeypatch.setattr("chat.LIMIT", 4)
     with pytest.raises(SystemExit) as end:
         call(["chat.py", at("merged"), str(speedrun / "question.wav"), "--device", "cpu"], monkeypatch)
     assert not end.value.code and "units]" in capsys.readouterr().out
