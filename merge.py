@@ -53,7 +53,7 @@ def add(base, speech, instruct, lam, mu=1.0):
         elif ss == 0 and mu == 1:
             out[a:a + n] = instruct[a:a + n]
         else:
-            out[a:a + n] = b.add_(s, alpha=lam).add_(i, alpha=mu)
+            out[a:a + n] = b.add_(s, alpha=lam).add_(i, alpha=mu)           # torch rounds float64 to bf16 by way of float32: 8 in a million are off by one
     if not math.isfinite(sums.sum()):                                       # one NaN or infinity anywhere spoils them
         raise ValueError("holds NaN or infinity; look for it in the three folders")
     return out, sums

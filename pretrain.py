@@ -28,7 +28,7 @@ from model import SIZES, Config, LM, add_rows
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=1500, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
+    "text": dict(steps=1000, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
     "chat": dict(steps=700, lr=4e-4, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
     "units": dict(steps=1500, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
 }
@@ -193,16 +193,16 @@ def pack(documents, rows, length, filler):
 # --- the loss --------------------------------------------------------------------------------------------------------------
 
 def paced(start, most, rng):
-    """Positions (B, T) of ids whose documents begin at `start` (B, T): half of the time one after the other, else in stretches of ids,
-    about eight long, with random gaps of up to `most` positions a token on average.
+    """Positions (B, T) of ids whose documents begin at `start` (B, T): in half of the documents one after the other; in the others in
+    stretches of about eight ids, every other one with random gaps of up to `most` positions a token on average.
 
     Speech takes several units for a word, so in a spoken turn words stand further apart than in any text. A model that is used to
     distances reads on; one that knows only short ones forgets what was asked, and no training on speech can mend a delta that was
     learnt without it. Large models know distance from long contexts; a small one learns it here, from text (arXiv:2305.16843).
     """
     draw, at = lambda: torch.rand(start.shape, generator=rng), torch.arange(start.shape[1]).expand_as(start)
-    since = torch.where(draw() < 1 / 8, at, 0).cummax(1).values            # (B, T): where the stretch began
-    pace = (most * (2 * draw() - 1)).clamp(min=1).gather(1, since)         # (B, T)
+    plain, since = (draw() < 0.5).gather(1, start), torch.where(draw() < 1 / 8, at, 0).cummax(1).values       # (B, T): where the stretch began
+    pace = (most * (2 * draw() - 1)).clamp(min=1).gather(1, since).masked_fill(plain, 1)                      # (B, T)
     position = (1 + ((2 * pace - 1) * draw()).long()).cumsum(1)            # (B, T)
     return position - position.gather(1, start)
 

@@ -5,6 +5,9 @@ see  HuBERT (arXiv:2106.07447), GSLM (arXiv:2102.01192); k-means++ (Arthur & Vas
      (arXiv:2108.00917), and a price on every change of unit gives units near phones (arXiv:2012.07551)
 run  python tokenize_audio.py fit --manifest out/toy/speech/train.jsonl --features mfcc --k 100 --out out/codebook_mfcc
 
+`encode` goes on behind its last mark when started again, and in several processes under torchrun (`torchrun --nproc-per-node 8
+tokenize_audio.py encode ...`): each takes its stretch of the list, and the first joins them.
+
 Every folder that can turn sound into units (codebook, units folder, model that hears) holds codebook.safetensors, codebook.json
 and, if its features come from a HuBERT under 50 MB, that HuBERT as hubert/: it needs nothing else.
 """
@@ -246,10 +249,12 @@ def encode(args):
     rows = audio.read_manifest(args.manifest)
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it, or another --out")
-    parts = [f"{args.out}.part-{r}-of-{world}" for r in range(world)]
     if world == 1:
         encode_rows(args, rows, args.out)
         return
+    parts = [f"{args.out}.part-{r}-of-{world}" for r in range(world)]
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if not Path(parts[rank]).exists():
         encode_rows(args, rows[len(rows) * rank // world:len(rows) * (rank + 1) // world], parts[rank])
     if rank == 0:
@@ -262,7 +267,7 @@ def encode_rows(args, rows, target):
     """Encode some rows into a units folder. A kill costs at most the clips since the last mark; the same command goes on behind it."""
     tokenizer = AudioTokenizer(args.codebook, args.device, args.hubert, args.bf16)
     made_with = {"manifest": weights.fingerprint(args.manifest) if Path(args.manifest).is_file() else len(rows), "codebook": tokenizer.recipe["sha256"], "rows": len(rows)}
-    files = {"units.bin": 2, "durations.bin": 2, "counts.bin": 8, "manifest.jsonl": None, "skipped.jsonl": None}
+    files = ("units.bin", "durations.bin", "counts.bin", "manifest.jsonl", "skipped.jsonl")
     with weights.new_folder(target, [args.manifest, args.codebook], args.overwrite, resume=True) as out:
         mark = {"done": 0, "seconds": 0.0, "skipped": 0, "silent": 0, "clipped": 0, "sizes": dict.fromkeys(files, 0), "made_with": made_with}
         if (out / "mark.json").exists():
@@ -335,6 +340,10 @@ def finish(args, recipe, out):
 
 def join(args, parts):
     """One units folder of the parts that several processes wrote, in their order; then the parts go."""
+    wanted = weights.recipe([args.manifest, args.codebook])["inputs"]
+    for part in parts:
+        if weights.read_json(Path(part) / "recipe.json")["inputs"] != wanted:
+            raise ValueError(f"{part} was made from other audio or another codebook; remove it and start again")
     with weights.new_folder(args.out, [args.manifest, args.codebook], args.overwrite) as out:
         for name in ("units.bin", "durations.bin", "manifest.jsonl", "skipped.jsonl"):
             have = [Path(part) / name for part in parts if (Path(part) / name).exists()]
@@ -343,14 +352,14 @@ def join(args, parts):
                     for part in have:
                         with open(part, "rb") as source:
                             shutil.copyfileobj(source, file)
-        index = [np.zeros(1, dtype=np.int64)]
+        index = np.zeros(1, dtype=np.int64)
         for part in parts:
-            index.append(np.load(Path(part) / "index.npy")[1:] + index[-1][-1])
-        np.save(out / "index.npy", np.concatenate(index))
+            index = np.append(index, np.load(Path(part) / "index.npy")[1:] + index[-1])
+        np.save(out / "index.npy", index)
         finish(args, weights.read_json(Path(args.codebook) / "codebook.json"), out)
     for part in parts:
         shutil.rmtree(part)
-    print(f"{args.out}: {len(index[-1]) and sum(map(len, index)) - 1} clips, joined from {len(parts)} parts")
+    print(f"{args.out}: {len(index) - 1} clips, {index[-1]} units, joined from {len(parts)} parts")
 
 
 def edit_distance(a, b):

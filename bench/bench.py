@@ -1,4 +1,4 @@
-"""What every benchmark shares: medians, a process's time and memory, and one row of results/bench-*.json."""
+"""What every benchmark shares: medians, a process's time and memory, one row of results/bench-*.json; run alone, it prints the rows as a table."""
 import json
 import os
 import platform
@@ -48,3 +48,14 @@ def record(kind, name, unit, ours, peer, peer_name, better="more", bound_share=N
            "machine": machine(), "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": version("numpy")}}
     file.write_text(json.dumps(sorted([*rows, row], key=lambda r: r["name"]), indent=1) + "\n")
     print(f"{name}: ours {ours:.3g}, {peer_name} {peer:.3g} {unit}: ratio {ratio:.2f}")
+
+
+def table(kind):
+    """The rows of results/bench-KIND.json as the README shows them."""
+    rows = json.loads((ROOT / f"results/bench-{kind}.json").read_text())
+    lines = ["| what | ours | peer | ratio |", "|---|---|---|---|"]
+    return lines + [f"| {row['name']} ({row['unit']}) | {row['ours']:.3g} | {row['peer']:.3g}, {row['peer_name']} | {row['ratio']:.2f} |" for row in rows]
+
+
+if __name__ == "__main__":
+    print("\n".join(table("cpu")))

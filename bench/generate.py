@@ -53,7 +53,7 @@ def main():
                 times[name].append(time.perf_counter() - began)
         rate = {name: NEW / median(t) for name, t in times.items()}
         label = str(dtype).removeprefix("torch.")
-        record("cpu" if args.device == "cpu" else "h200", f"generate/135M-{label}", "new tokens/s, batch 1, 128 after 128", rate["ours"], rate["transformers"],
+        record("cpu" if args.device == "cpu" else "h200", f"generate/135M-{label}", "new tokens a second, 128 after 128", rate["ours"], rate["transformers"],
                f"transformers {transformers.__version__}", ids_equal_until=same)
 
 

@@ -35,9 +35,9 @@ def test_every_document_is_read_at_its_own_pace_from_position_0_on():
     start = torch.tensor([[0] * 100 + [100] * 156] * 8)
     even, uneven = (pretrain.paced(start, most, torch.Generator().manual_seed(0)) for most in (1, 8))
     assert torch.equal(even, torch.arange(256) - start)
-    assert (uneven.gather(1, start) == 0).all() and (uneven >= even).all() and 2 < uneven[:, 255].float().mean() / 155 < 3.5
+    assert (uneven.gather(1, start) == 0).all() and (uneven >= even).all() and 1.3 < uneven[:, 255].float().mean() / 155 < 2.8
     gaps = uneven.diff(dim=1)[:, 100:]
-    assert gaps.min() == 1 and 0.4 < (gaps == 1).float().mean() < 0.7 and gaps.max() < 16
+    assert gaps.min() == 1 and 0.6 < (gaps == 1).float().mean() < 0.9 and gaps.max() < 16
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "pretrain": {"weights", "model", "vocab", "audio"}, "chat": {"weights", "model", "vocab", "audio", "tokenize_audio"},
     "evaluate": {"weights", "model", "vocab", "audio", "tokenize_audio", "merge"}, "toy": {"weights", "vocab", "audio"},
 }
-LINES = {"weights": 260, "fused": 350, "model": 400, "vocab": 310, "audio": 260, "hubert": 400, "tokenize_audio": 400, "pretrain": 510,
-         "merge": 220, "chat": 220, "evaluate": 380, "toy": 430}
+LINES = {"weights": 320, "fused": 350, "model": 400, "vocab": 325, "audio": 260, "hubert": 400, "tokenize_audio": 440, "pretrain": 540,
+         "merge": 240, "chat": 220, "evaluate": 380, "toy": 430}
 SOURCES = sorted(ROOT.glob("*.py"))
 
 
@@ -96,3 +96,14 @@ def test_the_readme_counts_the_lines_right():
 def test_no_machine_path_and_no_loose_end_is_left_in_the_code(word):
     for path in [*SOURCES, ROOT / "speedrun.sh", ROOT / "README.md"]:
         assert word not in path.read_text(), path.name
+
+
+def test_the_readmes_benchmarks_are_those_of_the_results():
+    said = subprocess.run([sys.executable, ROOT / "bench" / "bench.py"], capture_output=True, text=True, check=True).stdout
+    assert said.strip() in (ROOT / "README.md").read_text()
+
+
+def test_every_benchmark_says_how_it_is_run():
+    for path in (ROOT / "bench").glob("*.py"):
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert doc and (path.stem == "bench" or f"run  python bench/{path.name}" in doc), path.name
