@@ -35,7 +35,7 @@ SUMS = ("base", "speech", "instruct", "product", "against", "n")     # of a tens
 
 
 def add(base, speech, instruct, lam, mu=1.0):
-    """(the formula on three flat tensors of one length, in float64, rounded to speech's dtype; their SUMS). ValueError if it is not finite.
+    """(the formula on three flat tensors of one length, in float64, rounded to speech's dtype; their SUMS).
 
     Where one side has learnt nothing and the other is wholly taken, the result is that other side, to the bit.
     """
@@ -53,10 +53,20 @@ def add(base, speech, instruct, lam, mu=1.0):
         elif ss == 0 and mu == 1:
             out[a:a + n] = instruct[a:a + n]
         else:
-            out[a:a + n] = b.add_(s, alpha=lam).add_(i, alpha=mu)           # torch rounds float64 to bf16 by way of float32: 8 in a million are off by one
-    if not math.isfinite(sums.sum()):                                       # one NaN or infinity anywhere spoils them
-        raise ValueError("holds NaN or infinity; look for it in the three folders")
+            out[a:a + n] = rounded(b.add_(s, alpha=lam).add_(i, alpha=mu), out.dtype)
     return out, sums
+
+
+def rounded(x, dtype):
+    """x (n,) float64 in another dtype, rounded once. torch goes to 16 bits by way of float32, and what is a tie there need not have been one:
+    8 in a million would be off by one. So where float32 lost something it is cut, and its last bit set ("round to odd"): no longer a tie."""
+    near = x.float()
+    if dtype in (torch.bfloat16, torch.float16):
+        wide, short = x.numpy(), near.numpy()
+        lost = np.flatnonzero(short != wide)
+        bits = short.view(np.int32)                                         # the same memory: sign and size, so that 1 less is one step nearer to 0
+        bits[lost] = (bits[lost] - (abs(short[lost]) > abs(wide[lost]))) | 1
+    return (x if dtype == torch.float64 else near).to(dtype)
 
 
 class Merge:
@@ -71,6 +81,11 @@ class Merge:
         for folder in (instruct, speech):
             if architectures[folder] != architectures[base]:
                 raise ValueError(f"{folder} is a {architectures[folder]}, {base} a {architectures[base]}; all three must come from one base")
+        self.names = list(self.speech)
+        for other, folder in ((self.base, base), (self.instruct, instruct)):
+            difference = set(self.names) ^ set(other)
+            if difference:
+                raise ValueError(f"{folder} and {speech} do not have the same tensors: {sorted(difference)[:3]} in one only")
         self.rows = self.base.shape(ROWS[0])[0]                             # rows that base has; speech's own come after
         names = {folder: {i: t for t, i in v.special.items() if i < self.rows and not t.startswith("<|unused_")} | v.bytes_of for folder, v in vocabs.items()}
         for folder in (instruct, speech):
@@ -81,11 +96,7 @@ class Merge:
         self.markers = sorted(i for token, i in vocabs[instruct].special.items() if token in template)
         if any(i >= self.rows for i in self.markers):
             raise ValueError(f"{instruct}: has chat markers in rows that {base} lacks; instruct must come from this base")
-        self.names = list(self.speech)
-        for other, folder in ((self.base, base), (self.instruct, instruct)):
-            difference = set(self.names) ^ set(other)
-            if difference:
-                raise ValueError(f"{folder} and {speech} do not have the same tensors: {sorted(difference)[:3]} in one only")
+        for other in (self.base, self.instruct):
             for name in self.names:
                 shape = self.speech.shape(name) if name not in ROWS else (self.rows, self.speech.shape(name)[1])
                 if other.shape(name) != shape:
@@ -102,10 +113,10 @@ class Merge:
         if a >= math.prod(self.base.shape(name)):
             return speech, None
         base, instruct = self.base.block(name, a, b), self.instruct.block(name, a, b)
-        try:
-            out, sums = add(base, speech, instruct, lam, mu)
-        except ValueError as error:
-            raise ValueError(f"{self.speech.path(name)}: {name} of the sum {error}") from None
+        out, sums = add(base, speech, instruct, lam, mu)
+        if not np.isfinite(sums).all():                                     # one NaN or infinity anywhere spoils them
+            ill = [str(tensors.path(name)) for tensors, part in ((self.base, base), (self.speech, speech), (self.instruct, instruct)) if not torch.isfinite(part).all()]
+            raise ValueError(f"{' and '.join(ill) or 'the sum'}: {name} holds NaN or infinity")
         width = self.base.shape(name)[-1]
         for row in self.markers if name in ROWS else []:
             first, last = max(a, row * width) - a, min(b, (row + 1) * width) - a

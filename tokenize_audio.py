@@ -210,8 +210,8 @@ def fit(args):
         raise ValueError("give --hubert FOLDER --layer N for HuBERT features, or --features mfcc")
     if args.switch is not None and not 0 <= args.switch < float("inf"):
         raise ValueError(f"--switch {args.switch}: wanted 0 or more")
-    if args.minibatch < 0:
-        raise ValueError(f"--minibatch {args.minibatch}: wanted 0 or more frames")
+    if args.minibatch < 0 or args.frames < 1:
+        raise ValueError(f"--minibatch {args.minibatch} --frames {args.frames}: wanted 0 or more frames at a time, of 1 or more")
     if not 1 <= args.k <= 1 << 16:
         raise ValueError(f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can name")
     recipe = {"kind": "mfcc"}
@@ -245,8 +245,12 @@ def fit(args):
 
 
 def encode(args):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))     # torchrun sets them
     rows = audio.read_manifest(args.manifest)
+    if not 0 < args.batch < math.inf:
+        raise ValueError(f"--batch {args.batch}: wanted more than 0 seconds")
+    if not 0 <= rank < world <= max(1, len(rows)):
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {world} for {len(rows)} clips: wanted ranks from 0, and no more processes than clips")
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it, or another --out")
     if world == 1:
@@ -320,7 +324,7 @@ def encode_rows(args, rows, target):
         for file in open_.values():
             file.close()
         counts = np.fromfile(out / "counts.bin", dtype=np.int64)
-        if not len(counts):
+        if not len(counts) and target == args.out:
             raise ValueError(f"{args.manifest}: not one clip in it could be encoded")
         np.save(out / "index.npy", np.concatenate([[0], counts.cumsum()]))
         finish(args, tokenizer.recipe, out)
@@ -328,7 +332,7 @@ def encode_rows(args, rows, target):
             (out / name).unlink()
     odd = {"skipped": " skipped (skipped.jsonl says why)", "silent": " of them silent", "clipped": " of them clipped"}
     said = "".join(f", {mark[name]}{what}" for name, what in odd.items() if mark[name])
-    print(f"{target}: {len(counts)} clips{said}, {mark['seconds'] / 3600:.2f} h, {counts.sum()} units, {counts.sum() / mark['seconds']:.1f} a second")
+    print(f"{target}: {len(counts)} clips{said}, {mark['seconds'] / 3600:.2f} h, {counts.sum()} units, {counts.sum() / max(1e-9, mark['seconds']):.1f} a second")
 
 
 def finish(args, recipe, out):
@@ -355,6 +359,8 @@ def join(args, parts):
         index = np.zeros(1, dtype=np.int64)
         for part in parts:
             index = np.append(index, np.load(Path(part) / "index.npy")[1:] + index[-1])
+        if len(index) == 1:
+            raise ValueError(f"{args.manifest}: not one clip in it could be encoded")
         np.save(out / "index.npy", index)
         finish(args, weights.read_json(Path(args.codebook) / "codebook.json"), out)
     for part in parts:

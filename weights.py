@@ -73,7 +73,7 @@ class Tensors:
             raise FileNotFoundError(f"{folder}: no such model folder")
         self.home = {}                                                     # tensor name -> the file that holds it
         self.files = {}                                                    # file -> open safetensors handle, or dict of a .bin
-        self.headers = {}                                                  # file -> (handle, where its tensors begin, header), for `block`
+        self.headers = {}                                                  # file -> (open file, where its tensors begin, header), for `block`
         single = next((f for f in ("model.safetensors", "pytorch_model.bin") if (self.folder / f).exists()), None)
         index = next((f for f in ("model.safetensors.index.json", "pytorch_model.bin.index.json") if (self.folder / f).exists()), None)
         if single:
@@ -136,12 +136,12 @@ class Tensors:
         if isinstance(self.files[file], dict):
             return self.files[file][name].reshape(-1)[a:b].clone()
         if file not in self.headers:
-            with open(self.folder / file, "rb") as f:                      # 8 bytes: the header's length; the header; then the tensors
-                size = int.from_bytes(f.read(8), "little")
-                self.headers[file] = os.open(self.folder / file, os.O_RDONLY), 8 + size, json.loads(f.read(size))
-        handle, data, header = self.headers[file]
+            f = open(self.folder / file, "rb")                             # 8 bytes: the header's length; the header; then the tensors
+            size = int.from_bytes(f.read(8), "little")
+            self.headers[file] = f, 8 + size, json.loads(f.read(size))
+        f, data, header = self.headers[file]
         raw = bytearray((b - a) * dtype.itemsize)
-        if os.preadv(handle, [raw], data + header[name]["data_offsets"][0] + a * dtype.itemsize) != len(raw):
+        if os.preadv(f.fileno(), [raw], data + header[name]["data_offsets"][0] + a * dtype.itemsize) != len(raw):
             raise ValueError(f"{self.path(name)}: {name} ends early; the file has changed since it was opened")
         return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 

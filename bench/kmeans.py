@@ -8,17 +8,14 @@ fit: time until the inertia that scikit-learn ends with + 0.5 %. assign: frames 
 import argparse
 import contextlib
 import io
-import os
 import sys
 import time
 
-import numpy as np
 import torch
 
 from bench import ROOT, median, record
 
 sys.path.insert(0, str(ROOT))
-import tokenize_audio
 from tokenize_audio import kmeans, nearest
 
 N, C, K = 100_000, 256, 500

@@ -7,6 +7,7 @@ Audio is decoded beforehand for all; layer 9, 500 centroids, nearest one. Peers 
 minimal HuBERT scripts hear one file at a time in float32. First the gate: our units must be those of transformers on single clips.
 """
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from bench import ROOT, median, record
 
 sys.path.insert(0, str(ROOT))
 import audio
+import weights
 from hubert import Config, Hubert
 from tokenize_audio import AudioTokenizer, collapse, nearest
 
@@ -37,28 +40,21 @@ def main():
     clips = [audio.load(rows[i]["audio"]) for i in np.linspace(0, len(rows) - 1, args.clips).astype(int)]
     seconds = sum(map(len, clips)) / audio.SAMPLE_RATE
     with tempfile.TemporaryDirectory() as folder:
+        hubert = Path(folder) / "hubert-base"
+        hubert.mkdir()
         base = Config(conv_dim=(512,) * 7, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                       num_conv_pos_embeddings=128, do_stable_layer_norm=False)                                # facebook/hubert-base-ls960
-        Hubert.fresh(base, 0).save(folder)
-        theirs = transformers.HubertModel.from_pretrained(folder).to(args.device).eval()
-        ours = Hubert.load(folder, args.device)
-    with torch.inference_mode():
-        some = ours(torch.from_numpy(clips[0])[None].to(args.device), LAYER)[0]
-    centroids = (some - some.mean(0))[torch.randperm(len(some), generator=torch.Generator().manual_seed(0))[:K]]
-    ears = AudioTokenizer.__new__(AudioTokenizer)                          # a tokenizer without a folder: weights are random
-    ears.centroids, ears.hop, ears.recipe = centroids, audio.HOP, {"switch": 0}
-    dtypes = {"fp32": False, "bf16": True}
-
-    def hear(bf16):
-        @torch.inference_mode()
-        def features(some):
-            x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(s) for s in some], batch_first=True).to(args.device)
-            with torch.autocast(args.device, torch.bfloat16, enabled=bf16):
-                y = ours(x, LAYER, lengths=torch.tensor([len(s) for s in some], device=args.device)).float()
-            each = [row[:len(s) // audio.HOP] for row, s in zip(y, some)]
-            return [row - row.mean(0) for row in each]
-        ears.features = features
-        return [units for units, _ in ears.many(clips)]
+        Hubert.fresh(base, 0).save(hubert)
+        theirs = transformers.HubertModel.from_pretrained(hubert).to(args.device).eval()
+        with torch.inference_mode():
+            some = Hubert.load(hubert, args.device)(torch.from_numpy(clips[0])[None].to(args.device), LAYER)[0]
+        centroids = (some - some.mean(0))[torch.randperm(len(some), generator=torch.Generator().manual_seed(0))[:K]].clone()
+        save_file({"centroids": centroids.cpu()}, Path(folder) / "codebook.safetensors")
+        recipe = {"features": {"kind": "hubert", "path": str(hubert), "layer": LAYER, "sha256": weights.fingerprint(hubert)}, "k": len(centroids), "frame_rate": 50,
+                  "collapse": True, "switch": 0, "sha256": weights.fingerprint(Path(folder) / "codebook.safetensors")}
+        (Path(folder) / "codebook.json").write_text(json.dumps(recipe))
+        ears = {bf16: AudioTokenizer(folder, args.device, bf16=bf16) for bf16 in (False, True)}
+    hear = lambda bf16: [units for units, _ in ears[bf16].many(clips)]
 
     @torch.inference_mode()
     def peer(bf16, batch):
@@ -74,7 +70,6 @@ def main():
                 out[i] = collapse(nearest(row - row.mean(0), centroids).cpu().numpy())[0]
         return out
 
-    frames = lambda units: np.concatenate(units)
     alone, said = peer(False, 1), hear(False)
     agree = lambda a, b: np.mean([len(x) == len(y) and (x == y).mean() for x, y in zip(a, b)])
     assert agree(alone, said) > 0.99, f"our units agree with transformers' on single clips in {agree(alone, said):.3f}"

@@ -1,5 +1,9 @@
-"""What audio.load makes of each file of ../shared/data/odd_audio: its samples at 16 kHz, or refused. Checked by hand against the headers:
-soundfile's frames times 16,000 over the rate, rounded up; what has no frames, NaN or a broken header is refused."""
+"""What audio.load makes of each file of ../shared/data/odd_audio: its samples at 16 kHz, or refused.
+
+The counts are those of the headers (soundfile.info: frames * 16,000 / rate, rounded up), compared by a script when the table was made,
+but for audioread/test-1.mp3, of which libsndfile decodes 2 % less than its header says. Refused are the broken ones, claxon's fuzzed
+files, and its non_subset.flac, whose header libsndfile reads and whose sound it does not.
+"""
 
 ODD = {
     "audioread/test/data/test-1.mp3": 241581,

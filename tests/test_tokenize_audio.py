@@ -181,6 +181,16 @@ def test_bad_clips_stop_the_run_in_one_line_or_are_listed_with_their_reason(spee
     assert len(audio.Units(tmp_path / "u").rows) == 1 and "1 clips, 2 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, rank, said", [(["--batch", "nan"], "0 1", "--batch nan"), (["--batch", "-5"], "0 1", "--batch -5"),
+                                               ([], "5 2", "RANK 5 of WORLD_SIZE 2"), ([], "0 9999", "no more processes than clips")])
+def test_settings_of_encode_that_make_no_sense_get_their_line(speedrun, tmp_path, monkeypatch, flags, rank, said):
+    for name, value in zip(("RANK", "WORLD_SIZE"), rank.split()):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        call(words_of(speedrun, tmp_path / "u", *flags), monkeypatch)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_long_file_is_heard_in_windows_nearly_as_in_one_piece(speedrun, monkeypatch):
     ears = AudioTokenizer(speedrun / "codebook")
     samples = np.concatenate([audio.load(row["audio"]) for row in audio.Units(speedrun / "units").rows[:8]])
