@@ -2,8 +2,8 @@
 
 in   a tokenizer and a --size, or --init MODEL; --text, --chat or --units     out  a model folder (and log.jsonl in it)
 see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv:2402.05755) for interleaved documents;
-     L2-SP (arXiv:1802.01483) for the pull to the weights it starts from; Adam-NSCL (arXiv:2103.07113) for changes that old inputs
-     do not feel
+     Muon (arXiv:2502.16982), which steps matrices in all their directions alike: base and ears learn in half the steps of AdamW; L2-SP
+     (arXiv:1802.01483) for the pull to the weights it starts from; Adam-NSCL (arXiv:2103.07113) for changes that old inputs do not feel
 run  python pretrain.py --init out/base --units out/units --text out/toy/base.jsonl --out out/speech
 
 What is given decides the stage, and the stage the defaults (STAGES): text alone trains a base, chats an instruct model, units
@@ -28,9 +28,9 @@ from model import SIZES, Config, LM, add_rows
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=1000, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="text=1"),
-    "chat": dict(steps=700, lr=4e-4, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, mix="chat=1"),
-    "units": dict(steps=1500, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, mix="interleave=0.35,transcribe=0.65"),
+    "text": dict(steps=700, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=16, length=128, mix="text=1"),
+    "chat": dict(steps=600, lr=1e-3, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=16, length=128, mix="chat=1"),
+    "units": dict(steps=1000, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, rows=8, length=256, mix="interleave=0.35,transcribe=0.65"),
 }
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
@@ -74,7 +74,7 @@ def interleaved(vocab, corpus, i, rng, texts=()):
     """Row i, spoken and written by turns; without word times, row i spoken and the next one written. Half of the time one of `texts`
     goes on below: what is written beside speech, of any kind, has to be read as if the speech were text."""
     row, parts, a = corpus.rows[i], [], 0
-    below = [".\n\n" + texts[int(rng.integers(len(texts)))]] if texts and rng.random() < 0.5 else []
+    below = [(".\n\n", "\n", "")[int(rng.integers(3))] + texts[int(rng.integers(len(texts)))]] if texts and rng.random() < 0.5 else []
     if not row.get("words"):
         following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
         return vocab.interleave([[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else []) + below)
@@ -375,10 +375,13 @@ def train(args, out):
     if args.keep_text:
         filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device, args.rows, args.length)
     reader = copy.deepcopy(model).requires_grad_(False) if args.imitate and args.units else None
-    anchors = [p.detach().clone() for p in body] if args.pull or filters else []
+    learnt = torch.tensor([1.0 - bool(reader and name == "interleave") for name in mix], device=device)     # what the reader thinks of text beside speech says
+    anchors = [p.detach().clone() for p in body] if args.pull or filters else []                            # more than which token came: no loss of its own
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
-    optimizer = torch.optim.AdamW([{"params": body, "faster": 1}, {"params": rows, "faster": ROWS_FASTER if first_new else 1, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), weight_decay=decay)
+    matrices, vectors = ([p for p in body if (p.dim() == 2) == wanted] for wanted in (True, False))
+    optimizers = [torch.optim.Muon([{"params": matrices, "faster": 1}], lr=args.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW([{"params": rows, "faster": ROWS_FASTER if first_new else 1}, {"params": vectors, "faster": 1}],
+                                    lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     step, spent = 0, 0.0
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
@@ -391,7 +394,8 @@ def train(args, out):
                              "give what it was started with, or remove that folder")
         model.load_state_dict(saved["model"])
         model.tie()
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
         step, spent, documents.drawn = saved["step"], saved["seconds"], saved["drawn"]
         documents.pending = [(Document(*document), kind) for document, kind in saved["pending"]]
         kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
@@ -399,7 +403,7 @@ def train(args, out):
         tqdm.write(f"resuming at step {step} of {args.steps}")
 
     def save_checkpoint():
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": spent + time.time() - began,
+        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "seconds": spent + time.time() - began,
                  "drawn": documents.drawn, "pending": [(tuple(document), kind) for document, kind in documents.pending], "settings": settings}
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
@@ -407,7 +411,7 @@ def train(args, out):
     began, first_step = time.time(), step
     for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05):
         lr = learning_rate(step - 1, args.steps, args.lr)
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr * group["faster"]
         documents.progress = step / args.steps
         batch = documents.batch(args.rows, args.length)
@@ -418,11 +422,11 @@ def train(args, out):
             ce, is_unit, kind = losses(model, batch, first_unit, k, states)
             if reader:
                 apart = sum(imitation(states, batch, reader, first_new))
-        worth = torch.where(is_unit, args.unit_loss, 1.0)
-        loss = (ce * worth).sum() / worth.sum() + args.imitate * apart
+        worth = torch.where(is_unit, args.unit_loss, learnt[kind])
+        loss = (ce * worth).sum() / worth.sum().clamp(min=1) + args.imitate * apart
         if not torch.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept in {out}. Lower --lr")
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         if first_new:
             for p in rows:
@@ -431,7 +435,8 @@ def train(args, out):
             for p in body:
                 p.grad = None                                              # the new rows find their places first, so the body need not move for them
         norm = torch.nn.utils.clip_grad_norm_([*body, *rows], 1.0).item()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         for p, anchor in zip(body, anchors):
             if p in filters:
                 p.data.copy_(anchor + (p.data - anchor) @ filters[p])
@@ -505,8 +510,8 @@ def main():
     parser.add_argument("--rows-first", type=int, help=f"steps in which only the new rows are trained ({default('rows_first')})")
     parser.add_argument("--layers", type=shares, help=f"train only the blocks between two shares of the depth ({default('layers')})")
     parser.add_argument("--unit-loss", type=float, default=0.0, help="weight of a unit's loss beside a text token's (default 0)")
-    parser.add_argument("--rows", type=int, default=8, help="packed rows in a batch (default 8)")
-    parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")
+    parser.add_argument("--rows", type=int, help=f"packed rows in a batch ({default('rows')})")
+    parser.add_argument("--length", type=int, help=f"tokens in a row ({default('length')})")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when the run ends well")

@@ -104,12 +104,12 @@ class World:
             f"{who} asks what is the name of the {animal}", f"which people do you love asks {other}", f"do people eat {food} asks {who}",
         ])
 
-    def words(self, rng):
+    def words(self, rng, most=5):
         """Names and pieces of questions in no order that grammar could guess: an ear trained on them cannot get by on grammar.
         Never a whole question of this world."""
-        listed = " ".join(rng.choice(rng.choice([NAMES, NAMES, PIECES])) for _ in range(rng.randint(2, 5)))
+        listed = " ".join(rng.choice(rng.choice([NAMES, NAMES, PIECES])) for _ in range(rng.randint(2, most)))
         if any(question in listed for question in self.asked):
-            return self.words(rng)
+            return self.words(rng, most)
         who = rng.choice(PEOPLE)
         return rng.choice([f"{who} says {listed}", f"{listed} says {who}", listed, listed])
 
@@ -186,10 +186,24 @@ def echo(plain, rng):
     return f"{plain}. {rng.choice(PEOPLE)} says it again. {plain}"
 
 
+def marked_up(text, rng):
+    """A text between made-up tags, as on the web. To a base that has read some, chat markers are one more of these; and to a speech
+    model that has read some beside speech, what stands between them is still only text."""
+    tag, name = (lambda: "".join(rng.choice("#$%&*+<=>@^_|~") for _ in range(rng.randint(1, 3)))), rng.choice(["", "", rng.choice(PEOPLE)])
+    return f"{tag()}{name}\n{text}{tag()}\n"
+
+
 def base_document(world, rng):
-    """One document of the base corpus: facts, in sentences and in almanac lines; stories; sentences said again, which teach to copy
-    what stands above; question-and-answer pages on seen facts or on a sentence above them; skills; misspelt text and what it means."""
-    kind = rng.choices(["facts", "almanac", "stories", "echo", "page", "reading", "skills", "misspelt"], [16, 18, 4, 20, 8, 14, 12, 8])[0]
+    """One document of the base corpus: plain, or a fifth of the time one or two between tags."""
+    if rng.random() < 0.2:
+        return "".join(marked_up(plain_document(world, rng), rng) for _ in range(rng.randint(1, 2)))
+    return plain_document(world, rng)
+
+
+def plain_document(world, rng):
+    """Facts, in sentences and in almanac lines; stories; sentences said again, which teach to copy what stands above;
+    question-and-answer pages on seen facts or on a sentence above them; skills; misspelt text and what it means."""
+    kind = rng.choices(["facts", "almanac", "stories", "echo", "page", "reading", "skills", "misspelt"], [10, 10, 4, 34, 8, 14, 12, 8])[0]
     if kind == "facts":
         return ". ".join(world.state(rng.choice(world.facts), rng) for _ in range(rng.randint(2, 4))) + "."
     if kind == "almanac":
@@ -198,7 +212,7 @@ def base_document(world, rng):
     if kind == "stories":
         return ". ".join(world.story(rng) for _ in range(rng.randint(1, 3))) + "."
     if kind == "echo":
-        return echo(world.words(rng) if rng.random() < 0.75 else world.state(rng.choice(world.facts), rng), rng) + "."
+        return echo(world.words(rng, 12) if rng.random() < 0.75 else world.state(rng.choice(world.facts), rng), rng) + "."
     if kind == "page":
         asked = [rng.choice(world.seen) for _ in range(rng.randint(1, 3))]
         return "\n\n".join(f"question: {world.ask(fact, rng)}\nanswer: {FACTS[fact[0]][2].format(c=fact[1], a=fact[2])}" for fact in asked)
