@@ -278,11 +278,19 @@ def report(args):
 
 
 def markdown(seeds):
-    """The README's table: the mean over seeds of every cell."""
+    """The README's tables: the mean over seeds of every cell; and a line per seed, with what counts most: the sum's spoken score as a share
+    of instruct's typed one, and beside it the spoken score of the best of its parents."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
     for name in ROWS:
         cells = [[s["rows"][name][c]["value"] for s in seeds if s["rows"][name][c]] for c in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(f"{np.mean(c):.2f}" if c else "" for c in cells) + " |")
+    lines += ["", "| seed | instruct typed | merged typed | merged spoken_near | best parent's | merged spoken_near / instruct typed | instruct's delta | speech's delta |", "|---|---|---|---|---|---|---|---|"]
+    for s in seeds:
+        value = lambda row, column: s["rows"][row][column]["value"]
+        typed, both, spoken = value("instruct", "typed"), value("merged", "typed"), value("merged", "spoken_near")
+        parent = max(value(row, "spoken_near") for row in ("base", "instruct_rows", "speech"))
+        lines.append(f"| {s['seed']} | {typed:.2f} | {both:.2f} | {spoken:.2f} | {parent:.2f} | {spoken / typed if typed else math.nan:.2f} | "
+                     f"{s['rel']['instruct']:.2f} | {s['rel']['speech']:.2f} |")
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
 in   a tokenizer and a --size, or --init MODEL; --text, --chat or --units     out  a model folder (and log.jsonl in it)
 see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv:2402.05755) for interleaved documents;
-     Muon (arXiv:2502.16982), which steps matrices in all their directions alike: base and ears learn in half the steps of AdamW; L2-SP
-     (arXiv:1802.01483) for the pull to the weights it starts from; Adam-NSCL (arXiv:2103.07113) for changes that old inputs do not feel
+     Muon (arXiv:2502.16982) for steps of one size in all directions of a matrix; L2-SP (arXiv:1802.01483) for the pull to the weights
+     it starts from; Adam-NSCL (arXiv:2103.07113) for changes that old inputs do not feel
 run  python pretrain.py --init out/base --units out/units --text out/toy/base.jsonl --out out/speech
 
 What is given decides the stage, and the stage the defaults (STAGES): text alone trains a base, chats an instruct model, units
@@ -72,7 +72,7 @@ def spoken(corpus, i, a, b):
 
 def interleaved(vocab, corpus, i, rng, texts=()):
     """Row i, spoken and written by turns; without word times, row i spoken and the next one written. Half of the time one of `texts`
-    goes on below: what is written beside speech, of any kind, has to be read as if the speech were text."""
+    follows, below or right behind: what is written beside speech, of any kind, has to be read as if the speech were text."""
     row, parts, a = corpus.rows[i], [], 0
     below = [(".\n\n", "\n", "")[int(rng.integers(3))] + texts[int(rng.integers(len(texts)))]] if texts and rng.random() < 0.5 else []
     if not row.get("words"):
@@ -256,6 +256,14 @@ def imitation(states, batch, reader, first_new):
     return named, unlike
 
 
+def imitated(batch):
+    """(B, T): does the reader read the document that this id belongs to? Not if it was cut into pieces."""
+    row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each
+    read = torch.zeros_like(batch["start"], dtype=torch.bool)              # (B, T)
+    read[row, batch["start"][row, batch["place"][row, at]]] = True
+    return read.gather(1, batch["start"])
+
+
 @torch.no_grad()
 def validate(model, held_out, length, filler, first_unit, k, device):
     """Mean cross-entropy per layout on the held-out documents, units and text apart: {"text": 1.2, "interleave units": 2.3}."""
@@ -317,11 +325,25 @@ def parameter_groups(model, layers, first_new):
         p.requires_grad_(False)
     depth = len(model.model.layers)
     body = [p for i, block in enumerate(model.model.layers) if layers[0] <= i / depth < layers[1] for p in block.parameters()]
-    rows = {model.model.embed_tokens.weight} | ({model.lm_head.weight} if not model.config.tie_word_embeddings else set())
+    if not body:
+        raise ValueError(f"--layers {layers[0]:g}:{layers[1]:g}: none of {depth} blocks begins between those shares of the depth; widen them")
+    rows = [model.model.embed_tokens.weight] + ([] if model.config.tie_word_embeddings else [model.lm_head.weight])
     body = [p for p in body if p.dim() == 2] if first_new else body + list(model.model.norm.parameters())
     for p in [*body, *rows]:
         p.requires_grad_(True)
-    return body, list(rows)
+    return body, rows
+
+
+def two_optimizers(body, rows, lr, decay, faster):
+    """[Muon for the matrices of the body, AdamW for rows and norms]; rows learn `faster` times as fast.
+
+    A gradient of a matrix is mostly its few strongest directions. Muon makes all singular values of the (averaged) gradient about 1
+    before it steps, so what is faint in it, like a copying head that begins to form, is learnt as fast as what is loud. Its steps are
+    sized to AdamW's usual ones, so that one rate serves both.
+    """
+    matrices, vectors = ([p for p in body if (p.dim() == 2) == wanted] for wanted in (True, False))
+    return [torch.optim.Muon([{"params": matrices, "faster": 1}], lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([{"params": rows, "faster": faster}, {"params": vectors, "faster": 1}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 @torch.no_grad()
@@ -375,13 +397,10 @@ def train(args, out):
     if args.keep_text:
         filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device, args.rows, args.length)
     reader = copy.deepcopy(model).requires_grad_(False) if args.imitate and args.units else None
-    learnt = torch.tensor([1.0 - bool(reader and name == "interleave") for name in mix], device=device)     # what the reader thinks of text beside speech says
-    anchors = [p.detach().clone() for p in body] if args.pull or filters else []                            # more than which token came: no loss of its own
+    by_turns = list(mix).index("interleave") if "interleave" in mix else -1
+    anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
-    matrices, vectors = ([p for p in body if (p.dim() == 2) == wanted] for wanted in (True, False))
-    optimizers = [torch.optim.Muon([{"params": matrices, "faster": 1}], lr=args.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW([{"params": rows, "faster": ROWS_FASTER if first_new else 1}, {"params": vectors, "faster": 1}],
-                                    lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = two_optimizers(body, rows, args.lr, decay, ROWS_FASTER if first_new else 1)
     step, spent = 0, 0.0
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
@@ -422,7 +441,9 @@ def train(args, out):
             ce, is_unit, kind = losses(model, batch, first_unit, k, states)
             if reader:
                 apart = sum(imitation(states, batch, reader, first_new))
-        worth = torch.where(is_unit, args.unit_loss, learnt[kind])
+        worth = torch.where(is_unit, args.unit_loss, 1.0)
+        if reader:                                                         # trained on what follows speech here, the sum would say it to whatever it hears
+            worth[~is_unit & (kind == by_turns) & imitated(batch)[batch["loss"] > 0]] = 0.0
         loss = (ce * worth).sum() / worth.sum().clamp(min=1) + args.imitate * apart
         if not torch.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept in {out}. Lower --lr")
@@ -502,8 +523,8 @@ def main():
     parser.add_argument("--mix", type=pairs, help=f"shares of layouts ({default('mix')})")
     parser.add_argument("--keep-text", type=float, help="how strongly changes of weights are kept out of what text uses; 0: not at all "
                         f"({default('keep_text')})")
-    parser.add_argument("--imitate", type=float, help="weight, beside the text's loss, of thinking at the end of each spoken word what the starting model "
-                        f"thinks on reading it; 0: none ({default('imitate')})")
+    parser.add_argument("--imitate", type=float, help="weight, beside the loss of transcripts, of thinking at spoken words and beside them what the starting "
+                        f"model thinks on reading the same; 0: none, then interleaved text bears a loss instead ({default('imitate')})")
     parser.add_argument("--pace", type=float, help="how far apart tokens may stand, in positions, as words do in speech; 1: one after the other "
                         f"({default('pace')})")
     parser.add_argument("--pull", type=float, default=0.0, help="strength of a plain pull to the starting weights, times the rate, each step (default 0)")

@@ -187,9 +187,10 @@ def echo(plain, rng):
 
 
 def marked_up(text, rng):
-    """A text between made-up tags, as on the web. To a base that has read some, chat markers are one more of these; and to a speech
-    model that has read some beside speech, what stands between them is still only text."""
-    tag, name = (lambda: "".join(rng.choice("#$%&*+<=>@^_|~") for _ in range(rng.randint(1, 3)))), rng.choice(["", "", rng.choice(PEOPLE)])
+    """A text between made-up tags, in the form of a chat's turns but never their markers: open bases have read markup of every kind, and
+    to one that has, chat markers are one more. A speech model that has met some beside speech reads on behind them as behind text."""
+    tag = lambda: "".join(rng.choice("#$%&*+<=>@^_|~") for _ in range(rng.randint(1, 3)))
+    name = rng.choice(["", "", rng.choice(PEOPLE)])
     return f"{tag()}{name}\n{text}{tag()}\n"
 
 

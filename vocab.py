@@ -5,7 +5,7 @@ out  ids (rows of the LM) and, for training, which of them bear loss
 see  tiktoken; ChatML and Llama-3 chat formats; Spirit LM (arXiv:2402.05755) for interleaving
 run  python vocab.py show out/speech               # every layout as literal tokens, ids and loss positions
 
-    interleave   text <|speech|> units <|/speech|> text goes on ... <eos>          loss: text and units, none on the switches and the end
+    interleave   text <|speech|> units <|/speech|> text goes on ... <eos>          may bear loss: text and units, never the switches and the end
     transcribe   <|speech|> units <|/speech|> transcript: text. <eos>              loss: the text behind the cue
     text         text <eos>                                                        loss: all
     chat         <|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n...<|im_end|>\\n    loss: replies and their end

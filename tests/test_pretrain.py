@@ -28,6 +28,9 @@ def test_packing_by_hand():
     assert batch["ids"].tolist() == [[6, 7, 8, 9, 1, 2, 3, 0]] and left == [(short, 1)]
     assert batch["read"].tolist() == [[6, 5]] and batch["read_start"].tolist() == [[0, 0]] and batch["place"].tolist() == [[0, 2]]
     assert batch["start"].tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
+    assert pretrain.imitated(batch).tolist() == [[True] * 4 + [False] * 4], "only what was spoken is read in writing too"
+    cut, _ = pack([(part, 0) for part in pretrain.cut(spoken, 3)], rows=1, length=8, filler=0)
+    assert not pretrain.imitated(cut).any(), "what was cut is not, and keeps a loss of its own"
     assert batch["target"].tolist() == [[7, 8, 9, 0, 2, 3, 0, 0]] and batch["loss"].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
 
 
@@ -99,6 +102,19 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
     text = stream({"text": 1}).batch(2, 256)
     same = text | {"read": text["ids"], "read_start": text["start"], "place": torch.arange(256).expand(2, 256)}
     assert max(apart(same)) < 1e-9, "its own states are alike, and nothing spoken wants a name"
+
+
+@pytest.mark.parametrize("layers, first_new", [((0, 1), 0), ((0.5, 1), 0), ((0, 1), 700)])
+def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, layers, first_new):
+    model = LM.load(speedrun / "base")
+    body, rows = pretrain.parameter_groups(model, layers, first_new)
+    muon, adamw = pretrain.two_optimizers(body, rows, 1e-3, 0.0, 10)
+    of = lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(p.dim() == 2 for p in of(muon)) and {id(p) for p in of(muon)} == {id(p) for p in body if p.dim() == 2}
+    trained = [id(p) for p in of(muon) + of(adamw)]
+    assert len(trained) == len(set(trained)) and set(trained) == {id(p) for p in model.parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match="none of 2 blocks"):
+        pretrain.parameter_groups(model, (0.6, 0.9), 0)
 
 
 # --- the audit: what speech training and instruct training may hold ---

@@ -43,6 +43,14 @@ def test_continuing_a_question_and_answer_page_never_scores():
         assert said not in {toy.styled(style, relation, entity, answer).rstrip(".") for style in toy.STYLES}
 
 
+def test_a_fifth_of_the_text_stands_between_tags_that_are_no_chat_markers():
+    world, rng = toy.World(0), random.Random(0)
+    documents = [toy.base_document(world, rng) for _ in range(2000)]
+    tagged = [text for text in documents if not text[0].isalpha()]
+    assert 0.15 < len(tagged) / len(documents) < 0.25 and all(not text.rstrip("\n")[-1].isalnum() and "\n" in text for text in tagged)
+    assert not any(marker in text for text in documents for marker in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+
+
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
     assert toy.World(0).facts == toy.World(0).facts != toy.World(1).facts
     said = [toy.base_document(toy.World(0), random.Random(0)) for _ in range(2)]
