@@ -37,6 +37,7 @@ from vocab import Vocab
 
 ROWS = ["base", "instruct", "instruct_rows", "speech", "merged", "cascade"]
 COLUMNS = ["typed", "typed_unseen", "typed_noisy", "spoken_heard", "spoken_near", "spoken_near_unseen", "spoken_far", "wer_near", "text_loss"]
+NEEDED = [("instruct", "typed"), ("merged", "typed"), *((name, "spoken_near") for name in ("base", "instruct_rows", "speech", "merged", "cascade"))]     # never empty
 LAMS = [0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15]
 LIMIT, BATCH = 40, 64              # tokens in an answer or a transcript (longer ones never ended), questions answered at once
 
@@ -226,7 +227,11 @@ def table(args):
 
 
 def read_table(path):
-    return weights.read_json(path, ["seed", "rows", "lam_sweep", "rel", "seconds", "examples"])
+    result = weights.read_json(path, ["seed", "rows", "lam_sweep", "rel", "seconds", "examples"])
+    cells = [result["rows"].get(name, {}).get(column) for name, column in NEEDED] if isinstance(result["rows"], dict) else [None]
+    if not all(isinstance(cell, dict) and "value" in cell for cell in cells):
+        raise ValueError(f"{path}: a cell of its rows is missing; make it again with evaluate.py table")
+    return result
 
 
 def show(result):

@@ -316,7 +316,7 @@ def train(args, out):
     step, checkpoint = 0, out / "checkpoint.pt"
     settings = {name: str(getattr(args, name)) for name in ("steps", "lr", "batch", "seed")} | {"units": weights.fingerprint(args.units)}
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        saved = weights.read_checkpoint(checkpoint, args.device, ["learner", "optimizer", "step", "settings"])
         if saved["settings"] != settings:
             raise ValueError(f"{out} holds a run with other settings ({saved['settings']}); give those, or remove that folder")
         learner.load_state_dict(saved["learner"])

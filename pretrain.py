@@ -406,7 +406,7 @@ def train(args, out):
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
     settings |= {path: weights.fingerprint(path) for path in (args.init, args.tokenizer, args.text, args.chat, args.units) if path}
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = weights.read_checkpoint(checkpoint, device, ["model", "optimizers", "step", "seconds", "drawn", "pending", "settings"])
         differs = [name for name in settings if saved["settings"].get(name) != settings[name]]
         if differs:
             raise ValueError(f"{out} holds a run with another {differs[0]} ({saved['settings'].get(differs[0])}, now {settings[differs[0]]}); "

@@ -211,7 +211,7 @@ def fit(args):
     if args.switch is not None and not 0 <= args.switch < float("inf"):
         raise ValueError(f"--switch {args.switch}: wanted 0 or more")
     if args.minibatch < 0 or args.frames < 1:
-        raise ValueError(f"--minibatch {args.minibatch} --frames {args.frames}: wanted 0 or more frames at a time, of 1 or more")
+        raise ValueError(f"--minibatch {args.minibatch} --frames {args.frames}: wanted 0 or more for the first, 1 or more for the second")
     if not 1 <= args.k <= 1 << 16:
         raise ValueError(f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can name")
     recipe = {"kind": "mfcc"}
@@ -245,12 +245,12 @@ def fit(args):
 
 
 def encode(args):
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))     # torchrun sets them
-    rows = audio.read_manifest(args.manifest)
+    rows, (rank, world) = audio.read_manifest(args.manifest), (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1"))     # torchrun sets them
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world) <= max(1, len(rows))):
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {world} for {len(rows)} clips: wanted ranks from 0, and no more processes than clips")
+    rank, world = int(rank), int(world)
     if not 0 < args.batch < math.inf:
         raise ValueError(f"--batch {args.batch}: wanted more than 0 seconds")
-    if not 0 <= rank < world <= max(1, len(rows)):
-        raise ValueError(f"RANK {rank} of WORLD_SIZE {world} for {len(rows)} clips: wanted ranks from 0, and no more processes than clips")
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it, or another --out")
     if world == 1:

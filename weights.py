@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import shutil
@@ -40,6 +41,18 @@ def read_json(path, keys=()):
     if lacking:
         raise ValueError(f"{path}: has no {lacking[0]!r}; wanted {', '.join(keys)}")
     return value
+
+
+def read_checkpoint(path, device, keys):
+    """What a stopped training left in a file; a ValueError if it is damaged, or lacks one of `keys` as one of another version does."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        saved = {}
+    lacking = [key for key in keys if not isinstance(saved, dict) or key not in saved]
+    if lacking:
+        raise ValueError(f"{path}: no checkpoint of this version, or a damaged one (no {lacking[0]!r} in it); remove {Path(path).parent} to start anew")
+    return saved
 
 
 def read_lines(path):

@@ -71,6 +71,13 @@ def test_a_report_joins_seeds_and_refuses_what_is_no_table(speedrun, tmp_path, m
     assert len(made["seeds"]) == 2 and {"seed", "rows", "lam_sweep", "rel", "seconds"} <= made["seeds"][0].keys() and "| merged |" in capsys.readouterr().out
     with pytest.raises(FileExistsError):
         call(["evaluate.py", "report", *tables, "--out", str(tmp_path / "toy.json")], monkeypatch)
+    for row, cell in (("instruct", "typed"), ("merged", "spoken_near")):
+        table = json.loads((speedrun / "table.json").read_text())
+        table["rows"][row][cell] = None
+        (tmp_path / "less.json").write_text(json.dumps(table))
+        with pytest.raises(ValueError, match="less.json: a cell of its rows is missing"):
+            call(["evaluate.py", "report", str(tmp_path / "less.json"), "--out", str(tmp_path / "x.json")], monkeypatch)
+    assert not (tmp_path / "x.json").exists()
     with pytest.raises(ValueError, match="has no 'seed'"):
         call(["evaluate.py", "report", str(tmp_path / "toy.json"), "--out", str(tmp_path / "x.json")], monkeypatch)
 

@@ -274,6 +274,15 @@ def test_a_killed_run_resumes_to_the_bit(stage, speedrun, tmp_path, monkeypatch)
     assert not (tmp_path / "again").exists() and torch.load(tmp_path / "again.partial/checkpoint.pt", weights_only=True)["step"] == 4
     with pytest.raises(ValueError, match="another steps"):
         call([*command, "--steps", "7", "--out", str(tmp_path / "again")], monkeypatch)
+    checkpoint = tmp_path / "again.partial/checkpoint.pt"
+    whole, saved = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)
+    older = {name: value for name, value in saved.items() if name != "optimizers"}
+    for damage in (lambda: checkpoint.write_bytes(whole[:1000]), lambda: checkpoint.write_bytes(b""), lambda: torch.save(older, checkpoint)):
+        damage()
+        with pytest.raises(ValueError, match="no checkpoint of this version, or a damaged one"):
+            call([*command, "--out", str(tmp_path / "again")], monkeypatch)
+        assert checkpoint.exists(), "it is left to its owner"
+    checkpoint.write_bytes(whole)
     call([*command, "--out", str(tmp_path / "again")], monkeypatch)
     a, b = weights.Tensors(tmp_path / "straight"), weights.Tensors(tmp_path / "again")
     assert all(torch.equal(a[name], b[name]) for name in a) and not (tmp_path / "again/checkpoint.pt").exists()

@@ -182,7 +182,7 @@ def test_bad_clips_stop_the_run_in_one_line_or_are_listed_with_their_reason(spee
 
 
 @pytest.mark.parametrize("flags, rank, said", [(["--batch", "nan"], "0 1", "--batch nan"), (["--batch", "-5"], "0 1", "--batch -5"),
-                                               ([], "5 2", "RANK 5 of WORLD_SIZE 2"), ([], "0 9999", "no more processes than clips")])
+                                               ([], "5 2", "RANK 5 of WORLD_SIZE 2"), ([], "0 9999", "no more processes than clips"), ([], "x 2", "RANK x of")])
 def test_settings_of_encode_that_make_no_sense_get_their_line(speedrun, tmp_path, monkeypatch, flags, rank, said):
     for name, value in zip(("RANK", "WORLD_SIZE"), rank.split()):
         monkeypatch.setenv(name, value)
