@@ -28,9 +28,29 @@ AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64
 
 # --- samples ---------------------------------------------------------------------------------------------------------------
 
-def load(path):
-    """Samples of an audio file: mono, 16 kHz, float32, (N,). OSError or ValueError says in one line why a file cannot be heard."""
+def load(path, begin=0, end=None):
+    """Samples of an audio file, or those from begin to end: mono, 16 kHz, float32, (N,). A part is what the whole holds there, read without
+    the rest. OSError or ValueError says in one line why a file cannot be heard."""
     path = Path(path)
+    with opened(path) as file:
+        up, down = ratio(file.samplerate, SAMPLE_RATE)
+        lead = math.ceil(48 / cut_off(up, down)) + 30 * file.samplerate    # what filters reach, and more: Ogg's last page cannot be sought in
+        first = max(0, begin // up - -(-lead // down))                     # in periods of the filters, `down` samples in and `up` out
+        try:
+            if first:
+                file.seek(first * down)
+            samples = file.read(-1 if end is None else max(0, -(-end * down // up) + lead - first * down), dtype="float32", always_2d=True)     # (N, channels)
+        except (soundfile.LibsndfileError, RuntimeError, ValueError, MemoryError):     # the last two: a header that promises more than memory holds
+            raise unreadable(path) from None
+        if len(samples) == 0:
+            raise ValueError(f"{path}: no samples in it" + (f" from {begin / SAMPLE_RATE:.1f} s on, though its header promises {file.frames / file.samplerate:.1f} s" if begin else ""))
+        if not np.isfinite(samples).all():
+            raise ValueError(f"{path}: holds NaN or infinite samples")
+        return resample(samples.mean(axis=1), file.samplerate)[begin - first * up:end and end - first * up]
+
+
+def opened(path):
+    """A soundfile.SoundFile, or the one line that says why not."""
     if path.is_dir():
         raise IsADirectoryError(f"{path}: a folder, wanted an audio file")
     if not path.exists():
@@ -38,15 +58,41 @@ def load(path):
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty, 0 bytes")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)          # (N, channels)
+        return soundfile.SoundFile(path)
     except (soundfile.LibsndfileError, RuntimeError):
         path.open("rb").close()                                            # no permission is an OSError of its own
-        raise ValueError(f"{path}: not audio that soundfile reads; convert it first: ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav") from None
-    if len(samples) == 0:
-        raise ValueError(f"{path}: no samples in it")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples")
-    return resample(samples.mean(axis=1), rate)
+        raise unreadable(path) from None
+
+
+def unreadable(path):
+    return ValueError(f"{path}: not audio that soundfile reads; convert it first: ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav")
+
+
+class Recording:
+    """A file as if it were its samples: len() and slices [a:b], each read when it is asked for. Hours of sound in the memory of a stretch."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        with opened(self.path) as file:
+            up, down = ratio(file.samplerate, SAMPLE_RATE)
+            self.length = -(-file.frames * up // down)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, part):
+        return load(self.path, part.start or 0, self.length if part.stop is None else min(part.stop, self.length))
+
+
+def ratio(rate, to):
+    """(up, down), the reduced ratio of two rates."""
+    common = math.gcd(rate, to)
+    return to // common, rate // common
+
+
+def cut_off(up, down):
+    """Of the input's Nyquist: what both rates can carry, less the filter's skirt."""
+    return 0.95 * min(1, up / down)
 
 
 def resample(samples, rate, to=SAMPLE_RATE):
@@ -57,9 +103,8 @@ def resample(samples, rate, to=SAMPLE_RATE):
     """
     if rate == to:
         return samples
-    common = math.gcd(rate, to)
-    up, down = to // common, rate // common
-    cut = 0.95 * min(1, up / down)                      # of the input's Nyquist: keep what both rates can carry, less the filter's skirt
+    up, down = ratio(rate, to)
+    cut = cut_off(up, down)
     reach = math.ceil(48 / cut)                         # 48 zero crossings on either side
     x = torch.from_numpy(np.pad(np.ascontiguousarray(samples, dtype=np.float32), (reach, reach + down)))
     length = -(-len(samples) * up // down)

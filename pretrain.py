@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import weights
 from audio import Units, between
+from fused import linear_cross_entropy
 from model import SIZES, Config, LM, add_rows
 from vocab import Document, Vocab
 
@@ -72,18 +73,21 @@ def spoken(corpus, i, a, b):
 
 def interleaved(vocab, corpus, i, rng, texts=()):
     """Row i, spoken and written by turns; without word times, row i spoken and the next one written. Half of the time one of `texts`
-    follows, below or right behind: what is written beside speech, of any kind, has to be read as if the speech were text."""
+    follows, below or right behind, and a third of the time one stands above: what is written beside speech, of any kind, has to be read
+    as if the speech were text."""
     row, parts, a = corpus.rows[i], [], 0
-    below = [(".\n\n", "\n", "")[int(rng.integers(3))] + texts[int(rng.integers(len(texts)))]] if texts and rng.random() < 0.5 else []
+    draw = lambda share: [texts[int(rng.integers(len(texts)))]] if texts and rng.random() < share else []
+    above, below = draw(1 / 3), draw(1 / 2)
     if not row.get("words"):
         following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
-        return vocab.interleave([[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else []) + below)
+        parts = [[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else [])
     aloud = rng.random() < 0.5
-    while a < len(row["words"]):
+    while a < len(row.get("words") or []):
         b = int(rng.integers(a, len(row["words"]))) + 1                     # any length that is left
         parts.append(spoken(corpus, i, a, b) if aloud else " " * (a > 0) + " ".join(w for w, _, _ in row["words"][a:b]))
         a, aloud = b, not aloud
-    return vocab.interleave(parts + below)
+    ends = (".\n\n", "\n", "." if isinstance(parts[-1], str) else "")     # two written texts would grow together
+    return vocab.interleave([text + ("\n\n", "\n")[int(rng.integers(2))] for text in above] + parts + [ends[int(rng.integers(3))] + text for text in below])
 
 
 def transcribed(vocab, corpus, i, rng, progress=1.0):
@@ -207,31 +211,34 @@ def paced(start, most, rng):
     return position - position.gather(1, start)
 
 
-def losses(model, batch, first_unit, k, states=None):
-    """(cross-entropy of each target that bears loss, whether it is a unit, its layout), 1-D each.
+def losses(model, batch, first_unit, k, unit_worth=1.0, silent=None, states=None):
+    """(the mean loss, the cross-entropy of each target that bears loss, whether it is a unit, its layout), the last three 1-D.
 
     The softmax of a text target runs over text rows alone, that of a unit over unit rows: which modality comes next is not
     the model's to guess (the decoder holds it), and no row is pushed away by a modality it never competes with.
+    unit_worth: a unit's weight beside a text token's in the mean; silent (B, T) bool: targets that bear no loss, whatever the batch says.
     """
     hidden = model.model(batch["ids"], start=batch["start"], positions=batch.get("position"), states=states)          # (B, T, C)
-    at = batch["loss"] > 0                                                  # (B, T)
-    target, logits = batch["target"][at], model.lm_head(hidden[at]).float() # (N,), (N, V): N targets bear loss
-    is_unit = torch.zeros_like(target, dtype=torch.bool)
-    if k:
-        row = torch.arange(logits.shape[1], device=logits.device)
-        units = (row >= first_unit) & (row < first_unit + k)
-        is_unit = units[target]
-        logits = logits.masked_fill(units != is_unit[:, None], -math.inf)
-    return F.cross_entropy(logits, target, reduction="none"), is_unit, batch["kind"][at]
+    head, target = model.lm_head.weight, batch["target"]
+    is_unit = (target >= first_unit) & (target < first_unit + k)            # (B, T)
+    at = (batch["loss"] > 0) & (unit_worth > 0 or ~is_unit)
+    at = at if silent is None else at & ~silent
+    hidden, target, is_unit = hidden[at], target[at], is_unit[at]           # (N, C), (N,), (N,): N targets bear loss
+    row = torch.arange(len(head), device=head.device)
+    each, total = torch.zeros(len(target), device=head.device), 0.0 * hidden.sum()
+    for which, rows, barred, worth in ((~is_unit, slice(None), (row >= first_unit) & (row < first_unit + k), 1.0), (is_unit, slice(first_unit, first_unit + k), None, unit_worth)):
+        if which.any():
+            part, each[which] = linear_cross_entropy(hidden[which], head[rows], target[which] - (rows.start or 0), torch.full_like(each[which], worth), barred)
+            total = total + part
+    return total / (unit_worth * is_unit + ~is_unit).sum().clamp(min=1), each, is_unit, batch["kind"][at]
 
 
 def imitation(states, batch, reader, first_new):
     """(named, unlike): how far the model is from hearing as `reader`, the frozen model it started from, reads the same in writing.
 
     named   behind the first blocks, the ears, a word's last unit must point to the word (its last token): cross-entropy over text rows.
-    unlike  behind every later block its state must be the reader's state on that word, and beside speech that on the same text: mean
-            square difference of what each block hands on (B, T, C), normalised as the next block sees it; 0 alike, 2 unrelated.
-            The reader reads at the pace of the speech: every word stands at the position where it has been said.
+    unlike  behind every later block its state must be the reader's state on that word, and beside speech that on the same text: square
+            difference of what each block hands on (B, T, C), in the `measure` of what texts differ by; 0 alike, 2 unrelated. The reader reads at the pace of the speech: every word stands at the position where it has been said.
 
     Weights cannot tell apart what is alike, so a delta that was learnt on text then works on speech. (Matching a frozen model's states:
     FitNets, arXiv:1412.6550; in speech DiVA, arXiv:2410.02678, from an *instruct* model. Here from the base: no instruction is heard.)
@@ -249,11 +256,22 @@ def imitation(states, batch, reader, first_new):
     for n, (ours, theirs_) in enumerate(zip(states, theirs)):
         ours, theirs_ = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, place], theirs_[row, at]))       # (N, C)
         worth = parts.sum(0) if n >= ears else parts[1]                    # (N,): behind the ears all, before that text alone
-        unlike = unlike + ((ours - theirs_).pow(2).mean(-1) * worth).sum() / (len(states) - ears)
+        apart = ours - theirs_
+        unlike = unlike + ((apart @ measure(theirs_) * apart).mean(-1) * worth).sum() / (len(states) - ears)
     heard = F.rms_norm(states[ears - 1][row, place].float(), states[0].shape[-1:])                                # (N, C)
     logits = F.linear(heard, reader.model.embed_tokens.weight[:first_new].float()).float()                        # (N, text rows)
     named = (F.cross_entropy(logits, batch["read"][row, at], reduction="none") * parts[0]).sum()
     return named, unlike
+
+
+@torch.no_grad()
+def measure(states):
+    """The matrix M (C, C) in which d.M.d counts a difference d of two states by how much texts differ there, (N, C) states given: a few directions
+    of a transformer's states are loud, and what tells one word from another is not among them (Mahalanobis, a tenth of the mean added)."""
+    with torch.autocast(states.device.type, enabled=False):
+        spread = states.T @ states / len(states)                           # (C, C); its mean eigenvalue is 1, as states are normalised
+        inverse = torch.linalg.inv(spread + 0.1 * torch.eye(len(spread), device=spread.device))
+        return inverse * len(spread) / (inverse * spread).sum()
 
 
 def imitated(batch):
@@ -272,7 +290,7 @@ def validate(model, held_out, length, filler, first_unit, k, device):
         left, sums = [(cut(document, length)[0], kind) for document, kind in documents], {}
         while left:
             batch, left = pack(left, 8, length, filler)
-            ce, is_unit, _ = losses(model, {n: t.to(device) for n, t in batch.items()}, first_unit, k)
+            _, ce, is_unit, _ = losses(model, {n: t.to(device) for n, t in batch.items()}, first_unit, k)
             for label, which in ((name, ~is_unit), (name + " units", is_unit)):
                 if which.any():
                     total, count = sums.get(label, (0.0, 0))
@@ -391,6 +409,9 @@ def train(args, out):
     held_out = documents.held_out()
 
     body, rows = parameter_groups(model, args.layers, first_new)
+    stay = torch.arange(model.config.vocab_size, device=device) < first_new     # text rows stay: other depths and other deltas rely on them
+    if args.layers[0] > 0 and not first_new:                               # nor may behaviour move words: spoken ones would lack what it added to them
+        stay |= ~torch.isin(torch.arange(len(stay), device=device), torch.tensor([*vocab.special.values()], device=device))
     filters = {}
     if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
         raise ValueError(f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, documents that show which inputs text uses")
@@ -436,22 +457,19 @@ def train(args, out):
         batch = documents.batch(args.rows, args.length)
         batch["position"] = paced(batch["start"], args.pace, torch.Generator().manual_seed(args.seed << 32 | step))
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        states, apart = [], 0.0
+        states = []
         with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
-            ce, is_unit, kind = losses(model, batch, first_unit, k, states)
+            # what follows speech, trained on here, is what the sum would say to whatever it hears
+            silent = (batch["kind"] == by_turns) & imitated(batch) if reader else None
+            loss, ce, is_unit, kind = losses(model, batch, first_unit, k, args.unit_loss, silent, states)
             if reader:
-                apart = sum(imitation(states, batch, reader, first_new))
-        worth = torch.where(is_unit, args.unit_loss, 1.0)
-        if reader:                                                         # trained on what follows speech here, the sum would say it to whatever it hears
-            worth[~is_unit & (kind == by_turns) & imitated(batch)[batch["loss"] > 0]] = 0.0
-        loss = (ce * worth).sum() / worth.sum().clamp(min=1) + args.imitate * apart
+                loss = loss + args.imitate * sum(imitation(states, batch, reader, first_new))
         if not torch.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept in {out}. Lower --lr")
         model.zero_grad(set_to_none=True)
         loss.backward()
-        if first_new:
-            for p in rows:
-                p.grad[:first_new] = 0                                     # text rows stay: other depths and other deltas rely on them
+        for p in rows:
+            p.grad[stay] = 0
         if step <= args.rows_first:
             for p in body:
                 p.grad = None                                              # the new rows find their places first, so the body need not move for them

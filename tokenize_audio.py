@@ -67,16 +67,34 @@ def feature_function(recipe, folder, device, bf16=False):
     return features, hop
 
 
-def windows(samples, hop):
-    """[(stretch of samples, its first frame that counts, how many do)]: the clip itself, or, if it is long, windows that overlap, so that
-    attention's memory has a bound and every frame that counts has its surroundings."""
-    if len(samples) <= LONG + 2 * AROUND:
-        return [(samples, 0, len(samples) // hop)]
+def windows(n, hop):
+    """[(where to begin and where to end in n samples, the first frame there that counts, how many do)]: the clip itself, or, if it is long,
+    windows that overlap, so that memory has a bound and every frame that counts has its surroundings."""
+    if n <= LONG + 2 * AROUND:
+        return [(0, n, 0, n // hop)]
     cut = []
-    for a in range(0, len(samples), LONG):
-        low, b = max(0, a - AROUND), min(a + LONG, len(samples))
-        cut.append((samples[low:b + AROUND], (a - low) // hop, b // hop - a // hop))
+    for a in range(0, n, LONG):
+        low, b = max(0, a - AROUND), min(a + LONG, n)
+        cut.append((low, min(b + AROUND, n), (a - low) // hop, b // hop - a // hop))
     return cut
+
+
+def batches(lengths, seconds):
+    """Indices of `lengths` (samples) in groups of like length, the longest first, at most `seconds` of sound in each, padding included."""
+    waiting = sorted(range(len(lengths)), key=lengths.__getitem__)
+    while waiting:
+        fit = max(1, int(seconds * audio.SAMPLE_RATE) // max(1, lengths[waiting[-1]]))
+        yield [waiting.pop() for _ in range(min(len(waiting), fit))]
+
+
+def ahead(rows, decode):
+    """(rows, what decode makes of each), AHEAD of them at a time; threads decode the next ones meanwhile."""
+    chunks, ready = [rows[a:a + AHEAD] for a in range(0, len(rows), AHEAD)], ()
+    with ThreadPoolExecutor(4) as pool:
+        for n in range(-1, len(chunks)):
+            done, ready = list(ready), pool.map(decode, chunks[n + 1]) if n + 1 < len(chunks) else ()
+            if n >= 0:
+                yield chunks[n], done
 
 
 # --- k-means ---------------------------------------------------------------------------------------------------------------
@@ -191,14 +209,13 @@ class AudioTokenizer:
         return self.many([samples])[0]
 
     def many(self, clips, seconds=40):
-        """[(units, durations)] of a list of clips, heard in batches of like length, at most `seconds` of sound in each."""
-        pieces = [(n, *piece) for n, clip in enumerate(clips) for piece in windows(clip, self.hop)]
-        labels, waiting = [None] * len(pieces), sorted(range(len(pieces)), key=lambda p: len(pieces[p][1]))
-        while waiting:
-            longest = len(pieces[waiting[-1]][1])
-            batch = [waiting.pop() for _ in range(min(len(waiting), max(1, int(seconds * audio.SAMPLE_RATE) // max(1, longest))))]
-            for p, x in zip(batch, self.features([pieces[p][1] for p in batch])):
-                _, _, first, count = pieces[p]
+        """[(units, durations)] of a list of clips, samples or Recordings, heard in batches of like length, at most `seconds` of sound in each."""
+        pieces = [(n, *window) for n, clip in enumerate(clips) for window in windows(len(clip), self.hop)]
+        labels = [None] * len(pieces)
+        for batch in batches([b - a for _, a, b, _, _ in pieces], seconds):
+            heard = self.features([clips[n][a:b] for n, a, b, _, _ in map(pieces.__getitem__, batch)])
+            for p, x in zip(batch, heard):
+                *_, first, count = pieces[p]
                 labels[p] = steady(x, self.centroids, self.recipe["switch"])[first:first + count]
         return [collapse(np.concatenate([labels[p] for p, piece in enumerate(pieces) if piece[0] == n])) for n in range(len(clips))]
 
@@ -225,10 +242,15 @@ def fit(args):
         rng, have = random.Random(args.seed), 0
         rng.shuffle(rows)                                                   # enough frames may come before the list ends: take any clips
         with tqdm(total=args.frames, desc="features", unit="frame") as bar:
-            for row in rows:
-                kept.append(features([audio.load(row["audio"])[:LONG]])[0])            # a minute of a clip is sample enough
-                have += len(kept[-1])
-                bar.update(len(kept[-1]))
+            for _, clips in ahead(rows, lambda row: audio.load(row["audio"], 0, LONG)):      # a minute of a clip is sample enough
+                heard = [None] * len(clips)
+                for batch in batches([len(clip) for clip in clips], args.batch):
+                    for n, x in zip(batch, features([clips[n] for n in batch])):
+                        heard[n] = x
+                while heard and have < args.frames:
+                    kept.append(heard.pop(0))
+                    have += len(kept[-1])
+                    bar.update(len(kept[-1]))
                 if have >= args.frames:
                     break
         x = torch.cat(kept)
@@ -249,8 +271,6 @@ def encode(args):
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world) <= max(1, len(rows))):
         raise ValueError(f"RANK {rank} of WORLD_SIZE {world} for {len(rows)} clips: wanted ranks from 0, and no more processes than clips")
     rank, world = int(rank), int(world)
-    if not 0 < args.batch < math.inf:
-        raise ValueError(f"--batch {args.batch}: wanted more than 0 seconds")
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it, or another --out")
     if world == 1:
@@ -285,31 +305,33 @@ def encode_rows(args, rows, target):
         began, before = time.time(), mark["seconds"]
 
         def decode(row):
+            """(clip, is it silent, is it clipped), or the reason why it cannot be encoded. What is long stays in its file."""
             try:
-                samples = audio.load(row["audio"])
-                return samples if len(samples) >= tokenizer.hop else f"{len(samples)} samples are under one frame ({tokenizer.hop})"
+                clip = audio.Recording(row["audio"])
+                if len(clip) < tokenizer.hop:
+                    return f"{len(clip)} samples are under one frame ({tokenizer.hop})"
+                clip = clip if len(clip) > LONG + 2 * AROUND else clip[:]
+                parts = [abs(clip[a:a + LONG]) for a in range(0, len(clip), LONG)]
+                return clip, max(part.max() for part in parts) < SILENT, sum((part > 0.999).sum() for part in parts) > 0.001 * len(clip)
             except (ValueError, OSError) as error:
                 return str(error)
 
-        with ThreadPoolExecutor(4) as pool, tqdm(total=len(rows), initial=mark["done"], desc=f"encoding {target}", unit="clip") as bar:
-            chunks = [rows[a:a + AHEAD] for a in range(mark["done"], len(rows), AHEAD)]
-            ready = pool.map(decode, chunks[0]) if chunks else ()
-            for n, chunk in enumerate(chunks):
-                clips, ready = list(ready), pool.map(decode, chunks[n + 1]) if n + 1 < len(chunks) else ()
+        with tqdm(total=len(rows), initial=mark["done"], desc=f"encoding {target}", unit="clip") as bar:
+            for chunk, clips in ahead(rows[mark["done"]:], decode):
                 for row, clip in zip(chunk, clips):
                     if isinstance(clip, str) and not args.skip_bad:
                         raise ValueError(f"{row['audio']}: {clip.removeprefix(row['audio']).lstrip(': ')}; take it out of the manifest, or pass --skip-bad to list such "
                                          f"clips in skipped.jsonl and go on")
-                good = [(row, clip) for row, clip in zip(chunk, clips) if not isinstance(clip, str)]
-                for (row, clip), (units, durations) in zip(good, tokenizer.many([clip for _, clip in good], args.batch)):
+                good = [(row, *clip) for row, clip in zip(chunk, clips) if not isinstance(clip, str)]
+                for (row, clip, silent, clipped), (units, durations) in zip(good, tokenizer.many([clip for _, clip, *_ in good], args.batch)):
                     open_["units.bin"].write(units.tobytes())
                     open_["durations.bin"].write(durations.tobytes())
                     open_["counts.bin"].write(np.int64(len(units)).tobytes())
                     relative = os.path.relpath(row["audio"], Path(args.out).resolve())
                     open_["manifest.jsonl"].write((json.dumps(row | {"audio": relative, "seconds": round(len(clip) / audio.SAMPLE_RATE, 3)}) + "\n").encode())
                     mark["seconds"] += len(clip) / audio.SAMPLE_RATE
-                    mark["silent"] += int(abs(clip).max() < SILENT)
-                    mark["clipped"] += int((abs(clip) > 0.999).mean() > 0.001)
+                    mark["silent"] += int(silent)
+                    mark["clipped"] += int(clipped)
                 for row, clip in zip(chunk, clips):
                     if isinstance(clip, str):
                         open_["skipped.jsonl"].write((json.dumps({"audio": row["audio"], "why": clip}) + "\n").encode())
@@ -414,6 +436,7 @@ def main():
         command.add_argument("--manifest", required=True, help="a .jsonl manifest, or a LibriSpeech, LJSpeech or plain folder of audio")
         command.add_argument("--hubert", help="a Hugging Face HuBERT folder" + (" (default: the one beside the codebook)" if command is two else ""))
         command.add_argument("--out", required=True, help="folder to write")
+        command.add_argument("--batch", type=float, default=600 if torch.cuda.is_available() else 40, help="seconds of sound in a batch (default 40, on a GPU 600)")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     one.add_argument("--features", choices=["hubert", "mfcc"], default="hubert", help="what is clustered (default hubert)")
@@ -425,12 +448,13 @@ def main():
     one.add_argument("--minibatch", type=int, default=0, help="begin k-means with steps on so many frames: quicker for large --frames (default 0: whole passes only)")
     one.add_argument("--seed", type=int, default=0, help="of the clips and the start (default 0)")
     two.add_argument("--codebook", required=True, help="a folder made by fit")
-    two.add_argument("--batch", type=float, default=40 if not torch.cuda.is_available() else 600, help="seconds of sound in a batch (default 40, on a GPU 600)")
     two.add_argument("--bf16", action="store_true", help="hear in bfloat16: faster, and a unit in some hundreds differs")
     two.add_argument("--skip-bad", action="store_true", help="list clips that cannot be read in skipped.jsonl and go on, instead of stopping at the first")
     three = commands.add_parser("report", help="used units, perplexity, rate, and how alike a word is across voices")
     three.add_argument("--units", required=True, help="a folder made by encode")
     args = parser.parse_args()
+    if args.action != "report" and not 0 < args.batch < math.inf:
+        parser.error(f"--batch {args.batch}: wanted more than 0 seconds")
     {"fit": fit, "encode": encode, "report": report}[args.action](args)
 
 

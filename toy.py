@@ -141,7 +141,9 @@ TEMPLATES = ["user", "assistant", "question", "answer", " transcript", " again",
 
 def bpe(world, rng, lines=4000):
     """Merges of a byte-level BPE, learnt until every word of the world, and every letter alone, is one token."""
-    texts = [f"{world.story(rng)} {world.words(rng)} {world.state(rng.choice(world.facts), rng)}. {world.ask(rng.choice(world.facts), rng)}" for _ in range(lines)]
+    asked = lambda: rng.choice(rng.choice(list(STYLES.values()))).format(q=world.ask(rng.choice(world.facts), rng))
+    texts = [f"{world.story(rng)} {world.words(rng)} {world.state(rng.choice(world.facts), rng)}. {asked()} {world.skill(rng)} {' '.join(world.reading(rng))}\n{asked()}"
+             for _ in range(lines)]                                        # a line begins with a question: its first word has no space before it
     counts = Counter(piece for text in texts for piece in re.findall(" ?[a-z]+", text))
     counts |= {f" {letter}": 1000 for letter in "abcdefghijklmnopqrstuvwxyz"} | dict.fromkeys(TEMPLATES, 1000)
     words, merges = {tuple(vocab.LETTERS[byte] for byte in piece.encode()): n for piece, n in counts.items()}, []

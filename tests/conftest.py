@@ -1,4 +1,5 @@
 """Shared by the tests: the folder of real files (skipped where absent), and one shrunken speedrun that many tests look at."""
+import os
 import re
 import shlex
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                # read when fused.py defines its kernels: they run on the CPU, slowly and exactly
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

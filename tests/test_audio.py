@@ -53,6 +53,17 @@ def test_any_wav_becomes_mono_float32_at_16_khz(tmp_path):
     assert y.dtype == np.float32 and y.shape == (32000,) and abs(abs(y[1000:-1000]).max() - 0.5) < 0.01
 
 
+@pytest.mark.parametrize("rate, form", [(16000, "WAV"), (22050, "OGG"), (24000, "OGG"), (44100, "MP3"), (48000, "FLAC")])
+def test_a_part_of_a_file_is_what_the_whole_holds_there(tmp_path, rate, form):
+    path = tmp_path / f"a.{form.lower()}"
+    soundfile.write(path, 0.3 * np.random.default_rng(0).standard_normal((32 * rate + 17, 1)), rate, format=form, subtype="OPUS" if rate == 24000 else None)
+    whole, recording = audio.load(path), audio.Recording(path)
+    assert len(recording) == len(whole)
+    for a, b in [(0, 1), (0, 20000), (31999, 32001), (492345, 500000), (490001, len(whole)), (511000, len(whole) + 999)]:
+        assert len(recording[a:b]) == min(b, len(whole)) - a and abs(recording[a:b] - whole[a:b]).max() < 1e-5
+    assert np.array_equal(recording[:], whole)
+
+
 @pytest.mark.parametrize("name, content", [("gone.wav", None), ("empty.wav", b""), ("text.wav", b"hello world" * 100), ("half.flac", b"fLaC" + bytes(50))])
 def test_what_is_not_audio_is_refused_in_one_line_that_names_it(tmp_path, name, content):
     if content is not None:

@@ -88,6 +88,30 @@ def test_interleaved_documents_speak_and_write_by_turns_and_read_as_the_whole_ro
     assert {1, 2} <= turns
 
 
+def test_base_text_stands_above_and_below_speech_and_grows_into_no_word(stream):
+    documents = stream({"interleave": 1})
+    vocab, corpus = documents.vocab, documents.sources["interleave"]
+    forms = set()
+    for i in range(120):
+        row = i % len(corpus.rows)
+        ids, _, read, _ = interleaved(vocab, corpus, row, np.random.default_rng(i), ["zig zag."])
+        above, _, below = vocab.decode(read[:-1]).partition(corpus.rows[row]["text"])
+        right_behind = ".zig zag." if not below or ids[-2 - len(vocab.encode(below))] != vocab.speech["end_speech"] else "zig zag."
+        assert above in ("", "zig zag.\n", "zig zag.\n\n") and below in ("", ".\n\nzig zag.", "\nzig zag.", right_behind)
+        forms.add((above != "", below != ""))
+    assert len(forms) == 4
+
+
+def test_a_difference_counts_by_how_much_texts_differ_there():
+    torch.manual_seed(0)
+    loud = torch.cat([5 * torch.randn(4000, 4), 0.2 * torch.randn(4000, 60)], dim=1)
+    states = torch.nn.functional.rms_norm(loud, (64,))
+    M, a, b = pretrain.measure(states[:2000]), states[:2000], states[2000:]
+    assert abs((((a - b) @ M) * (a - b)).mean() - 2) < 0.05, "unrelated states are 2 apart"
+    first, last = torch.eye(64)[0], torch.eye(64)[63]
+    assert last @ M @ last > 10 * (first @ M @ first) > 0
+
+
 def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_is(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"transcribe": 1})
     batch, first_new = documents.batch(2, 256), documents.vocab.speech["speech"]
@@ -162,7 +186,7 @@ def test_text_targets_compete_with_text_rows_only_and_units_with_units(speedrun,
     speech = documents.vocab.speech
     batch = documents.batch(2, 256)
     with torch.no_grad():
-        ce, is_unit, _ = losses(model, batch, speech["first_unit"], speech["k"])
+        _, ce, is_unit, _ = losses(model, batch, speech["first_unit"], speech["k"])
         logits = model(batch["ids"], start=batch["start"])[batch["loss"] > 0]
     target = batch["target"][batch["loss"] > 0]
     units = slice(speech["first_unit"], speech["first_unit"] + speech["k"])
@@ -178,6 +202,27 @@ def test_speech_training_leaves_text_rows_and_norms_to_the_bit(speedrun):
     n = base.shape("model.embed_tokens.weight")[0]
     moved = {name for name in base if not torch.equal(base[name], speech[name][:n] if "embed" in name else speech[name])}
     assert moved and all("_proj" in name for name in moved)
+
+
+def test_behaviour_in_the_upper_blocks_moves_no_word_but_the_chat_markers_and_full_depth_does(speedrun, tmp_path, monkeypatch):
+    vocab, base = Vocab(speedrun / "base"), weights.Tensors(speedrun / "base")["model.embed_tokens.weight"]
+    moved = lambda folder: {int(i) for i in (weights.Tensors(folder)["model.embed_tokens.weight"] != base).any(1).nonzero()}
+    upper = moved(speedrun / "instruct")
+    assert {vocab.special["<|im_start|>"], vocab.special["<|im_end|>"]} <= upper <= set(vocab.special.values())
+    call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--layers", "0:1", "--steps", "2", "--rows", "2", "--out", str(tmp_path / "all")], monkeypatch)
+    assert len(moved(tmp_path / "all")) > len(upper)
+
+
+def test_targets_that_are_silent_or_worth_nothing_bear_no_loss(speedrun, stream):
+    model, documents = LM.load(speedrun / "speech"), stream({"interleave": 1, "transcribe": 1})
+    speech, batch = documents.vocab.speech, documents.batch(2, 256)
+    with torch.no_grad():
+        whole, ce, is_unit, kind = losses(model, batch, speech["first_unit"], speech["k"], unit_worth=0.5)
+        text, ce_text, none, _ = losses(model, batch, speech["first_unit"], speech["k"], unit_worth=0.0)
+        _, _, _, left = losses(model, batch, speech["first_unit"], speech["k"], silent=batch["kind"] == 0)
+    assert is_unit.any() and not none.any() and torch.allclose(ce_text, ce[~is_unit], atol=1e-5) and set(kind.tolist()) == {0, 1} and set(left.tolist()) == {1}
+    worth = torch.where(is_unit, 0.5, 1.0)
+    assert torch.allclose(whole, (ce * worth).sum() / worth.sum(), rtol=1e-4) and torch.allclose(text, ce_text.mean(), rtol=1e-4)
 
 
 def test_filtered_changes_are_not_felt_by_text_and_are_by_what_text_never_sends(speedrun, stream):
