@@ -214,7 +214,7 @@ if triton:
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, worth, barred):
-        N, total = len(target), hidden.new_zeros((), dtype=torch.float32)
+        N = len(target)
         each = torch.empty(N, device=hidden.device)
         wanted = hidden.requires_grad or weight.requires_grad
         d_hidden = torch.empty_like(hidden) if wanted else None

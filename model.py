@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import weights
 from fused import attention
@@ -175,7 +176,7 @@ class Block(nn.Module):
 class Body(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False                        # recompute: make a block's activations again for its gradient
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -189,7 +190,10 @@ class Body(nn.Module):
             positions = torch.arange(done, done + x.shape[1], device=x.device)[None] - (0 if start is None else start)     # (1 or B, T)
         cos, sin = rope(self.config, positions)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, start, cache[i] if cache else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, start, None, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, start, cache[i] if cache else None)
             if states is not None:
                 states.append(x)                                           # (B, T, C)
         return self.norm(x)
@@ -263,6 +267,39 @@ def add_rows(model, count, like, among, seed):
     model.model.embed_tokens.num_embeddings = model.lm_head.out_features = model.config.vocab_size = total
     model.tie()
     return first
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a trained change of low rank beside it: W x + (alpha / rank) B A x (arXiv:2106.09685). B begins at zero."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+
+def add_lora(model, rank, alpha):
+    """Put a LoRA around every matrix of every block."""
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, LoRA(linear, rank, alpha))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add what every LoRA learnt to its matrix and take the LoRA away: the model has its own names again."""
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, lora in list(part.named_children()):
+                if isinstance(lora, LoRA):
+                    lora.linear.weight += lora.scale * (lora.B @ lora.A)
+                    setattr(part, name, lora.linear)
 
 
 # --- generation ------------------------------------------------------------------------------------------------------------

@@ -17,15 +17,15 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import weights
-from audio import Units, between
+from audio import Units
+from documents import Documents, cut, pack, read_chats, read_text
 from fused import linear_cross_entropy
-from model import SIZES, Config, LM, add_rows
+from model import SIZES, LM, Config, LoRA, add_lora, add_rows, merge_lora
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
@@ -34,164 +34,9 @@ STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rate
     "units": dict(steps=1000, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, rows=8, length=256, mix="interleave=0.35,transcribe=0.65"),
 }
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}     # products in bf16, operations a second (datasheets)
 SAVE_EVERY, LOG_EVERY = 200, 50     # steps
-ALONE, GROWTH = 0.1, 20             # transcripts: single words for this share of the run; then the longest grows by 20 words a run
 EARS = 6                            # one block in six is ears: there units become words, which need not be thought of as text yet
-HELD_OUT = 100                      # one document in a hundred is for validation only
-
-
-# --- documents -------------------------------------------------------------------------------------------------------------
-
-def read_text(path):
-    """Texts of a JSON-lines file of {"text"}, or of a .txt with one document a line."""
-    if Path(path).suffix == ".txt":
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [field(row, "text", path) for row in weights.read_lines(path)]
-
-
-def read_chats(path):
-    """Conversations, lists of {"role", "content"}, of a JSON-lines file of {"messages"}."""
-    chats = [field(row, "messages", path, list) for row in weights.read_lines(path)]
-    for messages in chats:
-        for message in messages:
-            if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-                raise ValueError(f'{path}: got the message {str(message)[:60]}, wanted {{"role": "...", "content": "..."}}')
-    return chats
-
-
-def field(row, name, path, kind=str):
-    if not isinstance(row.get(name), kind):
-        raise ValueError(f"{path}: got {name} = {str(row.get(name))[:60]} in a row with {', '.join(row)}; wanted a {kind.__name__} there")
-    return row[name]
-
-
-def spoken(corpus, i, a, b):
-    """Words a to b of row i as they were said: [(word, with the space before it unless it is first, its units)]."""
-    words, (units, durations) = corpus.rows[i]["words"], corpus[i]
-    return [(" " * (n > 0) + words[n][0], between(units, durations, words[n][1], words[n][2], corpus.meta["frame_rate"])) for n in range(a, b)]
-
-
-def interleaved(vocab, corpus, i, rng, texts=()):
-    """Row i, spoken and written by turns; without word times, row i spoken and the next one written. Half of the time one of `texts`
-    follows, below or right behind, and a third of the time one stands above: what is written beside speech, of any kind, has to be read
-    as if the speech were text."""
-    row, parts, a = corpus.rows[i], [], 0
-    draw = lambda share: [texts[int(rng.integers(len(texts)))]] if texts and rng.random() < share else []
-    above, below = draw(1 / 3), draw(1 / 2)
-    if not row.get("words"):
-        following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
-        parts = [[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else [])
-    aloud = rng.random() < 0.5
-    while a < len(row.get("words") or []):
-        b = int(rng.integers(a, len(row["words"]))) + 1                     # any length that is left
-        parts.append(spoken(corpus, i, a, b) if aloud else " " * (a > 0) + " ".join(w for w, _, _ in row["words"][a:b]))
-        a, aloud = b, not aloud
-    ends = (".\n\n", "\n", "." if isinstance(parts[-1], str) else "")     # two written texts would grow together
-    return vocab.interleave([text + ("\n\n", "\n")[int(rng.integers(2))] for text in above] + parts + [ends[int(rng.integers(3))] + text for text in below])
-
-
-def transcribed(vocab, corpus, i, rng, progress=1.0):
-    """Row i and its transcript. Where word times are known, a stretch of it: one word to begin with, longer ones as the run goes on.
-    Which units make which word is learnt soonest from words alone; then where in an utterance the reader stands."""
-    row = corpus.rows[i]
-    if not row.get("words"):
-        return vocab.transcribe([(field(row, "text", "the units' manifest"), np.asarray(corpus[i][0]))])
-    n = int(rng.integers(1, min(1 + int(max(0, progress - ALONE) * GROWTH), len(row["words"])) + 1))      # its length, then where it begins:
-    a = int(rng.integers(len(row["words"]) - n + 1)) if rng.random() < 0.5 else 0                         # half of the time at the start
-    return vocab.transcribe(spoken(corpus, i, a, a + n))
-
-
-class Documents:
-    """An endless, repeatable stream of training documents, mixed from sources by weight.
-
-    Every source is read in shuffled passes. `drawn` (how many documents came from each) and `pending` are all its state.
-    """
-
-    def __init__(self, vocab, sources, mix, seed):
-        self.vocab, self.sources, self.seed = vocab, sources, seed
-        self.names, odds = list(mix), np.array(list(mix.values()), dtype=float)
-        self.odds, self.progress = odds / odds.sum(), 1.0                   # progress: the share of the run that is done; the loop sets it
-        self.drawn, self.pending, self.orders = dict.fromkeys(self.names, 0), [], {}
-        texts = sources.get("text") or []
-        self.below = texts[len(texts) // HELD_OUT:]                         # what may stand below speech
-
-    def make(self, name, i, rng):
-        source = self.sources[name]
-        if name == "text":
-            return self.vocab.text(source[i])
-        if name == "chat":
-            return self.vocab.chat(source[i])
-        if name == "interleave":
-            return interleaved(self.vocab, source, i, rng, self.below)
-        return transcribed(self.vocab, source, i, rng, self.progress)
-
-    def count(self, name):
-        return len(self.sources[name].rows if isinstance(self.sources[name], Units) else self.sources[name])
-
-    def next(self):
-        """(the next training document, its layout's number); validation rows never come."""
-        rng = np.random.default_rng([self.seed, sum(self.drawn.values())])
-        kind = int(rng.choice(len(self.names), p=self.odds))
-        name, n = self.names[kind], self.count(self.names[kind])
-        train = n - n // HELD_OUT
-        passes, at = divmod(self.drawn[name], train)
-        if self.orders.get(name, (None,))[0] != passes:
-            self.orders[name] = passes, np.random.default_rng([self.seed, kind, passes]).permutation(train)
-        i = int(self.orders[name][1][at]) + n // HELD_OUT
-        self.drawn[name] += 1
-        return self.make(name, i, rng), kind
-
-    def held_out(self, most=60):
-        """The validation documents of each layout: the first of every source, always the same."""
-        return {name: [(self.make(name, i, np.random.default_rng(i)), kind) for i in range(min(most, self.count(name) // HELD_OUT))]
-                for kind, name in enumerate(self.names)}
-
-    def batch(self, rows, length):
-        """The next packed batch. Documents longer than a row are cut into rows; what does not fit waits for the next batch."""
-        while sum(len(document.ids) for document, _ in self.pending) < 1.3 * rows * length:
-            document, kind = self.next()
-            self.pending += [(part, kind) for part in cut(document, length)]
-        packed, self.pending = pack(self.pending, rows, length, self.vocab.eos)
-        return packed
-
-
-def cut(document, length):
-    """A document in pieces of at most `length` ids. What a piece would read as in writing is not known."""
-    if len(document.ids) <= length:
-        return [document]
-    return [Document(document.ids[a:a + length], document.loss[a:a + length]) for a in range(0, len(document.ids), length)]
-
-
-def pack(documents, rows, length, filler):
-    """First-fit-decreasing: (batch, documents that did not fit). A batch is tensors (rows, length):
-
-    ids, target (the next id of the same document), loss (0 or 1 of that target), start (where the document begins), kind; and of the
-    same documents had they been written, packed in the same rows: read, read_start and place (rows, at most length): where in its row
-    of `ids` each has been said, or -1.
-    """
-    bins, left = [[] for _ in range(rows)], []
-    room = [length] * rows
-    for document, kind in sorted(documents, key=lambda d: -len(d[0].ids)):
-        row = next((r for r in range(rows) if room[r] >= len(document.ids)), None)
-        if row is None:
-            left.append((document, kind))
-        else:
-            bins[row].append((document, kind))
-            room[row] -= len(document.ids)
-    reads = max(sum(len(document.read) for document, _ in bin) for bin in bins)
-    batch = {name: np.zeros((rows, length), dtype=np.int64) for name in ("ids", "target", "loss", "start", "kind")}
-    batch |= {"place": np.full((rows, reads), -1), "read": np.full((rows, reads), filler), "read_start": np.tile(np.arange(reads), (rows, 1))}
-    batch["ids"][:], batch["start"][:] = filler, np.arange(length)         # a filler sees only itself
-    for r, documents in enumerate(bins):
-        a = c = 0
-        for (ids, loss, read, place), kind in documents:
-            b, d = a + len(ids), c + len(read)
-            batch["ids"][r, a:b], batch["start"][r, a:b], batch["kind"][r, a:b] = ids, a, kind
-            batch["target"][r, a:b - 1], batch["loss"][r, a:b - 1] = ids[1:], loss[1:]
-            if read:
-                batch["read"][r, c:d], batch["read_start"][r, c:d], batch["place"][r, c:d] = read, c, a + np.array(place)
-            a, c = b, d
-    return {name: torch.from_numpy(array) for name, array in batch.items()}, left
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------------
@@ -337,16 +182,18 @@ def start_model(args):
 
 
 def parameter_groups(model, layers, first_new):
-    """What is trained: the blocks between two shares of the depth (0, 0.5: the lower half), and the rows. With new rows
-    (first_new > 0) text rows, head and norms stay, so that every depth reads text at the scale it always had."""
+    """What is trained: the blocks between two shares of the depth (0, 0.5: the lower half), or of them their LoRA alone, and the rows. With
+    new rows (first_new > 0) text rows, head and norms stay, so that every depth reads text at the scale it always had."""
     for p in model.parameters():
         p.requires_grad_(False)
     depth = len(model.model.layers)
-    body = [p for i, block in enumerate(model.model.layers) if layers[0] <= i / depth < layers[1] for p in block.parameters()]
+    low_rank = isinstance(model.model.layers[0].self_attn.q_proj, LoRA)
+    body = [p for i, block in enumerate(model.model.layers) if layers[0] <= i / depth < layers[1]
+            for name, p in block.named_parameters() if not low_rank or name.endswith((".A", ".B"))]
     if not body:
         raise ValueError(f"--layers {layers[0]:g}:{layers[1]:g}: none of {depth} blocks begins between those shares of the depth; widen them")
     rows = [model.model.embed_tokens.weight] + ([] if model.config.tie_word_embeddings else [model.lm_head.weight])
-    body = [p for p in body if p.dim() == 2] if first_new else body + list(model.model.norm.parameters())
+    body = [p for p in body if p.dim() == 2] if first_new else body + list(model.model.norm.parameters()) * (not low_rank)
     for p in [*body, *rows]:
         p.requires_grad_(True)
     return body, rows
@@ -390,12 +237,18 @@ def text_filters(model, body, documents, strength, device, rows=8, length=256, b
     return {p: torch.cholesky_inverse(torch.linalg.cholesky(torch.eye(len(C), device=device) + strength * C)) for p, C in scaled.items()}
 
 
-def train(args, out):
+def train(args, out, rank, world):
     torch.manual_seed(args.seed)
     device = args.device
     model, vocab, first_unit, k = start_model(args)
     first_new = first_unit - 2 if args.units else 0
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha or 2 * args.lora)
     model.to(device)
+    model.model.recompute = args.recompute
+    if args.compile:
+        for block in model.model.layers:
+            block.compile()
     sources = {"text": args.text and read_text(args.text),
                "chat": args.chat and read_chats(args.chat)}
     sources["interleave"] = sources["transcribe"] = args.units and Units(args.units)
@@ -407,6 +260,8 @@ def train(args, out):
         raise ValueError(f"{args.units}: no row has text, so there is no text to predict; give speech with its text, or --unit-loss above 0")
     documents = Documents(vocab, sources, mix, args.seed)
     held_out = documents.held_out()
+    corpus = sources["interleave"]
+    hours_of_a_unit = corpus.durations.sum() / len(corpus.durations) / corpus.meta["frame_rate"] / 3600 if corpus else 0.0
 
     body, rows = parameter_groups(model, args.layers, first_new)
     stay = torch.arange(model.config.vocab_size, device=device) < first_new     # text rows stay: other depths and other deltas rely on them
@@ -422,12 +277,12 @@ def train(args, out):
     anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
     optimizers = two_optimizers(body, rows, args.lr, decay, ROWS_FASTER if first_new else 1)
-    step, spent = 0, 0.0
+    step, spent, heard = 0, 0.0, 0                                         # heard: units trained on, here and by all processes alike
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
     settings |= {path: weights.fingerprint(path) for path in (args.init, args.tokenizer, args.text, args.chat, args.units) if path}
     if checkpoint.exists():
-        saved = weights.read_checkpoint(checkpoint, device, ["model", "optimizers", "step", "seconds", "drawn", "pending", "settings"])
+        saved = weights.read_checkpoint(checkpoint, device, ["model", "optimizers", "step", "seconds", "heard", "drawn", "pending", "settings"])
         differs = [name for name in settings if saved["settings"].get(name) != settings[name]]
         if differs:
             raise ValueError(f"{out} holds a run with another {differs[0]} ({saved['settings'].get(differs[0])}, now {settings[differs[0]]}); "
@@ -436,38 +291,47 @@ def train(args, out):
         model.tie()
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        step, spent, documents.drawn = saved["step"], saved["seconds"], saved["drawn"]
+        step, spent, heard, documents.drawn = saved["step"], saved["seconds"], saved["heard"], saved["drawn"]
         documents.pending = [(Document(*document), kind) for document, kind in saved["pending"]]
         kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
-        log.write_text("".join(line + "\n" for line in kept))
+        if rank == 0:
+            log.write_text("".join(line + "\n" for line in kept))
         tqdm.write(f"resuming at step {step} of {args.steps}")
 
     def save_checkpoint():
-        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "seconds": spent + time.time() - began,
+        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "seconds": spent + time.time() - began, "heard": heard,
                  "drawn": documents.drawn, "pending": [(tuple(document), kind) for document, kind in documents.pending], "settings": settings}
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
     began, first_step = time.time(), step
-    for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05):
+    for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05, disable=rank > 0 or None):
         lr = learning_rate(step - 1, args.steps, args.lr)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr * group["faster"]
         documents.progress = step / args.steps
-        batch = documents.batch(args.rows, args.length)
-        batch["position"] = paced(batch["start"], args.pace, torch.Generator().manual_seed(args.seed << 32 | step))
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        states = []
-        with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
-            # what follows speech, trained on here, is what the sum would say to whatever it hears
-            silent = (batch["kind"] == by_turns) & imitated(batch) if reader else None
-            loss, ce, is_unit, kind = losses(model, batch, first_unit, k, args.unit_loss, silent, states)
-            if reader:
-                loss = loss + args.imitate * sum(imitation(states, batch, reader, first_new))
-        if not torch.isfinite(loss):
-            raise ValueError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept in {out}. Lower --lr")
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        mean = torch.zeros((), device=device)
+        for part in range(args.accumulate):                                # a step is so many batches, and each process takes its share of them
+            batch = documents.batch(args.rows, args.length)
+            if part % world != rank:
+                continue
+            batch["position"] = paced(batch["start"], args.pace, torch.Generator().manual_seed(args.seed << 32 | part << 24 | step))
+            batch, states = {name: tensor.to(device) for name, tensor in batch.items()}, []
+            with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
+                # what follows speech, trained on here, is what the sum would say to whatever it hears
+                silent = (batch["kind"] == by_turns) & imitated(batch) if reader else None
+                loss, ce, is_unit, kind = losses(model, batch, first_unit, k, args.unit_loss, silent, states)
+                if reader:
+                    loss = loss + args.imitate * sum(imitation(states, batch, reader, first_new))
+            (loss / args.accumulate).backward()
+            mean += loss.detach() / args.accumulate
+            heard += world * int(((batch["ids"] >= first_unit) & (batch["ids"] < first_unit + k)).sum())
+        if world > 1:
+            for x in [mean, *(p.grad for p in [*body, *rows])]:
+                torch.distributed.all_reduce(x)
+        if not torch.isfinite(mean):
+            raise ValueError(f"step {step}: the loss is {mean.item()}; the last checkpoint is kept in {out}. Lower --lr")
         for p in rows:
             p.grad[stay] = 0
         if step <= args.rows_first:
@@ -480,20 +344,29 @@ def train(args, out):
             if p in filters:
                 p.data.copy_(anchor + (p.data - anchor) @ filters[p])
             p.data.lerp_(anchor, min(1.0, lr * args.pull))                 # decoupled decay, to the starting weights instead of to zero
-        if step % LOG_EVERY == 0 or step == args.steps:
-            row = {"step": step, "loss": round(loss.item(), 4), "lr": lr, "gradient": round(norm, 3),
-                   "tokens_per_second": round((step - first_step) * args.rows * args.length / (time.time() - began)),
+        if rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
+            rate = (step - first_step) * args.accumulate * args.rows * args.length / (time.time() - began)
+            row = {"step": step, "loss": round(mean.item(), 4), "lr": lr, "gradient": round(norm, 3), "tokens_per_second": round(rate),
                    "layouts": {name: round(ce[(kind == i) & ~is_unit].mean().item(), 4) for i, name in enumerate(mix) if ((kind == i) & ~is_unit).any()}}
+            if args.units:
+                row["hours"] = round(heard * hours_of_a_unit, 3)
+            peak = next((flops for name, flops in PEAKS.items() if "cuda" in device and name in torch.cuda.get_device_name()), None)
+            if peak:
+                row["share_of_peak"] = round(6 * sum(p.numel() for p in model.parameters()) * rate / (peak * world), 3)
             if step % (4 * LOG_EVERY) == 0 or step == args.steps:
                 row["held_out"] = {name: round(value, 4) for name, value in validate(model, held_out, args.length, vocab.eos, first_unit, k, device).items()}
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
             tqdm.write(" | ".join([f"step {step}/{args.steps}", f"loss {row['loss']:.3f}", *(f"{n} {v:.3f}" for n, v in row["layouts"].items()),
-                                   f"lr {lr:.1e}", f"grad {norm:.2f}", f"{row['tokens_per_second'] / 1000:.1f}k tok/s",
-                                   *(f"held-out {n} {v:.3f}" for n, v in row.get("held_out", {}).items())]))
-        if step % SAVE_EVERY == 0:
+                                   f"lr {lr:.1e}", f"grad {norm:.2f}", f"{rate / 1000:.1f}k tok/s", *([f"{row['share_of_peak']:.0%} of peak"] if peak else []),
+                                   *([f"{row['hours']:.2f} h heard"] if args.units else []), *(f"held-out {n} {v:.3f}" for n, v in row.get("held_out", {}).items())]))
+        if rank == 0 and step % SAVE_EVERY == 0:
             save_checkpoint()
 
+    if rank > 0:
+        return
+    if args.lora:
+        merge_lora(model)
     model.save(out)
     vocab.save(out)
     hearing = Path(args.units) if args.units else Path(args.init) if args.init and vocab.speech else None
@@ -501,6 +374,25 @@ def train(args, out):
         weights.copy_ears(hearing, out)
     (out / "training.json").write_text(json.dumps({"seconds": round(spent + time.time() - began, 1), "settings": settings}, indent=1) + "\n")
     checkpoint.unlink(missing_ok=True)
+    draw(log, out / "loss.png")
+
+
+def draw(log, path):
+    """Losses over steps: of each layout in training, and on its held-out documents (dots)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    rows, figure = [json.loads(line) for line in log.read_text().splitlines()], pyplot.figure(figsize=(7, 4))
+    for kind, form in (("layouts", "-"), ("held_out", "o")):
+        for name in dict.fromkeys(name for row in rows for name in row.get(kind, {}) if not name.endswith(" units")):
+            points = [(row["step"], row[kind][name]) for row in rows if name in row.get(kind, {})]
+            pyplot.plot(*zip(*points), form, label=name + ", held out" * (kind == "held_out"))
+    pyplot.xlabel("step")
+    pyplot.ylabel("nats per text token")
+    pyplot.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def pairs(text):
@@ -551,6 +443,11 @@ def main():
     parser.add_argument("--unit-loss", type=float, default=0.0, help="weight of a unit's loss beside a text token's (default 0)")
     parser.add_argument("--rows", type=int, help=f"packed rows in a batch ({default('rows')})")
     parser.add_argument("--length", type=int, help=f"tokens in a row ({default('length')})")
+    parser.add_argument("--accumulate", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="batches in a step, shared among the processes of torchrun (default: one each)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train changes of this rank beside frozen matrices, and add them when saving (default 0: the matrices)")
+    parser.add_argument("--lora-alpha", type=float, default=0.0, help="scale of those changes, over the rank (default: twice the rank)")
+    parser.add_argument("--recompute", action="store_true", help="keep no activations inside blocks, compute them again for the gradient: less memory, a third more work")
+    parser.add_argument("--compile", action="store_true", help="torch.compile every block")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when the run ends well")
@@ -558,6 +455,8 @@ def main():
     if args.size and not args.tokenizer:
         parser.error("--size wants --tokenizer, the folder of the text tokenizer to train with")
     stage = "units" if args.units else "chat" if args.chat else "text" if args.text else parser.error("nothing to train on: give --text, --chat or --units")
+    if args.lora and args.keep_text is None:
+        args.keep_text = 0.0                                               # it filters matrices, and those are frozen
     for name, value in STAGES[stage].items():
         if getattr(args, name) is None:
             setattr(args, name, {"mix": pairs, "layers": shares}[name](value) if isinstance(value, str) else value)
@@ -565,13 +464,28 @@ def main():
         parser.error(f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only speech can be like its text")
     if min(args.steps, args.rows, args.length - 1) < 1:
         parser.error(f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at least one step, one row and two tokens")
+    if args.lora and (args.keep_text or args.pull) or args.lora < 0 or args.lora_alpha < 0:
+        parser.error(f"--lora {args.lora} --lora-alpha {args.lora_alpha}: wanted 0 or more, and with it neither --keep-text nor --pull, which hold matrices that it freezes")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets them
+    if args.accumulate < 1 or args.accumulate % world:
+        parser.error(f"--accumulate {args.accumulate}: wanted at least 1, and as many for each of {world} processes")
     if not 1 <= args.pace < math.inf:
         parser.error(f"--pace {args.pace}: wanted 1 (one position a token) or more")
     for path in (args.init, args.tokenizer, args.text, args.chat, args.units):
         if path and not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
-    with weights.new_folder(args.out, [args.init, args.tokenizer, args.text, args.chat, args.units], args.overwrite, resume=True) as out:
-        train(args, out)
+    if world > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
+    if rank == 0:
+        with weights.new_folder(args.out, [args.init, args.tokenizer, args.text, args.chat, args.units], args.overwrite, resume=True) as out:
+            train(args, out, rank, world)
+    else:
+        train(args, Path(args.out + ".partial"), rank, world)              # reads a checkpoint there, writes nothing
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -263,6 +263,11 @@ class Vocab:
         _, before, after, _, _ = self.markers()
         return self.chat(messages)[0] + self.literal(before + "assistant" + after)
 
+    def spelled(self, ids, loss=None):
+        """Ids as a human reads them: 'token':id, and a * where a token bears loss."""
+        name = {i: token for token, i in self.special.items()}
+        return " ".join(f"{name.get(i) or repr(self.bytes_of[i].decode('utf-8', 'replace'))}:{i}{'*' if loss and loss[n] else ''}" for n, i in enumerate(ids))
+
     def page(self, question):
         """A plain question-and-answer page up to the answer: the prompt for a model that never chatted."""
         return self.begin + self.encode("question: ") + self.content(question) + self.encode("\nanswer:")
@@ -292,12 +297,7 @@ class Vocab:
 
 def show(vocab):
     """Every layout on a small example: a token, its id, and a * where it bears loss."""
-    name = {i: token for token, i in vocab.special.items()}
-
-    def line(title, ids, loss=None):
-        cells = [f"{name.get(i) or repr(vocab.bytes_of[i].decode('utf-8', 'replace'))}:{i}{'*' if loss and loss[n] else ''}" for n, i in enumerate(ids)]
-        print(f"{title}\n    " + " ".join(cells) + "\n")
-
+    line = lambda title, ids, loss=None: print(f"{title}\n    {vocab.spelled(ids, loss)}\n")
     print("token:id, * where it bears loss\n")
     line("text", *vocab.text("hi there")[:2])
     if vocab.family:

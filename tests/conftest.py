@@ -12,6 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                # read when fused.py defines its kernels: they run on the CPU, slowly and exactly
 
+import audio  # noqa: E402
+import documents  # noqa: E402
+from vocab import Vocab  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SMALL = {      # flags that shrink a step of speedrun.sh to a second or two
@@ -68,3 +72,12 @@ def speedrun(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def stream(speedrun):
+    """Documents of the shrunken speedrun, by mix and seed."""
+    vocab, units = Vocab(speedrun / "speech"), audio.Units(speedrun / "units")
+    sources = {"text": documents.read_text(speedrun / "toy/base.jsonl"), "interleave": units, "transcribe": units,
+               "chat": documents.read_chats(speedrun / "toy/chat.jsonl")}
+    return lambda mix, seed=0: documents.Documents(vocab, sources, mix, seed)

@@ -1,37 +1,25 @@
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
 
-import audio
 import pretrain
-import toy
 import weights
-from conftest import call
-from model import LM
-from pretrain import Documents, interleaved, learning_rate, losses, pack
-from vocab import Document, Vocab
+from conftest import ROOT, call
+from model import LM, add_lora, merge_lora
+from pretrain import learning_rate, losses
+from vocab import Vocab
 
 
 def test_the_rate_warms_up_then_falls_to_a_tenth():
     rates = [learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[0] == 0.2 and rates[4] == rates[5] == 1.0 and math.isclose(rates[99], 0.1, abs_tol=1e-3) and rates[5:] == sorted(rates[5:], reverse=True)
-
-
-def test_packing_by_hand():
-    spoken = Document([6, 7, 8, 9], [1] * 4, [6, 5], [0, 2])                 # 7 and 8 are how the written 5 sounds, known at 8
-    short = Document([4, 5], [0, 1])
-    batch, left = pack([(Document([1, 2, 3], [1, 1, 1]), 0), (short, 1), (spoken, 0)], rows=1, length=8, filler=0)
-    assert batch["ids"].tolist() == [[6, 7, 8, 9, 1, 2, 3, 0]] and left == [(short, 1)]
-    assert batch["read"].tolist() == [[6, 5]] and batch["read_start"].tolist() == [[0, 0]] and batch["place"].tolist() == [[0, 2]]
-    assert batch["start"].tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
-    assert pretrain.imitated(batch).tolist() == [[True] * 4 + [False] * 4], "only what was spoken is read in writing too"
-    cut, _ = pack([(part, 0) for part in pretrain.cut(spoken, 3)], rows=1, length=8, filler=0)
-    assert not pretrain.imitated(cut).any(), "what was cut is not, and keeps a loss of its own"
-    assert batch["target"].tolist() == [[7, 8, 9, 0, 2, 3, 0, 0]] and batch["loss"].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
 
 
 def test_every_document_is_read_at_its_own_pace_from_position_0_on():
@@ -41,65 +29,6 @@ def test_every_document_is_read_at_its_own_pace_from_position_0_on():
     assert (uneven.gather(1, start) == 0).all() and (uneven >= even).all() and 1.3 < uneven[:, 255].float().mean() / 155 < 2.8
     gaps = uneven.diff(dim=1)[:, 100:]
     assert gaps.min() == 1 and 0.6 < (gaps == 1).float().mean() < 0.9 and gaps.max() < 16
-
-
-@pytest.fixture
-def stream(speedrun):
-    vocab, units = Vocab(speedrun / "speech"), audio.Units(speedrun / "units")
-    sources = {"text": pretrain.read_text(speedrun / "toy/base.jsonl"), "interleave": units, "transcribe": units,
-               "chat": [row["messages"] for row in weights.read_lines(speedrun / "toy/chat.jsonl")]}
-    return lambda mix, seed=0: Documents(vocab, sources, mix, seed)
-
-
-def test_rows_are_over_95_percent_full_and_nothing_is_lost(stream):
-    documents, total, filled = stream({"text": 1}), 0, 0
-    for _ in range(5):
-        batch = documents.batch(8, 256)
-        filled += int((batch["start"] != torch.arange(256)).sum() + (batch["loss"] > 0)[:, 0].sum())
-        total += batch["ids"].numel()
-    said = documents.drawn["text"]
-    again = stream({"text": 1})
-    lengths = sum(len(again.next()[0].ids) for _ in range(said))
-    packed = lengths - sum(len(document.ids) for document, _ in documents.pending)
-    assert packed / total > 0.95 and filled / total > 0.9
-
-
-def test_the_stream_repeats_by_seed_passes_over_everything_and_never_trains_on_held_out_rows(stream):
-    a, b = stream({"text": 1}), stream({"text": 1})
-    first = [a.next()[0].ids for _ in range(a.count("text") - a.count("text") // pretrain.HELD_OUT)]
-    assert [b.next()[0].ids for _ in range(20)] == first[:20] != [stream({"text": 1}, seed=1).next()[0].ids] * 20
-    held = [tuple(document.ids) for document, _ in a.held_out()["text"]]
-    everything = {tuple(a.vocab.text(text)[0]) for text in a.sources["text"]}
-    assert held and {tuple(ids) for ids in first} | set(held) == everything
-
-
-def test_interleaved_documents_speak_and_write_by_turns_and_read_as_the_whole_row(stream):
-    documents = stream({"interleave": 1})
-    vocab, corpus, turns = documents.vocab, documents.sources["interleave"], set()
-    for i in range(20):
-        ids, loss, read, place = interleaved(vocab, corpus, i, np.random.default_rng(i))
-        assert vocab.decode(read) == corpus.rows[i]["text"] and read[-1] == vocab.eos, "written, the document is the row"
-        switches = [n for n, token in enumerate(ids) if token in (vocab.speech["speech"], vocab.speech["end_speech"])]
-        assert [ids[n] for n in switches] == [vocab.speech["speech"], vocab.speech["end_speech"]] * (len(switches) // 2)
-        assert not any(loss[n] for n in switches) and sum(loss) == len(ids) - len(switches) - 1
-        assert len(place) == len(read) and all(ids[at] == token or ids[at] >= vocab.speech["end_speech"] for token, at in zip(read, place)), "text is where it is"
-        assert list(place) == sorted(place) and len(set(place)) >= 0.8 * len(place), "each has its own place, but words too short for a unit"
-        turns.add(len(switches) // 2)
-    assert {1, 2} <= turns
-
-
-def test_base_text_stands_above_and_below_speech_and_grows_into_no_word(stream):
-    documents = stream({"interleave": 1})
-    vocab, corpus = documents.vocab, documents.sources["interleave"]
-    forms = set()
-    for i in range(120):
-        row = i % len(corpus.rows)
-        ids, _, read, _ = interleaved(vocab, corpus, row, np.random.default_rng(i), ["zig zag."])
-        above, _, below = vocab.decode(read[:-1]).partition(corpus.rows[row]["text"])
-        right_behind = ".zig zag." if not below or ids[-2 - len(vocab.encode(below))] != vocab.speech["end_speech"] else "zig zag."
-        assert above in ("", "zig zag.\n", "zig zag.\n\n") and below in ("", ".\n\nzig zag.", "\nzig zag.", right_behind)
-        forms.add((above != "", below != ""))
-    assert len(forms) == 4
 
 
 def test_a_difference_counts_by_how_much_texts_differ_there():
@@ -139,44 +68,6 @@ def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, la
     assert len(trained) == len(set(trained)) and set(trained) == {id(p) for p in model.parameters() if p.requires_grad}
     with pytest.raises(ValueError, match="none of 2 blocks"):
         pretrain.parameter_groups(model, (0.6, 0.9), 0)
-
-
-# --- the audit: what speech training and instruct training may hold ---
-
-def test_no_document_holds_both_a_chat_marker_and_a_unit(stream):
-    documents = stream({"interleave": 1, "transcribe": 1, "text": 1, "chat": 1})
-    vocab, kinds = documents.vocab, {"spoken": 0, "chat": 0}
-    markers = {vocab.special["<|im_start|>"], vocab.special["<|im_end|>"]}
-    for _ in range(400):
-        ids = documents.next()[0].ids
-        spoken, chat = max(ids) >= vocab.speech["speech"], bool(markers & set(ids))
-        kinds["spoken"] += spoken
-        kinds["chat"] += chat
-        assert not (spoken and chat)
-    assert min(kinds.values()) > 50, "the audit saw both kinds"
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_training_speech_asks_no_question_about_a_fact_and_speaks_no_unseen_fact(seed):
-    import random
-    world, rng = toy.World(seed), random.Random(seed)
-    speech = [toy.sentence(world, rng) for _ in range(3000)]
-    asked = {wording.format(c=entity) for relation, entity, _, _ in world.facts for wording in toy.QUESTIONS[relation]}
-    unseen = {wording.format(c=entity, a=answer) for relation, entity, answer, seen in world.facts if not seen for wording in toy.FACTS[relation]}
-    for text in speech:
-        assert not any(q in text for q in asked) and "question:" not in text and not set(text.split(". ")) & unseen
-    words = {w for text in speech for w in text.replace(".", "").split()}
-    assert {"what", "which", "name", "spell", "twice", "sentence", "note"} <= words and set(toy.CAPITALS) | set(toy.CAPITALS.values()) <= words
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_chat_and_no_page_asks_about_an_unseen_fact(seed):
-    import random
-    world, rng = toy.World(seed), random.Random(seed)
-    asked = [wording.format(c=entity) for relation, entity, _, seen in world.facts if not seen for wording in toy.QUESTIONS[relation]]
-    for _ in range(3000):
-        said = " | ".join([toy.base_document(world, rng), *(m["content"] for m in toy.chat(world, rng))]).replace("\n", " ") + " "
-        assert not any(q + " " in said for q in asked)
 
 
 # --- the loop ---
@@ -279,16 +170,6 @@ def test_chats_too_can_keep_text(speedrun, tmp_path, monkeypatch):
               "--out", str(tmp_path / "y")], monkeypatch)
 
 
-def test_transcripts_begin_with_single_words_and_grow(stream):
-    documents = stream({"transcribe": 1})
-    vocab, corpus = documents.vocab, documents.sources["transcribe"]
-    longest = {}
-    for progress in (0.0, 0.1, 0.2, 1.0):
-        said = [pretrain.transcribed(vocab, corpus, i % len(corpus.rows), np.random.default_rng(i), progress).ids for i in range(200)]
-        longest[progress] = max(len(vocab.decode(ids).partition("transcript:")[2].split()) for ids in said)
-    assert longest[0.0] == longest[0.1] == 1 and 1 < longest[0.2] <= 3 and 10 < longest[1.0] <= 1 + 0.9 * pretrain.GROWTH
-
-
 def test_a_pull_keeps_the_weights_nearer_to_where_they_began(speedrun, tmp_path, monkeypatch):
     base, far = weights.Tensors(speedrun / "base"), {}
     for pull in (0, 100):
@@ -377,3 +258,67 @@ def test_rows_of_the_wrong_form_are_shown(flag, line, wanted, speedrun, tmp_path
     (tmp_path / "x.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
     with pytest.raises(ValueError, match=wanted):
         call(["pretrain.py", "--init", str(speedrun / "base"), flag, str(tmp_path / "x.jsonl"), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "o")], monkeypatch)
+
+
+# --- one GPU to many ---
+
+def trained_with(folder, speedrun, *flags):
+    """The words of two tiny steps of speech training."""
+    return ["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "1",
+            "--steps", "3", "--rows", "2", "--device", "cpu", "--out", str(folder), *flags]
+
+
+def same_weights(a, b, tolerance):
+    a, b = weights.Tensors(a), weights.Tensors(b)
+    return all((a[name] - b[name]).abs().max() <= tolerance for name in a)
+
+
+def test_two_processes_train_what_one_does_with_twice_the_batches(speedrun, tmp_path, monkeypatch):
+    call(trained_with(tmp_path / "one", speedrun, "--accumulate", "2"), monkeypatch)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = trained_with(tmp_path / "two", speedrun)
+    runs = [subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
+    errors = [run.communicate(timeout=240)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
+    assert same_weights(tmp_path / "one", tmp_path / "two", 1e-5)
+    last = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
+    assert abs(last[0]["loss"] - last[1]["loss"]) < 1e-3 and last[0]["hours"] > 0
+
+
+def test_lora_changes_matrices_by_its_rank_alone_and_is_added_when_saved(speedrun, tmp_path, monkeypatch):
+    call(trained_with(tmp_path / "lora", speedrun, "--lora", "2"), monkeypatch)
+    base, low = weights.Tensors(speedrun / "base"), weights.Tensors(tmp_path / "lora")
+    assert set(base) == set(low)
+    for name in base:
+        if "_proj" in name:
+            values = torch.linalg.svdvals((low[name] - base[name]).double())
+            assert values[0] > 1e-6 and values[2] < 1e-2 * values[0], name
+        elif "embed" not in name:
+            assert torch.equal(low[name], base[name]), name
+
+
+def test_a_lora_says_at_first_what_the_model_says_and_merged_what_it_learnt(speedrun):
+    model, ids = LM.load(speedrun / "base").eval(), torch.arange(20)[None]
+    plain = model(ids)
+    add_lora(model, 4, 8)
+    assert torch.equal(model(ids), plain)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(p, std=0.02)
+    learnt = model(ids)
+    merge_lora(model)
+    assert not torch.allclose(learnt, plain, atol=1e-2) and torch.allclose(model(ids), learnt, atol=1e-4)
+    assert list(model.state_dict()) == list(LM.load(speedrun / "base").state_dict())
+
+
+@pytest.mark.parametrize("flag", ["--recompute", "--compile"])
+def test_what_saves_memory_or_time_changes_nothing_else(flag, speedrun, tmp_path, monkeypatch):
+    if flag == "--compile" and not shutil.which("g++"):
+        pytest.skip("torch.compile on a CPU wants a C++ compiler")
+    call(trained_with(tmp_path / "plain", speedrun), monkeypatch)
+    call(trained_with(tmp_path / "other", speedrun, flag), monkeypatch)
+    assert same_weights(tmp_path / "plain", tmp_path / "other", 0 if flag == "--recompute" else 2e-3)
+    assert (tmp_path / "plain/loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,72 @@
+"""How fast is attention over packed documents, forward and backward? fused.attention against one mask for all, and on a GPU against its other rivals.
+
+in   nothing     out  rows of results/bench-cpu.json (bench-h200.json on a GPU): attention/documents, and on a GPU attention/causal
+run  python bench/attention.py                       # a minute on two cores
+
+Qwen2.5-0.5B's heads (14 of 64, 2 for keys), one row of 2,048 on a CPU, 16 of them on a GPU, documents of 256. Interleaved rounds, medians; a GPU's rivals:
+PyTorch's flash and cuDNN kernels (which know no documents), FlexAttention with a document mask, its building counted. First the gate: all must agree.
+"""
+import argparse
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench import ROOT, median, record
+
+sys.path.insert(0, str(ROOT))
+from fused import attention
+
+H, KV, D, T, DOCUMENT = 14, 2, 64, 2048, 256
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time attention over packed documents.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    gpu = args.device == "cuda"
+    torch.manual_seed(0)
+    B, dtype = (16, torch.bfloat16) if gpu else (1, torch.float32)
+    q, k, v = (torch.randn(B, heads, T, D, device=args.device, dtype=dtype, requires_grad=True) for heads in (H, KV, KV))
+    g, place = torch.randn(B, H, T, D, device=args.device, dtype=dtype), torch.arange(T, device=args.device)
+    documents, whole = (place // DOCUMENT * DOCUMENT).expand(B, T), torch.zeros(B, T, dtype=torch.long, device=args.device)
+    mask = (place >= documents[0][:, None]) & (place <= place[:, None])     # (T, T)
+    plain = lambda backend: lambda: within(backend, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+    def within(backend, work):
+        with sdpa_kernel(backend):
+            return work()
+
+    races = {"documents": {"ours": lambda: attention(q, k, v, documents), "one mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)}}
+    if gpu:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        flex, same = torch.compile(flex_attention), lambda b, h, i, j: (j <= i) & (documents[b, i] == documents[b, j])
+        races["documents"]["FlexAttention"] = lambda: flex(q, k, v, block_mask=create_block_mask(same, B, None, T, T, device=args.device, _compile=True), enable_gqa=True)
+        races["causal"] = {"ours": lambda: attention(q, k, v, whole), "SDPA flash": plain(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": plain(SDPBackend.CUDNN_ATTENTION)}
+    for race, runs in races.items():
+        said = {name: run().detach().float() for name, run in runs.items()}
+        for name, y in said.items():
+            assert (y - said["ours"]).norm() < (2e-2 if gpu else 1e-5) * said["ours"].norm(), f"{name} and ours disagree"
+        times = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                for phase in ("warm", "timed"):
+                    q.grad = k.grad = v.grad = None
+                    if gpu:
+                        torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    run().backward(g)
+                    if gpu:
+                        torch.cuda.synchronize()
+                times[name].append(1000 * (time.perf_counter() - began))
+        for name in runs:
+            if name != "ours":
+                record("h200" if gpu else "cpu", f"attention/{race} against {name}", f"ms, forward + backward, {B} x {T}, documents of {DOCUMENT}" if race == "documents" else f"ms, forward + backward, {B} x {T}",
+                       median(times["ours"]), median(times[name]), f"{name}, torch {torch.__version__.partition('+')[0]}", better="less")
+
+
+if __name__ == "__main__":
+    main()

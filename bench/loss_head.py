@@ -1,0 +1,72 @@
+"""How fast and how small is the loss of a large vocabulary? fused.linear_cross_entropy against all logits at once, forward and backward.
+
+in   nothing     out  rows of results/bench-cpu.json (bench-h200.json on a GPU): loss_head/...
+run  python bench/loss_head.py                       # a minute on two cores
+
+1,024 targets, width 256, 32,000 rows in float32 on a CPU; 32,768 targets, 896, 152,448 in bfloat16 on a GPU. Each way in a process of its own, so that its peak of
+memory is its own; the gate: losses and gradients must agree.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from bench import ROOT, median, record
+
+sys.path.insert(0, str(ROOT))
+from fused import linear_cross_entropy
+
+SHAPES = {"cpu": (1024, 256, 32_000, torch.float32), "cuda": (32_768, 896, 152_448, torch.bfloat16)}
+WAYS = {
+    "ours": lambda h, w, t: linear_cross_entropy(h, w, t, torch.ones(len(t), device=h.device))[0],
+    "F.cross_entropy of all logits": lambda h, w, t: F.cross_entropy((h @ w.T).float(), t, reduction="sum"),
+}
+
+
+def one(way, device, rounds):
+    """Time a way, and measure what it takes above its inputs, in this process."""
+    N, C, V, dtype = SHAPES[device]
+    torch.manual_seed(0)
+    h, w = torch.randn(N, C, device=device, dtype=dtype, requires_grad=True), (torch.randn(V, C, device=device) / C ** 0.5).to(dtype).requires_grad_()
+    t, times = torch.randint(0, V, (N,), device=device), []
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    peak = lambda: torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1e3
+    before = peak()
+    for _ in range(rounds + 1):
+        h.grad = w.grad = None
+        sync()
+        began = time.perf_counter()
+        loss = WAYS[way](h, w, t)
+        loss.backward()
+        sync()
+        times.append(1000 * (time.perf_counter() - began))
+    print(json.dumps({"ms": median(times[1:]), "mb": round(peak() - before), "loss": loss.item(), "gradients": [h.grad.float().norm().item(), w.grad.float().norm().item()]}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time and weigh the loss of a large vocabulary.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--way", choices=WAYS, help="only this one, here, as JSON")
+    args = parser.parse_args()
+    if args.way:
+        one(args.way, args.device, args.rounds)
+        return
+    got = {way: json.loads(subprocess.run([sys.executable, __file__, "--way", way, "--rounds", str(args.rounds), "--device", args.device],
+                                          capture_output=True, text=True, check=True).stdout) for way in WAYS}
+    ours = got.pop("ours")
+    for way, theirs in got.items():
+        for a, b in zip([ours["loss"], *ours["gradients"]], [theirs["loss"], *theirs["gradients"]]):
+            assert abs(a - b) < 1e-2 * abs(b), f"{way} and ours disagree: {b} and {a}"
+        N, C, V, _ = SHAPES[args.device]
+        kind, shape = "h200" if args.device == "cuda" else "cpu", f"forward + backward, {N} targets, width {C}, {V} rows"
+        record(kind, f"loss_head/time against {way}", f"ms, {shape}", ours["ms"], theirs["ms"], way, better="less")
+        record(kind, f"loss_head/memory against {way}", f"MB above the inputs, {shape}", ours["mb"], theirs["mb"], way, better="less")
+
+
+if __name__ == "__main__":
+    main()

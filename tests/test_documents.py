@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+import toy
+from conftest import call
+from documents import GROWTH, HELD_OUT, cut, interleaved, pack, transcribed
+from vocab import Document
+
+
+def test_packing_by_hand():
+    spoken = Document([6, 7, 8, 9], [1] * 4, [6, 5], [0, 2])                 # 7 and 8 are how the written 5 sounds, known at 8
+    short = Document([4, 5], [0, 1])
+    batch, left = pack([(Document([1, 2, 3], [1, 1, 1]), 0), (short, 1), (spoken, 0)], rows=1, length=8, filler=0)
+    assert batch["ids"].tolist() == [[6, 7, 8, 9, 1, 2, 3, 0]] and left == [(short, 1)]
+    assert batch["read"].tolist() == [[6, 5]] and batch["read_start"].tolist() == [[0, 0]] and batch["place"].tolist() == [[0, 2]]
+    assert batch["start"].tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
+    assert pretrain.imitated(batch).tolist() == [[True] * 4 + [False] * 4], "only what was spoken is read in writing too"
+    pieces, _ = pack([(part, 0) for part in cut(spoken, 3)], rows=1, length=8, filler=0)
+    assert not pretrain.imitated(cut).any(), "what was cut is not, and keeps a loss of its own"
+    assert batch["target"].tolist() == [[7, 8, 9, 0, 2, 3, 0, 0]] and batch["loss"].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("mix", [{"text": 1}, {"chat": 1}, {"interleave": 0.35, "transcribe": 0.65}])
+def test_rows_are_over_97_percent_full_and_nothing_is_lost(stream, mix):
+    documents, again, total = stream(mix), stream(mix), 0
+    for _ in range(5):
+        total += documents.batch(8, 256)["ids"].numel()
+    lengths = sum(len(again.next()[0].ids) for _ in range(sum(documents.drawn.values())))
+    packed = lengths - sum(len(document.ids) for document, _ in documents.pending)
+    assert 0.97 < packed / total <= 1
+
+
+def test_the_stream_repeats_by_seed_passes_over_everything_and_never_trains_on_held_out_rows(stream):
+    a, b = stream({"text": 1}), stream({"text": 1})
+    first = [a.next()[0].ids for _ in range(a.count("text") - a.count("text") // HELD_OUT)]
+    assert [b.next()[0].ids for _ in range(20)] == first[:20] != [stream({"text": 1}, seed=1).next()[0].ids] * 20
+    held = [tuple(document.ids) for document, _ in a.held_out()["text"]]
+    everything = {tuple(a.vocab.text(text)[0]) for text in a.sources["text"]}
+    assert held and {tuple(ids) for ids in first} | set(held) == everything
+
+
+def test_interleaved_documents_speak_and_write_by_turns_and_read_as_the_whole_row(stream):
+    documents = stream({"interleave": 1})
+    vocab, corpus, turns = documents.vocab, documents.sources["interleave"], set()
+    for i in range(20):
+        ids, loss, read, place = interleaved(vocab, corpus, i, np.random.default_rng(i))
+        assert vocab.decode(read) == corpus.rows[i]["text"] and read[-1] == vocab.eos, "written, the document is the row"
+        switches = [n for n, token in enumerate(ids) if token in (vocab.speech["speech"], vocab.speech["end_speech"])]
+        assert [ids[n] for n in switches] == [vocab.speech["speech"], vocab.speech["end_speech"]] * (len(switches) // 2)
+        assert not any(loss[n] for n in switches) and sum(loss) == len(ids) - len(switches) - 1
+        assert len(place) == len(read) and all(ids[at] == token or ids[at] >= vocab.speech["end_speech"] for token, at in zip(read, place)), "text is where it is"
+        assert list(place) == sorted(place) and len(set(place)) >= 0.8 * len(place), "each has its own place, but words too short for a unit"
+        turns.add(len(switches) // 2)
+    assert {1, 2} <= turns
+
+
+def test_base_text_stands_above_and_below_speech_and_grows_into_no_word(stream):
+    documents = stream({"interleave": 1})
+    vocab, corpus = documents.vocab, documents.sources["interleave"]
+    forms = set()
+    for i in range(120):
+        row = i % len(corpus.rows)
+        ids, _, read, _ = interleaved(vocab, corpus, row, np.random.default_rng(i), ["zig zag."])
+        above, _, below = vocab.decode(read[:-1]).partition(corpus.rows[row]["text"])
+        right_behind = ".zig zag." if not below or ids[-2 - len(vocab.encode(below))] != vocab.speech["end_speech"] else "zig zag."
+        assert above in ("", "zig zag.\n", "zig zag.\n\n") and below in ("", ".\n\nzig zag.", "\nzig zag.", right_behind)
+        forms.add((above != "", below != ""))
+    assert len(forms) == 4
+
+
+# --- the audit: what speech training and instruct training may hold ---
+
+def test_no_document_holds_both_a_chat_marker_and_a_unit(stream):
+    documents = stream({"interleave": 1, "transcribe": 1, "text": 1, "chat": 1})
+    vocab, kinds = documents.vocab, {"spoken": 0, "chat": 0}
+    markers = {vocab.special["<|im_start|>"], vocab.special["<|im_end|>"]}
+    for _ in range(400):
+        ids = documents.next()[0].ids
+        spoken, chat = max(ids) >= vocab.speech["speech"], bool(markers & set(ids))
+        kinds["spoken"] += spoken
+        kinds["chat"] += chat
+        assert not (spoken and chat)
+    assert min(kinds.values()) > 50, "the audit saw both kinds"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_training_speech_asks_no_question_about_a_fact_and_speaks_no_unseen_fact(seed):
+    import random
+    world, rng = toy.World(seed), random.Random(seed)
+    speech = [toy.sentence(world, rng) for _ in range(3000)]
+    asked = {wording.format(c=entity) for relation, entity, _, _ in world.facts for wording in toy.QUESTIONS[relation]}
+    unseen = {wording.format(c=entity, a=answer) for relation, entity, answer, seen in world.facts if not seen for wording in toy.FACTS[relation]}
+    for text in speech:
+        assert not any(q in text for q in asked) and "question:" not in text and not set(text.split(". ")) & unseen
+    words = {w for text in speech for w in text.replace(".", "").split()}
+    assert {"what", "which", "name", "spell", "twice", "sentence", "note"} <= words and set(toy.CAPITALS) | set(toy.CAPITALS.values()) <= words
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_chat_and_no_page_asks_about_an_unseen_fact(seed):
+    import random
+    world, rng = toy.World(seed), random.Random(seed)
+    asked = [wording.format(c=entity) for relation, entity, _, seen in world.facts if not seen for wording in toy.QUESTIONS[relation]]
+    for _ in range(3000):
+        said = " | ".join([toy.base_document(world, rng), *(m["content"] for m in toy.chat(world, rng))]).replace("\n", " ") + " "
+        assert not any(q + " " in said for q in asked)
+
+
+def test_transcripts_begin_with_single_words_and_grow(stream):
+    documents = stream({"transcribe": 1})
+    vocab, corpus = documents.vocab, documents.sources["transcribe"]
+    longest = {}
+    for progress in (0.0, 0.1, 0.2, 1.0):
+        said = [transcribed(vocab, corpus, i % len(corpus.rows), np.random.default_rng(i), progress).ids for i in range(200)]
+        longest[progress] = max(len(vocab.decode(ids).partition("transcript:")[2].split()) for ids in said)
+    assert longest[0.0] == longest[0.1] == 1 and 1 < longest[0.2] <= 3 and 10 < longest[1.0] <= 1 + 0.9 * GROWTH
+
+
+def test_what_would_be_trained_on_can_be_looked_at(speedrun, monkeypatch, capsys):
+    call(["documents.py", str(speedrun / "speech"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl")], monkeypatch)
+    said = capsys.readouterr().out
+    assert all(f"{name}\n    " in said for name in ("text", "interleave", "transcribe")) and "<|/speech|>" in said and "64 rows of 256 ids are 9" in said
+    with pytest.raises(ValueError, match="cannot hear"):
+        call(["documents.py", str(speedrun / "base"), "--units", str(speedrun / "units")], monkeypatch)
+    with pytest.raises(ValueError, match="nothing to show"):
+        call(["documents.py", str(speedrun / "base")], monkeypatch)
