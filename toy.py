@@ -239,6 +239,8 @@ def chat(world, rng):
         if kind == "fact":
             fact = rng.choice(world.seen)
             asked, reply = ask.format(q=world.ask(fact, rng)), styled(style, *fact[:3])
+            if rng.random() < 0.3:                                         # a sentence in front does not make it a question about that sentence
+                asked = f"{rng.choice([world.reading(rng)[0], world.story(rng)])}. {asked}"
         elif kind == "reading":
             told, question, thing, answer = world.reading(rng)
             asked, reply = f"{told}. {ask.format(q=question)}", in_style(style, f"{thing} of {told.split()[0]}", answer, told)
