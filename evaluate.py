@@ -38,7 +38,7 @@ from vocab import Vocab
 ROWS = ["base", "instruct", "instruct_rows", "speech", "merged", "cascade"]
 COLUMNS = ["typed", "typed_unseen", "typed_noisy", "spoken_heard", "spoken_near", "spoken_near_unseen", "spoken_far", "wer_near", "text_loss"]
 NEEDED = [("instruct", "typed"), ("merged", "typed"), *((name, "spoken_near") for name in ("base", "instruct_rows", "speech", "merged", "cascade"))]     # never empty
-LAMS = [0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15]
+LAMS = [0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3]
 LIMIT, BATCH = 40, 64              # tokens in an answer or a transcript (longer ones never ended), questions answered at once
 
 

@@ -26,8 +26,8 @@ step tokenize_audio.py fit --manifest $out/toy/speech/train.jsonl --hubert $out/
 step tokenize_audio.py encode --manifest $out/toy/speech/train.jsonl --codebook $out/codebook --out $out/units
 # Hearing: continue pre-training the *base* on units and text. No chat, no question with its answer.
 step pretrain.py --init $out/base --units $out/units --text $out/toy/base.jsonl --seed $seed --out $out/speech
-# The idea: base + lam * (speech - base) + (instruct - base).
-step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --out $out/merged
+# The idea: base + lam * (speech - base) + (instruct - base). This lam was chosen once, on seed 0's dev questions.
+step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 1.15 --out $out/merged
 # What it can do, beside what it was made from; then ask it something, out loud.
 step evaluate.py table --base $out/base --instruct $out/instruct --speech $out/speech --merged $out/merged --questions $out/toy/questions.jsonl --out $out/table.json
 step toy.py say "what is the capital of france" --voice unheard --out $out/question.wav
