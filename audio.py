@@ -24,6 +24,7 @@ HOP = 320                                               # samples per frame: the
 FRAME_RATE = SAMPLE_RATE // HOP                         # 50 frames per second
 WINDOW = 400                                            # samples one frame sees: 25 ms
 PAD = (WINDOW - HOP) // 2                               # 40 samples on each side, so that frames = samples // HOP exactly
+SEEK = 30                                               # seconds before a stretch that are read with it: in Ogg's last page no place is found
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
 # --- samples ---------------------------------------------------------------------------------------------------------------
@@ -34,12 +35,14 @@ def load(path, begin=0, end=None):
     path = Path(path)
     with opened(path) as file:
         up, down = ratio(file.samplerate, SAMPLE_RATE)
-        lead = math.ceil(48 / cut_off(up, down)) + 30 * file.samplerate    # what filters reach, and more: Ogg's last page cannot be sought in
-        first = max(0, begin // up - -(-lead // down))                     # in periods of the filters, `down` samples in and `up` out
+        reach = math.ceil(48 / cut_off(up, down))                          # samples that the filters see on either side
+        first = max(0, begin // up - -(-(reach + SEEK * file.samplerate) // down))     # in periods of the filters, `down` samples in and `up` out
+        if begin * down >= file.frames * up > 0:
+            raise ValueError(f"{path}: ends after {file.frames / file.samplerate:.1f} s, before the stretch that is wanted")
         try:
             if first:
                 file.seek(first * down)
-            samples = file.read(-1 if end is None else max(0, -(-end * down // up) + lead - first * down), dtype="float32", always_2d=True)     # (N, channels)
+            samples = file.read(-1 if end is None else max(0, -(-end * down // up) + reach - first * down), dtype="float32", always_2d=True)     # (N, channels)
         except (soundfile.LibsndfileError, RuntimeError, ValueError, MemoryError):     # the last two: a header that promises more than memory holds
             raise unreadable(path) from None
         if len(samples) == 0:
@@ -76,12 +79,20 @@ class Recording:
         with opened(self.path) as file:
             up, down = ratio(file.samplerate, SAMPLE_RATE)
             self.length = -(-file.frames * up // down)
+        if self.length > 1000 * 3600 * SAMPLE_RATE:
+            raise ValueError(f"{path}: its header promises {self.length / SAMPLE_RATE / 3600:.0f} hours, more than any recording; it is damaged")
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, part):
-        return load(self.path, part.start or 0, self.length if part.stop is None else min(part.stop, self.length))
+        if part == slice(None):
+            return load(self.path)
+        begin, end, _ = part.indices(self.length)
+        samples = load(self.path, begin, end)
+        if len(samples) < end - begin:
+            raise ValueError(f"{self.path}: ends after {(begin + len(samples)) / SAMPLE_RATE:.1f} s, though its header promises {self.length / SAMPLE_RATE:.1f} s")
+        return samples
 
 
 def ratio(rate, to):

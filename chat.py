@@ -1,14 +1,19 @@
-"""Talk to a merged model: spoken questions (audio files) and typed ones, in one conversation, answered as they are written.
+"""Talk to a merged model: spoken questions (audio files, or the microphone) and typed ones, in one conversation, answered as they are written.
 
-in   a model folder that hears; paths of audio, or lines typed       out  replies, streamed
+in   a model folder that hears; lines typed, paths of audio in them, or JSON lines        out  replies, streamed; --json: a JSON line a turn
 see  the spoken turn of vocab.py: <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
 run  python chat.py out/merged out/question.wav         # answers and exits; without audio it asks for lines
 """
 import argparse
 import codecs
+import json
+import os
+import shlex
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import audio
@@ -18,75 +23,165 @@ from tokenize_audio import AudioTokenizer
 from vocab import Vocab
 
 LIMIT = 256                                             # tokens in a reply
-HELP = "a line is a typed turn, a path to audio a spoken one; :reset forgets the conversation, :quit (or Ctrl-D) ends it"
+SLOWEST = 2                                             # units a second: no speech has fewer, so what is longer than the context is known before it is heard
+SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}      # what looks like audio in a line; the latter get the ffmpeg command
+HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces; several, and words beside them, make one turn)
+:rec           speak; Enter ends it                 :why     the last turn as the model reads it, token by token
+:system TEXT   how it should behave from here on    :reset   forget the conversation
+:help          this                                 :quit    or Ctrl-D: end. Ctrl-C stops a reply"""
 
 
 class Chat:
-    """A conversation with the model of a folder. `messages` is what was said, spoken turns as their units."""
+    """A conversation with the model of a folder. `messages` is what was said, spoken turns as their units; `took` how long the last reply was in coming."""
 
     def __init__(self, folder, device="cpu", hubert=None, temperature=0.0):
         self.model, self.vocab = LM.load(folder, device).eval(), Vocab(folder)
         self.vocab.markers()                                                # a ValueError now rather than at the first turn
         self.ears = AudioTokenizer(folder, device, hubert) if self.vocab.speech else None
-        self.folder, self.temperature, self.messages = folder, temperature, []
+        self.folder, self.temperature, self.messages, self.took = folder, temperature, [], {}
+        self.room = self.model.config.max_position_embeddings - LIMIT       # tokens that a prompt may have
 
     def listen(self, path):
         """(units, seconds) of an audio file."""
+        return self.hear(audio.Recording(path), path)
+
+    def hear(self, samples, name):
+        """(units, seconds) of samples, or of a Recording."""
         if not self.ears:
             raise ValueError(f"{self.folder} cannot hear (no speech.json); chat with a merged model, or type")
-        samples = audio.load(path)
+        seconds = len(samples) / audio.SAMPLE_RATE
         if len(samples) < self.ears.hop:
-            raise ValueError(f"{path}: {len(samples)} samples at 16 kHz, too short to hear anything")
-        return self.ears(samples)[0], len(samples) / audio.SAMPLE_RATE
+            raise ValueError(f"{name}: {len(samples)} samples at 16 kHz, too short to hear anything")
+        if seconds * SLOWEST > self.room:
+            raise ValueError(f"{name}: {seconds:.0f} s of sound, more than the model's context of {self.room} tokens can hold; give a part of it")
+        return self.ears(samples[:])[0], seconds
 
     def reply(self, content):
-        """Yield the reply to a turn, text or units, piece by piece; whole characters only. The turn and what was said of the
-        reply join the conversation, also when the caller stops early."""
+        """Yield the reply to a turn (text, units, or a list of both) piece by piece; whole characters only. The turn and what was said of
+        the reply join the conversation, also when the caller stops early."""
         self.messages.append({"role": "user", "content": content})
-        room = self.model.config.max_position_embeddings - LIMIT
-        while len(prompt := self.vocab.turn(self.messages)) > room:
-            if len(self.messages) == 1:
-                self.messages.clear()
-                raise ValueError(f"the turn alone takes {len(prompt)} tokens, the model's context leaves {room}; say less at once")
-            del self.messages[:2]
+        while len(prompt := self.vocab.turn(self.messages)) > self.room:
+            oldest = int(self.messages[0]["role"] == "system")
+            if len(self.messages) == oldest + 1:
+                self.messages.pop()
+                raise ValueError(f"the turn alone takes {len(prompt)} tokens, the model's context leaves {self.room}; say less at once")
+            del self.messages[oldest:oldest + 2]
             yield "[the oldest turns no longer fit and are forgotten] "
-        said, whole = "", codecs.getincrementaldecoder("utf-8")("replace")
+        said, whole, began, times = "", codecs.getincrementaldecoder("utf-8")("replace"), time.perf_counter(), []
         try:
             for ids in generate(self.model, [torch.tensor(prompt)], LIMIT, self.vocab.stop, self.vocab.text_rows(), self.temperature):
+                times.append(time.perf_counter() - began)
                 piece = whole.decode(self.vocab.bytes_of.get(int(ids[0]), b""))
                 said += piece
                 yield piece
         finally:
             self.messages.append({"role": "assistant", "content": said})
+            if times:
+                self.took = {"prompt_tokens": len(prompt), "prefill_per_second": round(len(prompt) / times[0], 1), "reply_tokens": len(times),
+                             "decode_per_second": round((len(times) - 1) / max(1e-9, times[-1] - times[0]), 1), "first_token_seconds": round(times[0], 3)}
 
     def heard(self, units):
         """The model's own transcript of units: what it understood."""
         ids = [int(i[0]) for i in generate(self.model, [torch.tensor(self.vocab.heard(units))], LIMIT, self.vocab.stop, self.vocab.text_rows())]
         return self.vocab.decode(ids).strip().removesuffix(".")
 
+    def begin(self, system=None):
+        """Forget the conversation, or begin one with a system message."""
+        self.messages = [{"role": "system", "content": system}] if system else [m for m in self.messages if m["role"] == "system"]
 
-def turn(chat, line, transcribe, spoken=False):
-    """Answer one line on the screen, a path to audio if `spoken` or if it looks like one. True if it went well; a bad input is one line on stderr."""
-    path = Path(line.strip("'\"")).expanduser()
-    spoken = spoken or path.suffix.lower() in audio.AUDIO or line.startswith(("/", "./", "~")) or path.is_file()
+
+def parts_of(line):
+    """A line as its parts, [text or Path]: a path to audio, whole or among words, is spoken."""
+    path = Path(os.path.expanduser(line.strip("'\"")))
+    looks = path.suffix.lower() in SOUND or line.startswith(("/", "./", "../", "~"))
+    if looks and " " not in line or len(line) < 250 and path.is_file():
+        return [path]
     try:
-        content = line
-        if spoken:
-            content, seconds = chat.listen(path)
-            print(f"[{path}: {seconds:.2f} s, {len(content)} units]")
-            if transcribe:
-                print(f"heard: {chat.heard(content)}")
+        words = shlex.split(line)
+    except ValueError:                                                      # an apostrophe is no quote
+        return [line]
+    parts, text = [], []
+    for word in words:
+        if Path(word).suffix.lower() in SOUND:
+            parts += [" ".join(text), Path(os.path.expanduser(word))]
+            text = []
+        else:
+            text.append(word)
+    return [part for part in [*parts, " ".join(text)] if part] if parts else [line]
+
+
+def record():
+    """Samples from the microphone until Enter."""
+    try:
+        import sounddevice
+    except (ImportError, OSError):
+        raise ValueError("to speak, install sounddevice (pip) and PortAudio (on Debian: libportaudio2); or give the path of a recording") from None
+    blocks = []
+    try:
+        with sounddevice.InputStream(audio.SAMPLE_RATE, channels=1, dtype="float32", callback=lambda block, *_: blocks.append(block[:, 0].copy())):
+            input("[speak; Enter ends it] ")
+    except sounddevice.PortAudioError as error:
+        raise ValueError(f"no microphone: {error}") from None
+    return np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+def take(chat, parts, transcribe):
+    """(content, notes) of a turn's parts: text, paths, or samples. Notes: seconds, units, and what was heard if `transcribe`."""
+    content, notes = [], {"seconds": 0.0, "units": 0, "heard": []}
+    for part in parts:
+        if isinstance(part, str):
+            content.append(f" {part}" if content else part)
+            continue
+        units, seconds = chat.hear(part, "the recording") if isinstance(part, np.ndarray) else chat.listen(part)
+        content.append(units)
+        notes["seconds"], notes["units"] = round(notes["seconds"] + seconds, 2), notes["units"] + len(units)
+        if transcribe:
+            notes["heard"].append(chat.heard(units))
+    return content, {name: value for name, value in notes.items() if value}
+
+
+def one_line(error):
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+
+
+def turn(chat, parts, transcribe=False):
+    """Answer a turn on the screen. True if it went well; a bad input is one line on stderr."""
+    try:
+        content, notes = take(chat, parts, transcribe)
+        if "units" in notes:
+            print(f"[{', '.join(str(p) for p in parts if isinstance(p, Path)) or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} units]")
+        for heard in notes.get("heard", []):
+            print(f"heard: {heard}")
         print("model: ", end="", flush=True)
         for piece in chat.reply(content):
             print(piece, end="", flush=True)
-        print()
+        took = chat.took
+        print(f"\n[{took['prompt_tokens']} tokens read at {took['prefill_per_second']:.0f} a second, {took['reply_tokens']} written at {took['decode_per_second']:.0f}, "
+              f"the first after {took['first_token_seconds']:.2f} s]")
         return True
     except (ValueError, OSError) as error:
-        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"cannot answer that: {said}", file=sys.stderr)
+        print(f"cannot answer that: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print(" [stopped]")
     return False
+
+
+def for_programs(chat, lines, transcribe):
+    """JSON lines {"text"?, "audio"? (a path or several), "system"?, "reset"?} in, {"reply", ...} or {"error"} out."""
+    for line in lines:
+        try:
+            asked = json.loads(line)
+            if not isinstance(asked, dict) or not {"text", "audio", "system", "reset"} & asked.keys():
+                raise ValueError(f'got {line.strip()[:60]}, wanted {{"text": ..., "audio": ...}}')
+            if asked.get("reset") or asked.get("system"):
+                chat.begin(asked.get("system"))
+            sound = asked.get("audio") or []
+            parts = [Path(path) for path in ([sound] if isinstance(sound, str) else sound)] + ([str(asked["text"])] if asked.get("text") else [])
+            content, notes = take(chat, parts, transcribe)
+            said = {"reply": "".join(chat.reply(content)), **notes, **chat.took} if parts else {"reply": ""}
+        except (ValueError, OSError, TypeError) as error:
+            said = {"error": one_line(error)}
+        print(json.dumps(said, ensure_ascii=False), flush=True)
 
 
 def main():
@@ -94,6 +189,7 @@ def main():
     parser.add_argument("folder", help="a merged model folder (an instruct model can be typed to)")
     parser.add_argument("audio", nargs="*", help="audio files to answer, one after the other; then exit")
     parser.add_argument("--transcribe", action="store_true", help="show what the model heard before it answers")
+    parser.add_argument("--json", action="store_true", help='for programs: JSON lines {"text", "audio", "system", "reset"} in, {"reply", ...} or {"error"} out')
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always gives the likeliest reply (default); 0.7 varies it")
     parser.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
@@ -101,23 +197,43 @@ def main():
     if not args.temperature >= 0:
         raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
     chat = Chat(args.folder, args.device, args.hubert, args.temperature)
+    if args.json:
+        for_programs(chat, [json.dumps({"audio": path}) for path in args.audio] or sys.stdin, args.transcribe)
+        return
     if args.audio:
-        sys.exit(not all([turn(chat, path, args.transcribe, spoken=True) for path in args.audio]))
+        sys.exit(not all([turn(chat, [Path(path)], args.transcribe) for path in args.audio]))
+    try:
+        import readline                                                     # history and editing, as in a shell  # noqa: F401
+    except ImportError:
+        pass
     print(HELP)
     while True:
         try:
             line = input("you: ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
-        if line == ":quit":
+        except KeyboardInterrupt:                                           # as in a shell: a fresh line
+            print()
+            continue
+        command, _, rest = line.partition(" ")
+        if command == ":quit":
             return
-        if line == ":reset":
-            chat.messages.clear()
-        elif line.startswith(":"):
+        if command == ":reset":
+            chat.begin()
+        elif command == ":system":
+            chat.begin(rest.strip() or None)
+        elif command == ":why":
+            print(chat.vocab.spelled(chat.vocab.chat(chat.messages).ids) if chat.messages else "nothing was said yet")
+        elif command == ":rec":
+            try:
+                turn(chat, [record()], args.transcribe)
+            except ValueError as error:
+                print(f"cannot answer that: {error}", file=sys.stderr)
+        elif command.startswith(":"):
             print(HELP)
         elif line:
-            turn(chat, line, args.transcribe)
+            turn(chat, parts_of(line), args.transcribe)
 
 
 if __name__ == "__main__":

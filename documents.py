@@ -24,7 +24,10 @@ WAITING = 1.3                       # documents are chosen from among so many ro
 def read_text(path):
     """Texts of a JSON-lines file of {"text"}, or of a .txt with one document a line."""
     if Path(path).suffix == ".txt":
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     return [field(row, "text", path) for row in weights.read_lines(path)]
 
 
@@ -60,7 +63,7 @@ def interleaved(vocab, corpus, i, rng, texts=()):
     draw = lambda share: [texts[int(rng.integers(len(texts)))]] if texts and rng.random() < share else []
     above, below = draw(1 / 3), draw(1 / 2)
     if not row.get("words"):
-        following = corpus.rows[(i + 1) % len(corpus.rows)].get("text")
+        following = corpus.rows[i + 1].get("text") if i + 1 < len(corpus.rows) else None
         parts = [[(row.get("text", ""), np.asarray(corpus[i][0]))]] + ([" " + following] if following else [])
     aloud = rng.random() < 0.5
     while a < len(row.get("words") or []):
@@ -188,6 +191,10 @@ def main():
     vocab, units = Vocab(args.folder), args.units and Units(args.units)
     if units and not vocab.speech:
         raise ValueError(f"{args.folder} cannot hear (no speech.json), so units are no tokens of it; give a speech or merged model")
+    if units and vocab.speech["codebook_sha256"] != units.meta["codebook_sha256"]:
+        raise ValueError(f"{args.units} was encoded with another codebook than {args.folder} learnt")
+    if args.length < 2:
+        raise ValueError(f"--length {args.length}: wanted at least 2")
     sources = {"text": args.text and read_text(args.text), "chat": args.chat and read_chats(args.chat), "interleave": units, "transcribe": units}
     mix = {name: 1.0 for name, source in sources.items() if source}
     if not mix:
@@ -198,7 +205,7 @@ def main():
         print(f"{name}\n    {vocab.spelled(document.ids, document.loss)}\n")
     batch = documents.batch(64, args.length)
     empty = (batch["ids"] == vocab.eos) & (batch["start"] == torch.arange(args.length))
-    print(f"64 rows of {args.length} ids are {1 - empty.float().mean():.1%} full, with {int((batch['start'] == torch.arange(args.length)).sum() - empty.sum())} documents")
+    print(f"in equal shares, 64 rows of {args.length} ids are {1 - empty.float().mean():.1%} full, with {int((batch['start'] == torch.arange(args.length)).sum() - empty.sum())} documents")
 
 
 if __name__ == "__main__":

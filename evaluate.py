@@ -299,6 +299,138 @@ def markdown(seeds):
     return "\n".join(lines)
 
 
+# --- any benchmark ---------------------------------------------------------------------------------------------------------
+
+METRICS = ["exact", "wer", "choice"]
+
+
+def kept(args, made, items, work):
+    """work(list of items) -> list of results, for all items in batches. Every batch joins OUT.partial at once: after a stop the same command goes on there."""
+    if Path(args.out).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    partial = Path(f"{args.out}.partial")
+    text = partial.read_text() if partial.exists() else ""
+    lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]      # a kill may have left half a line
+    if lines and lines[0] != made:
+        raise ValueError(f"{partial} was begun with another model or other rows; give what it was begun with, or remove it")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [made]))
+    done = lines[1:]
+    with open(partial, "a") as file, tqdm(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
+        while len(done) < len(items):
+            got = work(items[len(done):len(done) + BATCH])
+            file.writelines(json.dumps(result) + "\n" for result in got)
+            file.flush()
+            done += got
+            bar.update(len(got))
+    return done
+
+
+def finished(args, result):
+    weights.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
+    Path(f"{args.out}.partial").unlink()
+    print(json.dumps({name: value for name, value in result.items() if name not in ("made", "rows")}, indent=1))
+
+
+@torch.inference_mode()
+def at_every_place(model, prompts):
+    """Log-probabilities (T, V) behind every id of each prompt (lists of ids), one prompt after the other."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(model.lm_head.weight.device)      # (B, T): what is behind the end is not seen
+    hidden = model.model(ids)                                              # (B, T, C)
+    for row, prompt in zip(hidden, prompts):
+        yield model.lm_head(row[:len(prompt)]).float().log_softmax(-1)
+
+
+def letters(vocab, n):
+    """The id with which a reply begins that is the letter A, B, C ... of n choices."""
+    ids = [vocab.encode(chr(65 + i))[0] for i in range(n)]
+    if n > 26 or len(set(ids)) < n:
+        raise ValueError(f"{n} choices: wanted at most 26, with letters that this tokenizer tells apart")
+    return ids
+
+
+def read_benchmark(path):
+    rows = weights.read_lines(path)
+    for number, row in enumerate(rows, 1):
+        row["metric"] = row.get("metric") or ("choice" if row.get("choices") else "exact")
+        wrong = (row["metric"] not in METRICS and f"metric {row['metric']!r}, wanted one of {', '.join(METRICS)}" or
+                 not isinstance(row.get("answer"), str) and "no answer, wanted a string" or
+                 not any(isinstance(row.get(name), str) for name in ("audio", "text", "instruction")) and "nothing to ask, wanted audio, text or instruction" or
+                 row["metric"] == "choice" and (not isinstance(row.get("choices"), list) or row["answer"] not in row["choices"] + [chr(65 + i) for i in range(len(row["choices"]))])
+                 and "answer is none of its choices nor their letters")
+        if wrong:
+            raise ValueError(f"{path}, row {number}: {wrong}")
+    return rows
+
+
+def benchmark(args):
+    """Score a model on JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}."""
+    rows, folder = read_benchmark(args.rows), Path(args.rows).parent
+    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder)
+    ears = AudioTokenizer(args.folder, args.device, args.hubert) if any(row.get("audio") for row in rows) else None
+
+    def content(row):
+        words = [row[name] for name in ("text", "instruction") if row.get(name)]
+        if row["metric"] == "choice":
+            words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(row["choices"])] + ["Answer with the letter."]
+        heard = [ears(audio.load(folder / row["audio"]))[0]] if row.get("audio") else []
+        return heard + ([" " * bool(heard) + "\n".join(words)] if words else [])
+
+    def work(part):
+        prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
+        open_ = [i for i, row in enumerate(part) if row["metric"] != "choice"]
+        said = dict(zip(open_, replies(model, vocab, [prompts[i] for i in open_])))
+        chosen = [i for i, row in enumerate(part) if row["metric"] == "choice"]
+        for i, places in zip(chosen, at_every_place(model, [prompts[i] for i in chosen]) if chosen else ()):
+            said[i] = chr(65 + int(places[-1, letters(vocab, len(part[i]["choices"]))].argmax()))
+        return [said[i] for i in range(len(part))]
+
+    said, result = kept(args, weights.recipe([args.folder, args.rows])["inputs"], rows, work), {}
+    for metric in METRICS:
+        pairs = [(normal(text), row) for text, row in zip(said, rows) if row["metric"] == metric]
+        if not pairs:
+            continue
+        if metric == "wer":
+            words = [normal(row["answer"]).split() for _, row in pairs]
+            result[metric] = ratio([edit_distance(text.split(), w) for (text, _), w in zip(pairs, words)], [len(w) for w in words])
+        elif metric == "exact":
+            result[metric] = share([text == normal(row["answer"]) for text, row in pairs])
+        else:
+            result[metric] = share([text.upper() == row["answer"] or row["choices"][ord(text.upper()) - 65] == row["answer"] for text, row in pairs])
+    finished(args, result | {"rows": said, "made": weights.recipe([args.folder, args.rows])})
+
+
+def pairs(args):
+    """Share of pairs of clips in which the model finds the good one likelier, per unit; ties half. (sBLIMP, sWUGGY, spoken StoryCloze, SALMon.)"""
+    if Path(args.rows).is_dir():
+        good = {path.relative_to(Path(args.rows) / "good"): path for path in sorted((Path(args.rows) / "good").rglob("*")) if path.suffix.lower() in audio.AUDIO}
+        rows, folder = [{"good": str(path), "bad": str(Path(args.rows) / "bad" / name)} for name, path in good.items()], Path()
+    else:
+        rows, folder = weights.read_lines(args.rows), Path(args.rows).parent
+    if not rows or not all(isinstance(row.get(side), str) for row in rows for side in ("good", "bad")):
+        raise ValueError(f'{args.rows}: wanted folders good/ and bad/ with files of the same names, or JSON lines {{"good": path, "bad": path}}')
+    model, vocab, ears = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder), AudioTokenizer(args.folder, args.device, args.hubert)
+    first, k = vocab.speech["first_unit"], vocab.speech["k"]
+
+    def hear(path):
+        units, _ = ears(audio.load(path))
+        if not len(units):
+            raise ValueError(f"{path}: under one frame, nothing to compare")
+        return vocab.span(units)[:-1]
+
+    def work(part):
+        prompts = [hear(folder / row[side]) for row in part for side in ("good", "bad")]
+        mean = []
+        for prompt, places in zip(prompts, at_every_place(model, prompts)):
+            units = places[:-1, first:first + k].log_softmax(-1)           # (n, k): among units alone, as in training
+            mean.append(units.gather(1, torch.tensor(prompt[1:], device=units.device)[:, None] - first).mean().item())
+        return [[g, b] for g, b in zip(mean[::2], mean[1::2])]
+
+    scores = kept(args, weights.recipe([args.folder, args.rows])["inputs"], rows, work)
+    won = [1.0 if g > b else 0.5 if g == b else 0.0 for g, b in scores]
+    finished(args, {"pairs": share(won), "rows": scores, "made": weights.recipe([args.folder, args.rows])})
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measure what the merged model can do, beside what it was made from.")
     commands = parser.add_subparsers(dest="action", required=True)
@@ -312,11 +444,18 @@ def main():
     again.add_argument("table", help="a table.json")
     two = commands.add_parser("report", help="join the tables of several seeds")
     two.add_argument("tables", nargs="+", help="table.json files")
-    for command in (one, two):
-        command.add_argument("--out", required=True, help=".json to write; its picture goes beside it as .png")
+    three = commands.add_parser("benchmark", help='score a model on JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}')
+    four = commands.add_parser("pairs", help="how often the good clip of a pair is likelier: a folder with good/ and bad/, or JSON lines")
+    for command in (three, four):
+        command.add_argument("folder", help="a model folder that hears")
+        command.add_argument("rows", help="the rows" if command is three else "a folder with good/ and bad/, or JSON lines")
+        command.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    for command in (one, two, three, four):
+        command.add_argument("--out", required=True, help=".json to write; of table and report, a picture goes beside it as .png")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-    {"table": table, "report": report, "show": lambda args: show(read_table(args.table))}[args.action](args)
+    {"table": table, "report": report, "show": lambda args: show(read_table(args.table)), "benchmark": benchmark, "pairs": pairs}[args.action](args)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def attention(q, k, v, start=None):
     returns (B, H, T, D). Key j is visible to query i iff start[i] <= j <= i: that is the whole mask of packed documents.
     """
     T, S = q.shape[2], k.shape[2]
-    if q.is_cuda and triton and start is not None and T == S and q.dtype != torch.float32:
-        return Flash.apply(q.contiguous(), k.contiguous(), v.contiguous(), start.int().contiguous())
+    if q.is_cuda and triton and start is not None and T == S and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 128:
+        with torch.cuda.device(q.device):                                  # Triton launches where torch is, not where its tensors are
+            return Flash.apply(q.contiguous(), k.contiguous(), v.contiguous(), start.int().contiguous())
     grouped = q.shape[1] != k.shape[1]
     if start is None and (T == S or T == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
@@ -106,12 +107,12 @@ if triton:
     def load(X, row, T, D, i, WIDTH: tl.constexpr):
         """Positions i (n,) of head `row` of X (rows, T, D) as a tile (n, WIDTH); zeros outside."""
         d = tl.arange(0, WIDTH)
-        return tl.load(X + (row * T + i[:, None]) * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0)
+        return tl.load(X + (row.to(tl.int64) * T + i[:, None]) * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0)
 
     @triton.jit
     def store(X, row, T, D, i, x, WIDTH: tl.constexpr):
         d = tl.arange(0, WIDTH)
-        tl.store(X + (row * T + i[:, None]) * D + d[None, :], x.to(X.dtype.element_ty), mask=(i[:, None] < T) & (d[None, :] < D))
+        tl.store(X + (row.to(tl.int64) * T + i[:, None]) * D + d[None, :], x.to(X.dtype.element_ty), mask=(i[:, None] < T) & (d[None, :] < D))
 
     @triton.jit
     def attend(q, i, first, m, l, a, K, V, row, T, D, scale, begin, stop, MASKED: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):
@@ -216,9 +217,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, target, worth, barred):
         N = len(target)
         each = torch.empty(N, device=hidden.device)
-        wanted = hidden.requires_grad or weight.requires_grad
-        d_hidden = torch.empty_like(hidden) if wanted else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         for a in range(0, N, CHUNK):
             part = slice(a, a + CHUNK)
             logits = (hidden[part] @ weight.T).float()                     # (n, V): all that ever exists of them
@@ -227,12 +227,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             right = target[part, None]
             lse = logits.logsumexp(-1, keepdim=True)
             each[part] = (lse - logits.gather(-1, right))[:, 0]
-            if wanted:
+            if hidden.requires_grad or weight.requires_grad:
                 gradient = logits.sub_(lse).exp_()                         # (n, V): the softmax, less 1 at the target, times what the token is worth
                 gradient.scatter_add_(-1, right, torch.full_like(lse, -1.0)).mul_(worth[part, None])
                 gradient = gradient.to(hidden.dtype)
-                d_hidden[part] = gradient @ weight
-                d_weight += gradient.T @ hidden[part]
+                if d_hidden is not None:
+                    d_hidden[part] = gradient @ weight
+                if d_weight is not None:
+                    d_weight += gradient.T @ hidden[part]
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(each)
@@ -241,7 +243,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * g, (d_weight * g).to(ctx.dtype), None, None, None
+        return d_hidden if d_hidden is None else d_hidden * g, d_weight if d_weight is None else (d_weight * g).to(ctx.dtype), None, None, None
 
 
 def linear_cross_entropy(hidden, weight, target, worth, barred=None):
@@ -251,6 +253,8 @@ def linear_cross_entropy(hidden, weight, target, worth, barred=None):
     the softmax. The gradient is taken in the forward pass, CHUNK targets at a time, while their logits are there: nothing is computed twice.
     Under autocast the products are made in its dtype, sums in float32. The second result is for the log: no gradient flows through it.
     """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()                  # nobody will ask for gradients: do not make them
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
     with torch.autocast(hidden.device.type, enabled=False):

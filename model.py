@@ -142,7 +142,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.K, -1).transpose(1, 2)          # (B, K, T, D)
         if self.norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)       # under autocast q_norm hands on float32
         if past is not None:
             k, v = past.extend(k, v)                                       # (B, K, S, D)
         y = attention(q, k, v, start)                                      # (B, H, T, D)

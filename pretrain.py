@@ -1,6 +1,6 @@
 """Continue pre-training a language model on text, on chats, or on speech units and text: one plain loop for all three.
 
-in   a tokenizer and a --size, or --init MODEL; --text, --chat or --units     out  a model folder (and log.jsonl in it)
+in   a tokenizer and a --size, or --init MODEL; --text, --chat or --units     out  a model folder (log.jsonl and loss.png in it)
 see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv:2402.05755) for interleaved documents;
      Muon (arXiv:2502.16982) for steps of one size in all directions of a matrix; L2-SP (arXiv:1802.01483) for the pull to the weights
      it starts from; Adam-NSCL (arXiv:2103.07113) for changes that old inputs do not feel
@@ -70,8 +70,9 @@ def losses(model, batch, first_unit, k, unit_worth=1.0, silent=None, states=None
     at = at if silent is None else at & ~silent
     hidden, target, is_unit = hidden[at], target[at], is_unit[at]           # (N, C), (N,), (N,): N targets bear loss
     row = torch.arange(len(head), device=head.device)
-    each, total = torch.zeros(len(target), device=head.device), 0.0 * hidden.sum()
-    for which, rows, barred, worth in ((~is_unit, slice(None), (row >= first_unit) & (row < first_unit + k), 1.0), (is_unit, slice(first_unit, first_unit + k), None, unit_worth)):
+    units = (row >= first_unit) & (row < first_unit + k) if k else None
+    each, total = torch.zeros(len(target), device=head.device), 0.0 * (hidden.sum() + head.sum())
+    for which, rows, barred, worth in ((~is_unit, slice(None), units, 1.0), (is_unit, slice(first_unit, first_unit + k), None, unit_worth)):
         if which.any():
             part, each[which] = linear_cross_entropy(hidden[which], head[rows], target[which] - (rows.start or 0), torch.full_like(each[which], worth), barred)
             total = total + part
@@ -103,9 +104,9 @@ def imitation(states, batch, reader, first_new):
         worth = parts.sum(0) if n >= ears else parts[1]                    # (N,): behind the ears all, before that text alone
         apart = ours - theirs_
         unlike = unlike + ((apart @ measure(theirs_) * apart).mean(-1) * worth).sum() / (len(states) - ears)
-    heard = F.rms_norm(states[ears - 1][row, place].float(), states[0].shape[-1:])                                # (N, C)
-    logits = F.linear(heard, reader.model.embed_tokens.weight[:first_new].float()).float()                        # (N, text rows)
-    named = (F.cross_entropy(logits, batch["read"][row, at], reduction="none") * parts[0]).sum()
+    word = speech > 0                                                      # (N,)
+    heard = F.rms_norm(states[ears - 1][row, place][word].float(), states[0].shape[-1:])                          # (words, C)
+    named, _ = linear_cross_entropy(heard, reader.model.embed_tokens.weight[:first_new], batch["read"][row, at][word], parts[0][word])
     return named, unlike
 
 
@@ -246,9 +247,6 @@ def train(args, out, rank, world):
         add_lora(model, args.lora, args.lora_alpha or 2 * args.lora)
     model.to(device)
     model.model.recompute = args.recompute
-    if args.compile:
-        for block in model.model.layers:
-            block.compile()
     sources = {"text": args.text and read_text(args.text),
                "chat": args.chat and read_chats(args.chat)}
     sources["interleave"] = sources["transcribe"] = args.units and Units(args.units)
@@ -265,14 +263,19 @@ def train(args, out, rank, world):
 
     body, rows = parameter_groups(model, args.layers, first_new)
     stay = torch.arange(model.config.vocab_size, device=device) < first_new     # text rows stay: other depths and other deltas rely on them
-    if args.layers[0] > 0 and not first_new:                               # nor may behaviour move words: spoken ones would lack what it added to them
+    if (args.layers[0] > 0 or args.lora) and not first_new:                               # nor may behaviour move words: spoken ones would lack what it added to them
         stay |= ~torch.isin(torch.arange(len(stay), device=device), torch.tensor([*vocab.special.values()], device=device))
     filters = {}
     if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
         raise ValueError(f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, documents that show which inputs text uses")
+    on_gpu = torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device)      # where float32 would miss the fused attention
     if args.keep_text:
-        filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device, args.rows, args.length)
+        with on_gpu:
+            filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device, args.rows, args.length)
     reader = copy.deepcopy(model).requires_grad_(False) if args.imitate and args.units else None
+    if args.compile:
+        for block in [*model.model.layers, *(reader.model.layers if reader else ())]:
+            block.compile()
     by_turns = list(mix).index("interleave") if "interleave" in mix else -1
     anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
@@ -293,10 +296,16 @@ def train(args, out, rank, world):
             optimizer.load_state_dict(state)
         step, spent, heard, documents.drawn = saved["step"], saved["seconds"], saved["heard"], saved["drawn"]
         documents.pending = [(Document(*document), kind) for document, kind in saved["pending"]]
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
         if rank == 0:
-            log.write_text("".join(line + "\n" for line in kept))
-        tqdm.write(f"resuming at step {step} of {args.steps}")
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))      # a kill may have left half a line
+            tqdm.write(f"resuming at step {step} of {args.steps}")
+
+    if world > 1:
+        steps = torch.tensor([step, -step], device=device)
+        torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise ValueError(f"this process is at step {step}, another at {max(steps.tolist())}: all must see the same {out}; put it on a shared disk")
 
     def save_checkpoint():
         state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "seconds": spent + time.time() - began, "heard": heard,
@@ -331,7 +340,7 @@ def train(args, out, rank, world):
             for x in [mean, *(p.grad for p in [*body, *rows])]:
                 torch.distributed.all_reduce(x)
         if not torch.isfinite(mean):
-            raise ValueError(f"step {step}: the loss is {mean.item()}; the last checkpoint is kept in {out}. Lower --lr")
+            raise ValueError(f"step {step}: the loss is {mean.item()}; what was saved last is kept in {out}. Lower --lr")
         for p in rows:
             p.grad[stay] = 0
         if step <= args.rows_first:
@@ -354,7 +363,8 @@ def train(args, out, rank, world):
             if peak:
                 row["share_of_peak"] = round(6 * sum(p.numel() for p in model.parameters()) * rate / (peak * world), 3)
             if step % (4 * LOG_EVERY) == 0 or step == args.steps:
-                row["held_out"] = {name: round(value, 4) for name, value in validate(model, held_out, args.length, vocab.eos, first_unit, k, device).items()}
+                with on_gpu:
+                    row["held_out"] = {name: round(value, 4) for name, value in validate(model, held_out, args.length, vocab.eos, first_unit, k, device).items()}
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
             tqdm.write(" | ".join([f"step {step}/{args.steps}", f"loss {row['loss']:.3f}", *(f"{n} {v:.3f}" for n, v in row["layouts"].items()),
@@ -373,8 +383,8 @@ def train(args, out, rank, world):
     if hearing:
         weights.copy_ears(hearing, out)
     (out / "training.json").write_text(json.dumps({"seconds": round(spent + time.time() - began, 1), "settings": settings}, indent=1) + "\n")
-    checkpoint.unlink(missing_ok=True)
     draw(log, out / "loss.png")
+    checkpoint.unlink(missing_ok=True)
 
 
 def draw(log, path):
@@ -470,6 +480,12 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets them
     if args.accumulate < 1 or args.accumulate % world:
         parser.error(f"--accumulate {args.accumulate}: wanted at least 1, and as many for each of {world} processes")
+    if not 0 <= rank < world or not 0 <= args.seed < 1 << 31:
+        parser.error(f"RANK {rank} of WORLD_SIZE {world}, --seed {args.seed}: wanted ranks from 0 and a seed from 0 to 2147483647")
+    if not (0 <= args.unit_loss < math.inf and 0 <= args.pull < math.inf):
+        parser.error(f"--unit-loss {args.unit_loss} --pull {args.pull}: wanted 0 or more")
+    if args.lora and args.size:
+        parser.error("--lora trains beside frozen matrices, which --size would leave random; give --init")
     if not 1 <= args.pace < math.inf:
         parser.error(f"--pace {args.pace}: wanted 1 (one position a token) or more")
     for path in (args.init, args.tokenizer, args.text, args.chat, args.units):
@@ -477,14 +493,14 @@ def main():
             raise FileNotFoundError(f"{path}: no such file or folder")
     if world > 1:
         if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
     if rank == 0:
         with weights.new_folder(args.out, [args.init, args.tokenizer, args.text, args.chat, args.units], args.overwrite, resume=True) as out:
             train(args, out, rank, world)
     else:
-        train(args, Path(args.out + ".partial"), rank, world)              # reads a checkpoint there, writes nothing
+        train(args, Path(args.out).with_name(Path(args.out).name + ".partial"), rank, world)      # reads a checkpoint there, writes nothing
     if world > 1:
         torch.distributed.destroy_process_group()
 

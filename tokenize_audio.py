@@ -35,6 +35,7 @@ ROWS = 2048                         # frames compared with all centroids at a ti
 STEADY = 3                          # HuBERT units then change some 15 times a second, near the rate of phones and of letters
 LONG, AROUND = 60 * audio.SAMPLE_RATE, 2 * audio.SAMPLE_RATE      # a longer clip is heard in windows of a minute, two seconds more on each side
 AHEAD = 64                          # clips decoded while the ones before are encoded; what a kill can cost
+MOST = 65_535                       # frames of a run: what durations.bin can hold
 SILENT = 1e-4                       # a clip that never gets louder than -80 dB
 SMALL = 50e6                        # bytes: a HuBERT up to this size travels with its codebook
 
@@ -89,12 +90,14 @@ def batches(lengths, seconds):
 
 def ahead(rows, decode):
     """(rows, what decode makes of each), AHEAD of them at a time; threads decode the next ones meanwhile."""
-    chunks, ready = [rows[a:a + AHEAD] for a in range(0, len(rows), AHEAD)], ()
-    with ThreadPoolExecutor(4) as pool:
+    chunks, ready, pool = [rows[a:a + AHEAD] for a in range(0, len(rows), AHEAD)], (), ThreadPoolExecutor(4)
+    try:
         for n in range(-1, len(chunks)):
             done, ready = list(ready), pool.map(decode, chunks[n + 1]) if n + 1 < len(chunks) else ()
             if n >= 0:
                 yield chunks[n], done
+    finally:
+        pool.shutdown(cancel_futures=True)                                 # whoever stops early waits for no clip that was not begun
 
 
 # --- k-means ---------------------------------------------------------------------------------------------------------------
@@ -188,6 +191,9 @@ def collapse(labels):
     """Runs made one: [7, 7, 7, 2, 2, 7] -> units [7, 2, 7], durations [3, 2, 1], in frames."""
     labels = np.asarray(labels)
     starts = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]])) if len(labels) else np.zeros(0, dtype=int)
+    lengths = np.diff(np.append(starts, len(labels)))
+    if len(labels) and lengths.max() > MOST:                               # over twenty minutes of one unit, as digital silence gives: several runs of it
+        starts = np.concatenate([np.arange(a, a + n, MOST) for a, n in zip(starts, lengths)])
     return labels[starts].astype(np.uint16), np.diff(np.append(starts, len(labels))).astype(np.uint16)
 
 
@@ -278,7 +284,7 @@ def encode(args):
         return
     parts = [f"{args.out}.part-{r}-of-{world}" for r in range(world)]
     if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if not Path(parts[rank]).exists():
         encode_rows(args, rows[len(rows) * rank // world:len(rows) * (rank + 1) // world], parts[rank])
     if rank == 0:
@@ -311,8 +317,8 @@ def encode_rows(args, rows, target):
                 if len(clip) < tokenizer.hop:
                     return f"{len(clip)} samples are under one frame ({tokenizer.hop})"
                 clip = clip if len(clip) > LONG + 2 * AROUND else clip[:]
-                parts = [abs(clip[a:a + LONG]) for a in range(0, len(clip), LONG)]
-                return clip, max(part.max() for part in parts) < SILENT, sum((part > 0.999).sum() for part in parts) > 0.001 * len(clip)
+                loudest, clipped = zip(*[(part.max(), (part > 0.999).sum()) for part in (abs(clip[a:a + LONG]) for a in range(0, len(clip), LONG))])
+                return clip, max(loudest) < SILENT, sum(clipped) > 0.001 * len(clip)
             except (ValueError, OSError) as error:
                 return str(error)
 

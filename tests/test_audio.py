@@ -62,6 +62,8 @@ def test_a_part_of_a_file_is_what_the_whole_holds_there(tmp_path, rate, form):
     for a, b in [(0, 1), (0, 20000), (31999, 32001), (492345, 500000), (490001, len(whole)), (511000, len(whole) + 999)]:
         assert len(recording[a:b]) == min(b, len(whole)) - a and abs(recording[a:b] - whole[a:b]).max() < 1e-5
     assert np.array_equal(recording[:], whole)
+    with pytest.raises(ValueError, match="ends after 32.0 s, before the stretch"):
+        audio.load(path, 40 * 16000, 41 * 16000)
 
 
 @pytest.mark.parametrize("name, content", [("gone.wav", None), ("empty.wav", b""), ("text.wav", b"hello world" * 100), ("half.flac", b"fLaC" + bytes(50))])

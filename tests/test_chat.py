@@ -1,11 +1,18 @@
+import importlib.util
+import json
+import os
+import pty
+import select
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from chat import Chat, turn
+from chat import Chat, parts_of, take, turn
 from conftest import ROOT
 
 
@@ -32,7 +39,7 @@ def test_pieces_are_whole_characters(chat, monkeypatch):
 
 
 def test_a_long_conversation_forgets_its_oldest_turns_and_says_so(chat):
-    chat.model.config.max_position_embeddings = 256 + 120
+    chat.room = 120
     for _ in range(4):
         said = "".join(chat.reply("x" * 40))
     assert "forgotten" in said and len(chat.messages) < 8
@@ -62,5 +69,117 @@ def test_answers_to_given_files_end_with_a_status(speedrun, tmp_path):
 
 def test_a_deaf_model_can_be_typed_to_but_not_spoken_to(speedrun, capsys):
     chat = Chat(speedrun / "instruct")
-    assert turn(chat, "hi", False) and not turn(chat, str(speedrun / "question.wav"), False)
+    assert turn(chat, ["hi"]) and not turn(chat, [speedrun / "question.wav"])
     assert "cannot hear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, parts", [
+    ("what is the capital of france", ["what is the capital of france"]), ("don't quote me", ["don't quote me"]), ("a.wav", [Path("a.wav")]),
+    ("'my files/a b.wav'", [Path("my files/a b.wav")]), ("a.wav b.flac", [Path("a.wav"), Path("b.flac")]), ("spell the answer a.mp3", ["spell the answer", Path("a.mp3")]),
+    ("/no/such", [Path("/no/such")]), ("voice.m4a", [Path("voice.m4a")]), ("first ./a.wav then 'b c.wav' and stop", ["first", Path("a.wav"), "then", Path("b c.wav"), "and stop"]),
+    ("he said 'a.wav", ["he said 'a.wav"]), ("x" * 5000, ["x" * 5000]), ("~nobody/a.wav", [Path("~nobody/a.wav")])])
+def test_a_line_is_words_and_the_paths_of_audio_in_it(line, parts):
+    assert parts_of(line) == parts
+
+
+def test_a_turn_may_hold_speech_and_words(chat, speedrun):
+    content, notes = take(chat, ["spell it", speedrun / "question.wav"], transcribe=True)
+    assert content[0] == "spell it" and len(content[1]) == notes["units"] and len(notes["heard"]) == 1
+    list(chat.reply(content))
+    ids = chat.vocab.chat(chat.messages).ids
+    assert chat.vocab.speech["speech"] in ids and "' it'" in chat.vocab.spelled(ids) and chat.took["prompt_tokens"] > notes["units"]
+
+
+def test_a_system_message_outlives_reset_and_overflow(chat):
+    chat.begin("be brief")
+    list(chat.reply("hi"))
+    chat.begin()
+    assert [m["role"] for m in chat.messages] == ["system"]
+    chat.room = 60
+    for _ in range(3):
+        list(chat.reply("x" * 10))
+    assert chat.messages[0]["role"] == "system"
+
+
+def test_sound_too_long_for_the_context_is_refused_before_it_is_heard(chat, tmp_path):
+    with soundfile.SoundFile(tmp_path / "long.wav", "w", 8000, 1, "PCM_U8") as file:
+        for _ in range(180):
+            file.write(np.zeros(60 * 8000, np.float32))                     # three hours
+    with pytest.raises(ValueError, match="10800 s of sound, more than the model's context"):
+        chat.listen(tmp_path / "long.wav")
+
+
+def test_programs_write_and_read_json_lines(speedrun, tmp_path):
+    asked = [{"text": "hi"}, {"audio": str(speedrun / "question.wav")}, {"audio": [str(speedrun / "question.wav")], "text": "in a note"}, {"reset": True, "system": "be brief"},
+             {"audio": str(tmp_path / "gone.wav")}, {"audio": 3}, {}, [1]]
+    lines = "".join(json.dumps(row) + "\n" for row in asked) + "no json\n"
+    done = subprocess.run([sys.executable, ROOT / "chat.py", speedrun / "merged", "--json", "--transcribe", "--device", "cpu"], input=lines, capture_output=True, text=True, timeout=120)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(said) == 9 and not done.stderr, done.stderr
+    assert [("reply" in row, "error" in row) for row in said] == [(True, False)] * 4 + [(False, True)] * 5
+    assert said[1]["units"] > 10 and said[1]["heard"] and said[2]["first_token_seconds"] > 0 and "gone.wav" in said[4]["error"]
+
+
+# --- a real terminal ---
+
+class Terminal:
+    """chat.py in a pseudo-terminal, typed to as a person types."""
+
+    def __init__(self, *words):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execvpe(sys.executable, [sys.executable, "chat.py", *map(str, words)], os.environ | {"TERM": "dumb", "TQDM_DISABLE": "1"})
+        self.seen = self.until("you: ")
+
+    def until(self, wanted, seconds=60):
+        """What is shown up to `wanted`."""
+        said, end = "", time.monotonic() + seconds
+        while wanted not in said:
+            assert time.monotonic() < end, f"waited for {wanted!r}, saw {said[-2000:]!r}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                try:
+                    said += os.read(self.fd, 65536).decode(errors="replace")
+                except OSError:                                             # the other side has ended
+                    break
+        return said
+
+    def type(self, line, wanted="you: "):
+        os.write(self.fd, (line + "\r").encode())
+        echoed = self.until("\n")
+        return echoed.partition("\n")[2] + (self.until(wanted) if wanted not in echoed.partition("\n")[2] else "")
+
+
+def test_a_whole_conversation_in_a_terminal_with_every_bad_input(speedrun, tmp_path):
+    question, bad = speedrun / "question.wav", tmp_path / "bad inputs"
+    bad.mkdir()
+    (bad / "empty.wav").write_bytes(b"")
+    (bad / "binary.wav").write_bytes(os.urandom(5000))
+    (bad / "film.m4a").write_bytes(os.urandom(5000))
+    soundfile.write(bad / "short.wav", np.zeros(50, np.float32), 16000)
+    soundfile.write(bad / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    terminal = Terminal(speedrun / "merged", "--device", "cpu", "--transcribe")
+    assert ":rec" in terminal.seen and "Ctrl-C" in terminal.seen
+    said = terminal.type("hi there")
+    assert "model: " in said and "the first after" in said
+    said = terminal.type(f"'{question}'")
+    assert "units]" in said and "heard: " in said and "model: " in said
+    assert "units]" in terminal.type(f"{question} {question} in a note")
+    assert "<|speech|>" in terminal.type(":why") and ":quit" in terminal.type(":help") and ":quit" in terminal.type(":nonsense")
+    terminal.type(":system be brief")
+    assert "'system'" in terminal.type(":why") or "system" in terminal.type(":why")
+    terminal.type(":reset")
+    for name, said in [("missing.wav", "no such file"), ("empty.wav", "empty, 0 bytes"), ("binary.wav", "not audio that soundfile reads"), ("film.m4a", "ffmpeg -i film.m4a"),
+                       ("short.wav", "too short to hear"), ("nan.wav", "NaN")]:
+        answer = terminal.type(f"'{bad / name}'")
+        assert said in answer and answer.count("cannot answer that") == 1 and "Traceback" not in answer, (name, answer)
+    assert "a folder, wanted an audio file" in terminal.type(str(tmp_path))
+    said = terminal.type(":rec", wanted="you: ") if importlib.util.find_spec("sounddevice") is None else "install sounddevice"
+    assert "install sounddevice" in said
+    os.write(terminal.fd, b"a long story\r")
+    terminal.until("model: ")
+    os.write(terminal.fd, b"\x03")                                          # Ctrl-C stops the reply, if it is still being written, and not the chat
+    terminal.until("you: ")
+    assert "model: " in terminal.type("still there")
+    os.write(terminal.fd, b"\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0

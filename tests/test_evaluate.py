@@ -1,8 +1,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import soundfile
 
+import audio
 import evaluate
 from conftest import ROOT, call
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
@@ -85,3 +88,68 @@ def test_a_report_joins_seeds_and_refuses_what_is_no_table(speedrun, tmp_path, m
 def test_the_readmes_table_is_the_one_in_results():
     made = json.loads((ROOT / "results/toy.json").read_text())
     assert evaluate.markdown(made["seeds"]) in (ROOT / "README.md").read_text()
+
+
+# --- any benchmark ---
+
+def rows_for(speedrun, tmp_path):
+    spoken = str(speedrun / "question.wav")
+    rows = [{"audio": spoken, "answer": "the capital of france is paris."}, {"text": "spell france", "answer": "f r a n c e"}, {"audio": spoken, "instruction": "in a note", "answer": "x", "metric": "wer"},
+            {"text": "which is a color", "choices": ["fox", "red", "rice"], "answer": "red"}, {"audio": spoken, "instruction": "which city", "choices": ["paris", "rome"], "answer": "A"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "rows.jsonl"
+
+
+def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(speedrun, tmp_path, monkeypatch):
+    words = ["evaluate.py", "benchmark", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)), "--device", "cpu"]
+    call([*words, "--out", str(tmp_path / "straight.json")], monkeypatch)
+    straight = json.loads((tmp_path / "straight.json").read_text())
+    assert [straight[metric]["n"] for metric in ("exact", "wer", "choice")] == [2, 1, 2] and len(straight["rows"]) == 5 and set(straight["rows"][3:]) <= set("ABC")
+    assert straight["choice"]["value"] == ((straight["rows"][3] == "B") + (straight["rows"][4] == "A")) / 2
+    monkeypatch.setattr(evaluate, "BATCH", 2)
+    real, calls = evaluate.replies, []
+
+    def dying(*rest, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*rest, **named)
+    monkeypatch.setattr(evaluate, "replies", dying)
+    with pytest.raises(KeyboardInterrupt):
+        call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
+    with open(tmp_path / "again.json.partial", "a") as file:
+        file.write('"half a li')
+    call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == straight["rows"] and len(calls) == 4 and not (tmp_path / "again.json.partial").exists()
+
+
+@pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, wer, choice"),
+                                       ({"text": "hi", "answer": "z", "choices": ["a", "b"]}, "none of its choices")])
+def test_a_row_that_cannot_be_scored_is_named(row, said, speedrun, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"row 1: .*{said}"):
+        call(["evaluate.py", "benchmark", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "o.json")], monkeypatch)
+
+
+def test_pairs_of_known_order_are_all_right_shuffled_ones_half_and_ties_half(speedrun, tmp_path, monkeypatch):
+    call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--unit-loss", "1", "--imitate", "0", "--keep-text", "0", "--mix", "interleave=1",
+          "--text", str(speedrun / "toy/base.jsonl"), "--steps", "40", "--rows", "4", "--rows-first", "0", "--device", "cpu", "--out", str(tmp_path / "model")], monkeypatch)
+    for side in ("good", "bad"):
+        (tmp_path / "pairs" / side).mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for i, row in enumerate(audio.Units(speedrun / "units").rows[:6]):
+        samples = audio.load(row["audio"])
+        soundfile.write(tmp_path / f"pairs/good/{i}.wav", samples, 16000)
+        soundfile.write(tmp_path / f"pairs/bad/{i}.wav", 0.3 * noise.standard_normal(len(samples)), 16000)
+
+    def run(rows, out, model="model"):
+        call(["evaluate.py", "pairs", str(tmp_path / model), str(rows), "--device", "cpu", "--out", str(tmp_path / out)], monkeypatch)
+        return json.loads((tmp_path / out).read_text())["pairs"]["value"]
+    assert run(tmp_path / "pairs", "known.json") == 1.0
+    shuffled = [{"good": f"pairs/{a}/{i}.wav", "bad": f"pairs/{b}/{i}.wav"} for i in range(6) for a, b in [("good", "bad") if i % 2 else ("bad", "good")]]
+    (tmp_path / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shuffled))
+    assert run(tmp_path / "shuffled.jsonl", "shuffled.json") == 0.5
+    (tmp_path / "ties.jsonl").write_text(json.dumps({"good": "pairs/good/0.wav", "bad": "pairs/good/0.wav"}) + "\n")
+    assert run(tmp_path / "ties.jsonl", "ties.json") == 0.5
+    with pytest.raises(ValueError, match="good/ and bad/"):
+        run(tmp_path, "none.json")

@@ -20,6 +20,11 @@ def test_collapse_keeps_one_of_each_run_and_its_length():
     assert [len(x) for x in collapse([])] == [0, 0]
 
 
+def test_runs_longer_than_a_duration_can_hold_become_several():
+    units, durations = collapse([3] * 150_000 + [1])
+    assert units.tolist() == [3, 3, 3, 1] and durations.tolist() == [65535, 65535, 18930, 1]
+
+
 def test_edit_distance_by_hand():
     assert [edit_distance(a, b) for a, b in (("kitten", "sitting"), ("", "abc"), ("abc", "abc"), ("ab", "ba"))] == [3, 3, 0, 2]
 
