@@ -310,8 +310,13 @@ def train(args, out, rank, world):
     def save_checkpoint():
         state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "seconds": spent + time.time() - began, "heard": heard,
                  "drawn": documents.drawn, "pending": [(tuple(document), kind) for document, kind in documents.pending], "settings": settings}
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        part = checkpoint.with_suffix(".tmp")
+        try:
+            torch.save(state, part)
+        except (OSError, RuntimeError) as error:                           # torch says RuntimeError of a full disk
+            part.unlink(missing_ok=True)
+            raise OSError(f"{part} could not be written, is the disk full? ({str(error).splitlines()[0]}) What was saved before is kept") from None
+        os.replace(part, checkpoint)
 
     began, first_step = time.time(), step
     for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05, disable=rank > 0 or None):

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -212,6 +213,24 @@ def test_a_killed_run_resumes_to_the_bit(stage, speedrun, tmp_path, monkeypatch)
     call([*command, "--out", str(tmp_path / "again")], monkeypatch)
     a, b = weights.Tensors(tmp_path / "straight"), weights.Tensors(tmp_path / "again")
     assert all(torch.equal(a[name], b[name]) for name in a) and not (tmp_path / "again/checkpoint.pt").exists()
+
+
+def test_a_full_disk_says_so_and_keeps_the_checkpoint_before(speedrun, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(step, *rest, real=learning_rate):
+        if step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))       # no file may grow beyond this
+        return real(step, *rest)
+    monkeypatch.setattr(pretrain, "learning_rate", filling)
+    try:
+        with pytest.raises(OSError, match="is the disk full"):
+            call(["pretrain.py", "--size", "micro", "--tokenizer", str(speedrun / "toy/tokenizer"), "--text", str(speedrun / "toy/base.jsonl"), "--steps", "6", "--rows", "2",
+                  "--device", "cpu", "--out", str(tmp_path / "m")], monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "m.partial/checkpoint.pt", weights_only=True)["step"] == 2 and not list((tmp_path / "m.partial").glob("*.tmp"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(speedrun, tmp_path, monkeypatch):
