@@ -1,6 +1,8 @@
 """The whole recipe, shrunken, end to end; and that every folder of it is a citizen of the Hugging Face world."""
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import torch
 
 import weights
 from conftest import ROOT, call, shared
+from hubert import Config as HubertConfig
+from hubert import Hubert
 from model import LM, Config
 from vocab import Vocab
 
@@ -48,16 +52,32 @@ def test_the_real_recipes_commands_run_on_the_real_shape_and_tokenizer_of_qwen2_
         raw = json.loads(shared("configs/qwen2.5-0.5b.json").read_text()) | {"num_hidden_layers": 2, "max_window_layers": 2}
         (tmp_path / name / "config.json").write_text(json.dumps(raw))
         LM.fresh(Config.read(tmp_path / name), seed).bfloat16().save(tmp_path / name)
+    config = HubertConfig(**{name: value for name, value in json.loads(shared("configs/hubert-base.contentvec-rvc.json").read_text()).items() if name in vars(HubertConfig())}
+                          | {"num_hidden_layers": 2})
+    (tmp_path / "hubert").mkdir()
+    Hubert.fresh(config, 0).save(tmp_path / "hubert")
+    speech = tmp_path / "LibriSpeech"
+    speech.mkdir()
+    for path in sorted(shared("librispeech_mini").rglob("*.flac"), key=lambda path: path.stat().st_size)[:12]:
+        (speech / path.name).symlink_to(path)
+    (speech / "x.trans.txt").write_text("".join(f"{path.stem} A DOZEN WORDS SAID HERE\n" for path in speech.glob("*.flac")))
     at = lambda name: str(tmp_path / name)
-    call(["pretrain.py", "--init", at("base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--lr", "1e-4",
-          "--steps", "2", "--rows", "1", "--length", "64", "--device", "cpu", "--out", at("speech")], monkeypatch)
-    call(["merge.py", "--base", at("base"), "--instruct", at("instruct"), "--speech", at("speech"), "--out", at("merged")], monkeypatch)
+    small = {"fit": "--layer 2 --k 20 --frames 2000 --minibatch 500 --device cpu", "encode": "--device cpu", "--init": "--steps 2 --rows 1 --length 512 --accumulate 1 --device cpu"}
+    lines = re.findall(r"^(?:step|\[ -e .*\|\|) (?:python )?(.+)$", (ROOT / "speedrun_real.sh").read_text(), re.M)
+    assert [line.split()[0] for line in lines] == ["tokenize_audio.py", "tokenize_audio.py", "-c", "pretrain.py", "merge.py"]
+    for line in lines:
+        line = line.replace("$weights", str(tmp_path)).replace("$speech", str(speech)).replace("$out", str(tmp_path))
+        if line.startswith("-c"):
+            subprocess.run(f"{sys.executable} {line}", shell=True, check=True)
+        else:
+            words = shlex.split(line)
+            call(words + small.get(words[1], "").split(), monkeypatch)
     monkeypatch.setattr("chat.LIMIT", 4)
     with pytest.raises(SystemExit) as end:
-        call(["chat.py", at("merged"), str(speedrun / "question.wav"), "--device", "cpu"], monkeypatch)
+        call(["chat.py", at("merged"), str(next(speech.iterdir()).with_suffix(".flac")), "--device", "cpu"], monkeypatch)
     assert not end.value.code and "units]" in capsys.readouterr().out
-    vocab, speech = Vocab(at("merged")), weights.read_json(tmp_path / "merged/speech.json")
-    assert speech["speech"] == 151936 and vocab.size == 152064 and vocab.span([0]) == [151936, 151938, 151937], "new rows come after the padded embedding"
+    vocab, heard = Vocab(at("merged")), weights.read_json(tmp_path / "merged/speech.json")
+    assert heard["speech"] == 151936 and vocab.size == 152064 and vocab.span([0]) == [151936, 151938, 151937], "new rows come after the padded embedding"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(at("merged"), dtype=torch.float32).eval()
     ids = torch.tensor([vocab.turn([{"role": "user", "content": np.array([3, 1, 4])}])])
     with torch.no_grad():
@@ -67,7 +87,6 @@ def test_the_real_recipes_commands_run_on_the_real_shape_and_tokenizer_of_qwen2_
 
 def test_transformers_loads_the_hubert_of_the_run_with_our_features(speedrun):
     transformers = pytest.importorskip("transformers")
-    from hubert import Hubert
     theirs, samples = transformers.HubertModel.from_pretrained(speedrun / "hubert").eval(), torch.randn(1, 8000)
     with torch.no_grad():
         wanted = theirs(torch.nn.functional.pad(samples, (40, 40)), output_hidden_states=True).hidden_states[4]
