@@ -32,4 +32,4 @@ step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --l
 step evaluate.py table --base $out/base --instruct $out/instruct --speech $out/speech --merged $out/merged --questions $out/toy/questions.jsonl --out $out/table.json
 step toy.py say "what is the capital of france" --voice unheard --out $out/question.wav
 python evaluate.py show $out/table.json
-python chat.py $out/merged $out/question.wav --transcribe
+python chat.py $out/merged $out/question.wav
