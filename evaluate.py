@@ -1,6 +1,7 @@
-"""Does the sum follow spoken instructions? The results table, the sweep of lam, the size of both deltas; a report over seeds.
+"""Does the sum follow spoken instructions? The results table, the sweep of lam, the size of both deltas; a report over seeds. And any
+model on any benchmark of questions (`benchmark`) or of pairs of clips (`pairs`).
 
-in   the recipe's four model folders and questions.jsonl      out  table.json, table.png; a report of several tables
+in   the recipe's four model folders and questions.jsonl; or a model and rows      out  table.json, table.png, a report of several; scores
 see  exact answers with Wilson's 95 % interval (1927); word error rate with a bootstrap one
 run  python evaluate.py table --base out/base --instruct out/instruct --speech out/speech --merged out/merged \\
          --questions out/toy/questions.jsonl --out out/table.json
