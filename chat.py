@@ -203,7 +203,7 @@ def main():
     if args.audio:
         sys.exit(not all([turn(chat, [Path(path)], args.transcribe) for path in args.audio]))
     try:
-        import readline                                                     # history and editing, as in a shell  # noqa: F401
+        import readline  # noqa: F401                                         history and editing, as in a shell
     except ImportError:
         pass
     print(HELP)
