@@ -306,10 +306,10 @@ METRICS = ["exact", "wer", "choice"]
 
 
 def kept(args, made, items, work):
-    """work(list of items) -> list of results, for all items in batches. Every batch joins OUT.partial at once: after a stop the same command goes on there."""
+    """work(list of items) -> list of results, for all items in batches. Every batch joins OUT.rows at once: after a stop the same command goes on there."""
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
-    partial = Path(f"{args.out}.partial")
+    partial = Path(f"{args.out}.rows")
     text = partial.read_text() if partial.exists() else ""
     lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]      # a kill may have left half a line
     if lines and lines[0] != made:
@@ -329,7 +329,7 @@ def kept(args, made, items, work):
 
 def finished(args, result):
     weights.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
-    Path(f"{args.out}.partial").unlink()
+    Path(f"{args.out}.rows").unlink()
     print(json.dumps({name: value for name, value in result.items() if name not in ("made", "rows")}, indent=1))
 
 

@@ -88,6 +88,7 @@ class Flash(torch.autograd.Function):
         end = torch.searchsorted(start, position, right=True).int() - 1    # (B, T): the last query that may see each key
         shape, tiles = (H, KV, T, D, LOG2E / math.sqrt(D)), {"WIDTH": width(D), "M": TILE, "N": TILE}
         query_kernel[(triton.cdiv(T, TILE), B * H)](q, k, v, start, g, go, lse, dq, *shape, **tiles, **LAUNCH)
+        tiles["M"] = TILE if D <= 64 else TILE // 2                        # two sums to hold: wide heads would spill
         key_kernel[(triton.cdiv(T, TILE), B * KV)](q, k, v, end, g, go, lse, dk, dv, *shape, **tiles, **LAUNCH)
         return dq, dk, dv, None
 
@@ -106,13 +107,13 @@ if triton:
     @triton.jit
     def load(X, row, T, D, i, WIDTH: tl.constexpr):
         """Positions i (n,) of head `row` of X (rows, T, D) as a tile (n, WIDTH); zeros outside."""
-        d = tl.arange(0, WIDTH)
-        return tl.load(X + (row.to(tl.int64) * T + i[:, None]) * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0)
+        d, X = tl.arange(0, WIDTH), X + row.to(tl.int64) * T * D           # a large batch has more than 2 ** 31 numbers, a head has not
+        return tl.load(X + i[:, None] * D + d[None, :], mask=(i[:, None] < T) & (d[None, :] < D), other=0.0)
 
     @triton.jit
     def store(X, row, T, D, i, x, WIDTH: tl.constexpr):
-        d = tl.arange(0, WIDTH)
-        tl.store(X + (row.to(tl.int64) * T + i[:, None]) * D + d[None, :], x.to(X.dtype.element_ty), mask=(i[:, None] < T) & (d[None, :] < D))
+        d, X = tl.arange(0, WIDTH), X + row.to(tl.int64) * T * D
+        tl.store(X + i[:, None] * D + d[None, :], x.to(X.dtype.element_ty), mask=(i[:, None] < T) & (d[None, :] < D))
 
     @triton.jit
     def attend(q, i, first, m, l, a, K, V, row, T, D, scale, begin, stop, MASKED: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):

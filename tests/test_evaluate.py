@@ -117,10 +117,10 @@ def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(speedrun,
     monkeypatch.setattr(evaluate, "replies", dying)
     with pytest.raises(KeyboardInterrupt):
         call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
-    with open(tmp_path / "again.json.partial", "a") as file:
+    with open(tmp_path / "again.json.rows", "a") as file:
         file.write('"half a li')
     call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
-    assert json.loads((tmp_path / "again.json").read_text())["rows"] == straight["rows"] and len(calls) == 4 and not (tmp_path / "again.json.partial").exists()
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == straight["rows"] and len(calls) == 4 and not (tmp_path / "again.json.rows").exists()
 
 
 @pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, wer, choice"),

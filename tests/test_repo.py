@@ -34,8 +34,8 @@ def test_imports_flow_one_way():
 
 
 def test_only_the_listed_packages_are_needed():
-    """And triton, which comes with torch where there is a GPU."""
-    listed = {"triton"} | {line.split("#")[0].strip().split("==")[0].split(">=")[0].replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()}
+    """And triton, which comes with torch where there is a GPU, and sounddevice for who wants to speak to the chat."""
+    listed = {"triton", "sounddevice"} | {line.split("#")[0].strip().split("==")[0].split(">=")[0].replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()}
     for path in SOURCES:
         assert set(imports(path)) - set(ARROWS) - set(sys.stdlib_module_names) <= listed, path.name
 
