@@ -28,7 +28,7 @@ except ImportError:                                     # no GPU build of torch:
 
 TILE, LAUNCH = 64, {"num_warps": 8, "num_stages": 2}     # queries or keys of a tile; without spills on sm_80 and sm_90 (tests/test_fused.py)
 LOOP_FROM = 64                      # on a CPU, documents of this mean length and more are attended to one by one, shorter ones under one mask
-CHUNK = 4096                        # targets whose logits are alive at a time
+CHUNK = 2048                        # targets whose logits are alive at a time
 
 
 # --- attention -------------------------------------------------------------------------------------------------------------
