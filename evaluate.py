@@ -311,9 +311,12 @@ def kept(args, made, items, work):
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
     partial = Path(f"{args.out}.rows")
     text = partial.read_text() if partial.exists() else ""
-    lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]      # a kill may have left half a line
+    try:
+        lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]      # a kill may have left half a line
+    except ValueError:
+        lines = [None]
     if lines and lines[0] != made:
-        raise ValueError(f"{partial} was begun with another model or other rows; give what it was begun with, or remove it")
+        raise ValueError(f"{partial} is damaged, or was begun with another model or other rows; give what it was begun with, or remove it")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [made]))
     done = lines[1:]
@@ -356,8 +359,9 @@ def read_benchmark(path):
         row["metric"] = row.get("metric") or ("choice" if row.get("choices") else "exact")
         wrong = (row["metric"] not in METRICS and f"metric {row['metric']!r}, wanted one of {', '.join(METRICS)}" or
                  not isinstance(row.get("answer"), str) and "no answer, wanted a string" or
-                 not any(isinstance(row.get(name), str) for name in ("audio", "text", "instruction")) and "nothing to ask, wanted audio, text or instruction" or
-                 row["metric"] == "choice" and (not isinstance(row.get("choices"), list) or row["answer"] not in row["choices"] + [chr(65 + i) for i in range(len(row["choices"]))])
+                 not any(row.get(name) for name in ("audio", "text", "instruction")) and "nothing to ask, wanted audio, text or instruction" or
+                 next((f"got {name} = {str(row[name])[:40]}, wanted a string" for name in ("audio", "text", "instruction") if not isinstance(row.get(name) or "", str)), None) or
+                 row["metric"] == "choice" and (not isinstance(row.get("choices"), list) or not all(isinstance(c, str) for c in row["choices"]) or row["answer"] not in row["choices"] + [chr(65 + i) for i in range(len(row["choices"]))])
                  and "answer is none of its choices nor their letters")
         if wrong:
             raise ValueError(f"{path}, row {number}: {wrong}")

@@ -263,7 +263,7 @@ def train(args, out, rank, world):
 
     body, rows = parameter_groups(model, args.layers, first_new)
     stay = torch.arange(model.config.vocab_size, device=device) < first_new     # text rows stay: other depths and other deltas rely on them
-    if (args.layers[0] > 0 or args.lora) and not first_new:                               # nor may behaviour move words: spoken ones would lack what it added to them
+    if (args.layers[0] > 0 or args.lora) and not first_new:                # nor may behaviour move words: spoken ones would lack what it added to them
         stay |= ~torch.isin(torch.arange(len(stay), device=device), torch.tensor([*vocab.special.values()], device=device))
     filters = {}
     if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
@@ -280,7 +280,7 @@ def train(args, out, rank, world):
     anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
     optimizers = two_optimizers(body, rows, args.lr, decay, ROWS_FASTER if first_new else 1)
-    step, spent, heard = 0, 0.0, 0                                         # heard: units trained on, here and by all processes alike
+    step, spent, heard = 0, 0.0, 0                                         # heard: units trained on; where processes share, an estimate from one
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
     settings |= {path: weights.fingerprint(path) for path in (args.init, args.tokenizer, args.text, args.chat, args.units) if path}
@@ -434,6 +434,7 @@ def shares(text):
 
 
 def main():
+    rank, world = weights.processes()
     default = lambda name: "default: " + ", ".join(f"{settings[name]} for {stage}" for stage, settings in STAGES.items())
     parser = argparse.ArgumentParser(description="Pre-train, or continue to: text gives a base, chats an instruct model, units a speech model.")
     start = parser.add_mutually_exclusive_group(required=True)
@@ -459,7 +460,7 @@ def main():
     parser.add_argument("--unit-loss", type=float, default=0.0, help="weight of a unit's loss beside a text token's (default 0)")
     parser.add_argument("--rows", type=int, help=f"packed rows in a batch ({default('rows')})")
     parser.add_argument("--length", type=int, help=f"tokens in a row ({default('length')})")
-    parser.add_argument("--accumulate", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="batches in a step, shared among the processes of torchrun (default: one each)")
+    parser.add_argument("--accumulate", type=int, default=world, help="batches in a step, shared among the processes of torchrun (default: one each)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train changes of this rank beside frozen matrices, and add them when saving (default 0: the matrices)")
     parser.add_argument("--lora-alpha", type=float, default=0.0, help="scale of those changes, over the rank (default: twice the rank)")
     parser.add_argument("--recompute", action="store_true", help="keep no activations inside blocks, compute them again for the gradient: less memory, a third more work")
@@ -482,11 +483,10 @@ def main():
         parser.error(f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at least one step, one row and two tokens")
     if args.lora and (args.keep_text or args.pull) or args.lora < 0 or args.lora_alpha < 0:
         parser.error(f"--lora {args.lora} --lora-alpha {args.lora_alpha}: wanted 0 or more, and with it neither --keep-text nor --pull, which hold matrices that it freezes")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets them
     if args.accumulate < 1 or args.accumulate % world:
         parser.error(f"--accumulate {args.accumulate}: wanted at least 1, and as many for each of {world} processes")
-    if not 0 <= rank < world or not 0 <= args.seed < 1 << 31:
-        parser.error(f"RANK {rank} of WORLD_SIZE {world}, --seed {args.seed}: wanted ranks from 0 and a seed from 0 to 2147483647")
+    if not 0 <= args.seed < 1 << 31:
+        parser.error(f"--seed {args.seed}: wanted 0 to 2147483647")
     if not (0 <= args.unit_loss < math.inf and 0 <= args.pull < math.inf):
         parser.error(f"--unit-loss {args.unit_loss} --pull {args.pull}: wanted 0 or more")
     if args.lora and args.size:

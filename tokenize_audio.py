@@ -273,10 +273,9 @@ def fit(args):
 
 
 def encode(args):
-    rows, (rank, world) = audio.read_manifest(args.manifest), (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1"))     # torchrun sets them
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world) <= max(1, len(rows))):
-        raise ValueError(f"RANK {rank} of WORLD_SIZE {world} for {len(rows)} clips: wanted ranks from 0, and no more processes than clips")
-    rank, world = int(rank), int(world)
+    rows, (rank, world) = audio.read_manifest(args.manifest), weights.processes()
+    if world > max(1, len(rows)):
+        raise ValueError(f"WORLD_SIZE {world} for {len(rows)} clips: wanted no more processes than clips")
     if Path(args.out).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it, or another --out")
     if world == 1:

@@ -43,6 +43,14 @@ def read_json(path, keys=()):
     return value
 
 
+def processes():
+    """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {world}: wanted whole numbers, ranks from 0; start with torchrun, or unset both")
+    return int(rank), int(world)
+
+
 def read_checkpoint(path, device, keys):
     """What a stopped training left in a file; a ValueError if it is damaged, or lacks one of `keys` as one of another version does."""
     try:

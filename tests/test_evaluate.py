@@ -124,7 +124,8 @@ def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(speedrun,
 
 
 @pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, wer, choice"),
-                                       ({"text": "hi", "answer": "z", "choices": ["a", "b"]}, "none of its choices")])
+                                       ({"text": "hi", "answer": "z", "choices": ["a", "b"]}, "none of its choices"),
+                                       ({"text": "hi", "answer": "x", "instruction": 5}, "got instruction = 5, wanted a string"), ({"text": "hi", "answer": "1", "choices": [1, 2]}, "none of its choices")])
 def test_a_row_that_cannot_be_scored_is_named(row, said, speedrun, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"row 1: .*{said}"):
