@@ -145,7 +145,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)       # under autocast q_norm hands on float32
         if past is not None:
             k, v = past.extend(k, v)                                       # (B, K, S, D)
-        y = attention(q, k, v, start)                                      # (B, H, T, D)
+        y = attention(q, k, v, start, past.last if past else None)         # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, T, C)
 
 
@@ -308,13 +308,52 @@ class Cache:
     """One layer's keys and values, preallocated for S positions."""
 
     def __init__(self, B, K, S, D, like):
-        self.k, self.v, self.length = like.new_empty(B, K, S, D), like.new_empty(B, K, S, D), 0
+        self.k, self.v, self.length, self.last = like.new_zeros(B, K, S, D), like.new_zeros(B, K, S, D), 0, None
 
     def extend(self, k, v):
+        if self.last is not None:                                          # a Step: one position, at a place that the device knows
+            self.k.index_copy_(2, self.last, k), self.v.index_copy_(2, self.last, v)
+            return self.k, self.v                                          # (B, K, S, D): what is behind `last` is not seen
         done = self.length + k.shape[2]
         self.k[:, :, self.length:done], self.v[:, :, self.length:done] = k, v
         self.length = done
         return self.k[:, :, :done], self.v[:, :, :done]                    # (B, K, S so far, D)
+
+
+class Step:
+    """One more id for every row: ids (B,) -> logits (B, V). Its buffers never move and its work is the same however long the reply is, so a GPU
+    records it once, as a CUDA graph, and plays it again: of a small model's step most is the launching of hundreds of kernels, one by one."""
+
+    def __init__(self, model, cache, first):
+        like = cache[0].k
+        self.model, self.cache, self.first, self.graph = model, cache, first, None
+        self.ids = torch.zeros(len(like), 1, dtype=torch.long, device=like.device)
+        self.last = torch.tensor([cache[0].length], device=like.device)
+        for layer in cache:
+            layer.last = self.last
+        if like.is_cuda:
+            side = torch.cuda.Stream(like.device)
+            side.wait_stream(torch.cuda.current_stream(like.device))
+            with torch.cuda.stream(side):                                  # libraries make their workspaces before the recording
+                self.work()
+            torch.cuda.current_stream(like.device).wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.work()
+
+    def work(self):
+        positions = self.last - (0 if self.first is None else self.first)  # (1,) or (B, 1)
+        x = self.model.model(self.ids, start=self.first, cache=self.cache, positions=positions.view(-1, 1))    # (B, 1, C)
+        return self.model.lm_head(x[:, -1])                                # (B, V)
+
+    def __call__(self, ids):
+        self.ids.copy_(ids[:, None])
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.logits = self.work()
+        self.last += 1
+        return self.logits
 
 
 @torch.inference_mode()
@@ -341,15 +380,20 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
         barred[torch.as_tensor(allowed, device=device)] = 0.0
     stops, ended, last = torch.tensor(stop, device=device), torch.zeros(B, dtype=torch.bool, device=device), None
     sampler = torch.Generator(device).manual_seed(seed)
-    for _ in range(limit):
-        logits = model.lm_head(model.model(embeddings=x, start=start, cache=cache)[:, -1]).float() + barred   # (B, V)
+    logits, step = model.lm_head(model.model(embeddings=x, start=start, cache=cache)[:, -1]), None            # (B, V)
+    for n in range(limit):
+        if n and device.type == "cuda":
+            step = step or Step(model, cache, first)
+            logits = step(ids)
+        elif n:
+            logits = model.lm_head(model.model(ids[:, None], start=first, cache=cache)[:, -1])
+        logits = logits.float() + barred                                   # (B, V)
         ids = logits.argmax(-1) if temperature == 0 else sample(logits / temperature, top_p, sampler)
         ids = torch.where(ended, last, ids) if last is not None else ids
         yield ids
         last, ended = ids, ended | torch.isin(ids, stops)
         if ended.all():
             return
-        x, start = model.model.embed_tokens(ids)[:, None], first           # (B, 1, C)
 
 
 def sample(logits, top_p, generator):

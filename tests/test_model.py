@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import shared
-from model import LM, Config, add_rows, generate, sample
+from model import LM, Cache, Config, Step, add_rows, generate, sample
 
 transformers = pytest.importorskip("transformers")
 LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
@@ -67,6 +67,29 @@ def test_greedy_generation_equals_transformers_in_a_batch_of_unequal_prompts(pai
     prompts = [torch.randint(0, 300, (n,)) for n in (9, 4)]
     wanted = [theirs.generate(p[None], max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)[0, len(p):].tolist() for p in prompts]
     assert torch.stack(list(generate(ours, prompts, 16, stop=[300]))).T.tolist() == wanted
+
+
+def test_a_step_on_buffers_that_never_move_gives_what_a_growing_cache_gives(pair):
+    """What a GPU records as a graph and replays: here its work, unrecorded."""
+    _, ours, _ = pair
+    prompts, first = torch.randint(0, 300, (2, 9)), torch.tensor([[0], [4]])                    # the second row is padded on the left
+    start = torch.minimum(first, torch.arange(9))
+    caches = [[Cache(2, 2, 20, ours.config.head_dim, ours.lm_head.weight) for _ in ours.model.layers] for _ in range(2)]
+    with torch.inference_mode():
+        ids = [ours(prompts, start=start, cache=cache)[:, -1].argmax(-1) for cache in caches][0]
+        step = Step(ours, caches[1], first)
+        for _ in range(11):                                                                     # to the caches' last place
+            wanted, got = ours(ids[:, None], start=first, cache=caches[0])[:, -1], step(ids)
+            assert far(wanted, got) < 1e-5
+            ids = wanted.argmax(-1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_gpu_writes_what_a_cpu_writes(pair):
+    _, ours, _ = pair
+    prompts = [torch.randint(0, 300, (n,)) for n in (9, 4)]
+    write = lambda: torch.stack([ids.cpu() for ids in generate(ours, prompts, 16, stop=[300])])
+    assert torch.equal(write(), (ours.cuda(), write())[1])
 
 
 def test_embeddings_are_as_good_a_prompt_as_ids(pair):
