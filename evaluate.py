@@ -99,7 +99,9 @@ def cell(value, n, low, high):
 
 
 def exact(said, questions):
-    """The better of the two prompts: share answered exactly, with the prompt's name."""
+    """The better of the two prompts: share answered exactly, with the prompt's name; None of no questions."""
+    if not questions:
+        return None
     cells = {prompt: share([normal(text) == normal(q["answer"]) for text, q in zip(texts, questions)]) for prompt, texts in said.items()}
     best = max(cells, key=lambda prompt: cells[prompt]["value"])
     return cells[best] | {"prompt": best}
@@ -123,6 +125,31 @@ def text_loss(model, vocab, questions):
         sums.append(F.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum").item())
         counts.append(len(ids) - 1)
     return ratio(sums, counts)
+
+
+def hear(ears, folder, questions, group):
+    """The units of every question, as voices of `group` say it."""
+    return [ears(audio.load(folder / q["audio"][group]))[0] for q in tqdm(questions, desc=f"hearing {group}", unit="question")]
+
+
+def unseen(said, questions):
+    """`exact` of those questions that no training asked."""
+    return exact({prompt: [text for text, q in zip(texts, questions) if not q["seen"]] for prompt, texts in said.items()}, [q for q in questions if not q["seen"]])
+
+
+def score(model, vocab, questions, spoken, bar=None):
+    """(a model's row of the table, what it said to spoken_near). `spoken` {group: units of every question}: none for a model that cannot hear."""
+    row, near = dict.fromkeys(COLUMNS), None
+    said = answers(model, vocab, [q["question"] for q in questions], bar)
+    row["typed"], row["typed_unseen"] = exact(said, questions), unseen(said, questions)
+    row["typed_noisy"] = exact(answers(model, vocab, [q.get("noisy", q["question"]) for q in questions], bar), questions)
+    row["text_loss"] = text_loss(model, vocab, questions)
+    for group, contents in spoken.items():
+        said = answers(model, vocab, contents, bar)
+        row[f"spoken_{group}"] = exact(said, questions)
+        if group == "near":
+            near, row["spoken_near_unseen"], row["wer_near"] = said, unseen(said, questions), word_errors(transcripts(model, vocab, contents, bar), questions)
+    return row, near
 
 
 # --- the table -------------------------------------------------------------------------------------------------------------
@@ -173,43 +200,23 @@ def table(args):
     models["base"] = with_new_rows(models["base"], models["speech"])
     models["instruct_rows"] = model_at(plan, config, 0.0, args.device)
 
-    hear = lambda q, group: ears(audio.load(folder / q["audio"][group]))[0]
-    spoken = {group: [hear(q, group) for q in tqdm(test, desc=f"hearing {group}", unit="question")] for group in ("heard", "near", "far")}
-    dev_near = [hear(q, "near") for q in tqdm(dev, desc="hearing dev", unit="question")]
-    typed = [q["question"] for q in test]
-    noisy = [q.get("noisy", q["question"]) for q in test]
-    unseen = [i for i, q in enumerate(test) if not q["seen"]]
-    pick = lambda said, which: {prompt: [texts[i] for i in which] for prompt, texts in said.items()}
-    hidden = [test[i] for i in unseen]
+    spoken = {group: hear(ears, folder, test, group) for group in ("heard", "near", "far")}
+    dev_near = hear(ears, folder, dev, "near")
 
-    rows, examples = {name: dict.fromkeys(COLUMNS) for name in ROWS}, []
+    rows, examples = {}, []
     replies_in_all = len(test) * (5 * 4 + 4 * 7 + 6) + len(dev) * 5 * len(LAMS)      # typed and noisy; spoken and transcripts; cascade; the sweep
     with tqdm(total=replies_in_all, desc="answering", unit="reply") as bar:
-        for name, model in models.items():
-            row = rows[name]
-            read = plain if name == "instruct" else vocab
-            said = answers(model, read, typed, bar)
-            row["typed"] = exact(said, test)
-            row["typed_unseen"] = exact(pick(said, unseen), hidden) if unseen else None
-            row["typed_noisy"] = exact(answers(model, read, noisy, bar), test)
-            row["text_loss"] = text_loss(model, read, test)
-            if name == "instruct":                                           # has no rows for units: it cannot be spoken to
-                continue
-            for group, contents in spoken.items():
-                said = answers(model, vocab, contents, bar)
-                row[f"spoken_{group}"] = exact(said, test)
-                if group == "near":
-                    row["spoken_near_unseen"] = exact(pick(said, unseen), hidden) if unseen else None
-                    if name == "merged":
-                        examples = [{"question": q["question"], "answer": q["answer"], "said": said["chat"][i]} for i, q in enumerate(test[:20])]
-            row["wer_near"] = word_errors(transcripts(model, vocab, spoken["near"], bar), test)
+        for name, model in models.items():                                   # instruct has no rows for units: it cannot be spoken to
+            rows[name], near = score(model, plain if name == "instruct" else vocab, test, {} if name == "instruct" else spoken, bar)
+            if name == "merged":
+                examples = [{"question": q["question"], "answer": q["answer"], "said": text} for q, text in zip(test[:20], near["chat"])]
+        rows["cascade"] = dict.fromkeys(COLUMNS)
         for group, contents in spoken.items():
             heard = transcripts(models["speech"], vocab, contents)
             said = answers(models["instruct"], plain, heard, bar)
             rows["cascade"][f"spoken_{group}"] = exact(said, test)
             if group == "near":
-                rows["cascade"]["spoken_near_unseen"] = exact(pick(said, unseen), hidden) if unseen else None
-                rows["cascade"]["wer_near"] = word_errors(heard, test)
+                rows["cascade"] |= {"spoken_near_unseen": unseen(said, test), "wer_near": word_errors(heard, test)}
         sweep = []
         for lam in LAMS:                                                     # on dev questions only: settings are never chosen on the test split
             model = model_at(plan, config, lam, args.device)
@@ -219,7 +226,7 @@ def table(args):
     report = plan.run(1.0, 1.0)
     trained = [weights.read_json(Path(f) / "training.json") for f in (args.base, args.instruct, args.speech) if (Path(f) / "training.json").exists()]
     seconds = {"training": round(sum(t["seconds"] for t in trained), 1), "table": round(time.time() - began, 1)}
-    result = {"seed": int(trained[0]["settings"]["seed"]) if trained else None, "rows": rows, "lam_sweep": sweep, "rel": report["rel"],
+    result = {"seed": int(trained[0]["settings"]["seed"]) if trained else None, "rows": {name: rows[name] for name in ROWS}, "lam_sweep": sweep, "rel": report["rel"],
               "cosine": report["cosine"], "seconds": seconds,
               "examples": examples, "made": weights.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
     draw([result], Path(args.out).with_suffix(".png"))
@@ -235,12 +242,17 @@ def read_table(path):
     return result
 
 
+def grid(rows):
+    """Rows of the table, {name: {column: cell}}, for a human; columns that none of them has are left out."""
+    columns = [c for c in COLUMNS if any(row[c] for row in rows.values())]
+    width = max(14, 2 + max(map(len, rows)))
+    lines = [" " * width + "".join(f"{c.replace('spoken_', 'sp_').replace('unseen', 'uns'):>13}" for c in columns)]
+    return "\n".join(lines + [f"{name:{width}}" + "".join(f"{'-' if row[c] is None else format(row[c]['value'], '.3f'):>13}" for c in columns) for name, row in rows.items()])
+
+
 def show(result):
     """The table for a human."""
-    print(f"\n{'':14}" + "".join(f"{c.replace('spoken_', 'sp_').replace('unseen', 'uns'):>13}" for c in COLUMNS))
-    for name in ROWS:
-        cells = [result["rows"][name][c] for c in COLUMNS]
-        print(f"{name:14}" + "".join(f"{'-' if c is None else format(c['value'], '.3f'):>13}" for c in cells))
+    print("\n" + grid({name: result["rows"][name] for name in ROWS}))
     n = result["rows"]["merged"]["typed"]["n"]
     print(f"\n{n} test questions; exact answers, the better of two prompts. "
           f"|delta| / |base|: instruct {result['rel']['instruct']:.3f}, speech {result['rel']['speech']:.3f}")
@@ -298,6 +310,44 @@ def markdown(seeds):
         lines.append(f"| {s['seed']} | {typed:.2f} | {both:.2f} | {spoken:.2f} | {parent:.2f} | {spoken / typed if typed else math.nan:.2f} | "
                      f"{s['rel']['instruct']:.2f} | {s['rel']['speech']:.2f} |")
     return "\n".join(lines)
+
+
+# --- two experiments (experiments.sh) --------------------------------------------------------------------------------------
+
+def lam(args):
+    """How much hearing to add: the sweep of a table, and in a sentence what it says."""
+    sweep = read_table(args.table)["lam_sweep"]
+    print(f"{'lam':>6}{'typed':>10}{'spoken':>10}{'word error':>12}   (dev questions)")
+    for row in sweep:
+        print(f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}{row['wer_near']:12.2f}")
+    best = max(sweep, key=lambda row: row["spoken_near"])
+    half = next(row for row in sweep if row["spoken_near"] >= best["spoken_near"] / 2)
+    print(f"\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is there at lam {half['lam']:g}; typed turns go from {sweep[0]['typed']:.2f} "
+          f"without hearing to {best['typed']:.2f} where spoken ones are best.")
+
+
+def compare(args):
+    """The same test questions, typed and aloud, to several models that hear: which answers them?"""
+    if Path(args.out).exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    test, rows = [q for q in read_questions(args.questions) if q["split"] == "test"], {}
+    for folder in args.folders:
+        model, vocab = LM.load(folder, args.device, torch.float32).eval(), Vocab(folder)
+        near = hear(AudioTokenizer(folder, args.device, args.hubert), Path(args.questions).parent, test, "near")
+        with tqdm(total=7 * len(test), desc=f"answering {folder}", unit="reply") as bar:
+            rows[folder], _ = score(model, vocab, test, {"near": near}, bar)
+    weights.write_file(args.out, json.dumps({"rows": rows, "made": weights.recipe([*args.folders, args.questions])}, indent=1) + "\n", args.overwrite)
+    print(f"\n{grid(rows)}\n\n{finding(rows)}")
+
+
+def finding(rows):
+    """One sentence: who answers best when spoken to, who worst, whether that can be chance, and what both make of typed questions."""
+    order = sorted(rows, key=lambda name: -rows[name]["spoken_near"]["value"])
+    (a, best), (b, worst) = ((name, rows[name]) for name in (order[0], order[-1]))
+    apart = best["spoken_near"]["low"] > worst["spoken_near"]["high"]
+    return (f"Asked aloud, {a} answers {best['spoken_near']['value']:.2f} of {best['typed']['n']} questions and {b} {worst['spoken_near']['value']:.2f}, "
+            f"{'more than' if apart else 'not more than'} chance would part them (95 % intervals {'apart' if apart else 'overlap'}); "
+            f"typed, {best['typed']['value']:.2f} and {worst['typed']['value']:.2f}.")
 
 
 # --- any benchmark ---------------------------------------------------------------------------------------------------------
@@ -442,25 +492,29 @@ def main():
     one = commands.add_parser("table", help="the results table of one run")
     for name in ("base", "instruct", "speech", "merged"):
         one.add_argument(f"--{name}", required=True, help=f"folder of the {name} model")
-    one.add_argument("--questions", required=True, help="questions.jsonl of toy.py world, or of that form")
-    one.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
-    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
     again = commands.add_parser("show", help="print a table that was made")
     again.add_argument("table", help="a table.json")
     two = commands.add_parser("report", help="join the tables of several seeds")
     two.add_argument("tables", nargs="+", help="table.json files")
+    sweep = commands.add_parser("lam", help="the sweep of lam of a table, and what it says")
+    sweep.add_argument("table", help="a table.json")
+    five = commands.add_parser("compare", help="ask several models that hear the same test questions, typed and aloud")
+    five.add_argument("folders", nargs="+", help="model folders that hear")
+    for command in (one, five):
+        command.add_argument("--questions", required=True, help="questions.jsonl of toy.py world, or of that form")
     three = commands.add_parser("benchmark", help='score a model on JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}')
     four = commands.add_parser("pairs", help="how often the good clip of a pair is likelier: a folder with good/ and bad/, or JSON lines")
     for command in (three, four):
         command.add_argument("folder", help="a model folder that hears")
         command.add_argument("rows", help="the rows" if command is three else "a folder with good/ and bad/, or JSON lines")
+    for command in (one, three, four, five):
         command.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
-    for command in (one, two, three, four):
+    for command in (one, two, three, four, five):
         command.add_argument("--out", required=True, help=".json to write; of table and report, a picture goes beside it as .png")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-    {"table": table, "report": report, "show": lambda args: show(read_table(args.table)), "benchmark": benchmark, "pairs": pairs}[args.action](args)
+    {"table": table, "report": report, "show": lambda args: show(read_table(args.table)), "lam": lam, "compare": compare, "benchmark": benchmark, "pairs": pairs}[args.action](args)
 
 
 if __name__ == "__main__":

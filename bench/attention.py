@@ -4,9 +4,11 @@ in   nothing     out  rows of results/bench-cpu.json (bench-h200.json on a GPU):
 run  python bench/attention.py                       # a minute on two cores
 
 Qwen2.5-0.5B's heads (14 of 64, 2 for keys), one row of 2,048 on a CPU, 16 of them on a GPU, documents of 256. Interleaved rounds, medians; a GPU's rivals:
-PyTorch's flash and cuDNN kernels (which know no documents), FlexAttention with a document mask, its building counted. First the gate: all must agree.
+varlen attention (documents one behind the other, no rows), FlexAttention with a document mask, its building counted, and where there are no documents PyTorch's
+flash and cuDNN kernels. First the gate: all must agree.
 """
 import argparse
+import inspect
 import sys
 import time
 
@@ -20,6 +22,15 @@ sys.path.insert(0, str(ROOT))
 from fused import attention
 
 H, KV, D, T, DOCUMENT = 14, 2, 64, 2048, 256
+
+
+def varlen(q, k, v):
+    """torch's attention over documents of DOCUMENT tokens: what it wants is (tokens, heads, D), so its copies are its inputs, made once."""
+    from torch.nn.attention.varlen import varlen_attn
+    q, k, v = (x.detach().transpose(1, 2).flatten(0, 1).contiguous().requires_grad_() for x in (q, k, v))     # (B * T, heads, D)
+    ends = torch.arange(0, len(q) + 1, DOCUMENT, device=q.device, dtype=torch.int32)
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return lambda: varlen_attn(q, k, v, ends, ends, DOCUMENT, DOCUMENT, window_size=(-1, 0), **grouped).unflatten(0, (-1, T)).transpose(1, 2)      # (B, H, T, D)
 
 
 def main():
@@ -42,6 +53,7 @@ def main():
 
     races = {"documents": {"ours": lambda: attention(q, k, v, documents), "one mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)}}
     if gpu:
+        races["documents"]["varlen"] = varlen(q, k, v)
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         flex, same = torch.compile(flex_attention), lambda b, h, i, j: (j <= i) & (documents[b, i] == documents[b, j])
         races["documents"]["FlexAttention"] = lambda: flex(q, k, v, block_mask=create_block_mask(same, B, None, T, T, device=args.device, _compile=True), enable_gqa=True)
@@ -50,22 +62,27 @@ def main():
         said = {name: run().detach().float() for name, run in runs.items()}
         for name, y in said.items():
             assert (y - said["ours"]).norm() < (2e-2 if gpu else 1e-5) * said["ours"].norm(), f"{name} and ours disagree"
-        times = {name: [] for name in runs}
+        phases, times = ("forward", "forward + backward"), {}
         for _ in range(args.rounds):
             for name, run in runs.items():
-                for phase in ("warm", "timed"):
-                    q.grad = k.grad = v.grad = None
-                    if gpu:
-                        torch.cuda.synchronize()
-                    began = time.perf_counter()
-                    run().backward(g)
-                    if gpu:
-                        torch.cuda.synchronize()
-                times[name].append(1000 * (time.perf_counter() - began))
-        for name in runs:
-            if name != "ours":
-                record("h200" if gpu else "cpu", f"attention/{race} against {name}", f"ms, forward + backward, {B} x {T}, documents of {DOCUMENT}" if race == "documents" else f"ms, forward + backward, {B} x {T}",
-                       median(times["ours"]), median(times[name]), f"{name}, torch {torch.__version__.partition('+')[0]}", better="less")
+                for phase in phases:
+                    for when in ("warm", "timed"):
+                        q.grad = k.grad = v.grad = None
+                        if gpu:
+                            torch.cuda.synchronize()
+                        began = time.perf_counter()
+                        with torch.set_grad_enabled(phase != "forward"):
+                            y = run()
+                        if phase != "forward":
+                            y.backward(g)
+                        if gpu:
+                            torch.cuda.synchronize()
+                    times.setdefault((name, phase), []).append(1000 * (time.perf_counter() - began))
+        shape = f"{B} x {T}" + (f", documents of {DOCUMENT}" if race == "documents" else "")
+        for name in [name for name in runs if name != "ours"]:
+            for phase in phases:
+                record("h200" if gpu else "cpu", f"attention/{race}, {phase}, against {name}", f"ms, {shape}", median(times["ours", phase]), median(times[name, phase]),
+                       f"{name}, torch {torch.__version__.partition('+')[0]}", better="less")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,12 @@
 import json
 import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +14,7 @@ import soundfile
 
 import audio
 import evaluate
-from conftest import ROOT, call
+from conftest import ROOT, call, shrink
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
 
 
@@ -154,3 +161,37 @@ def test_pairs_of_known_order_are_all_right_shuffled_ones_half_and_ties_half(spe
     assert run(tmp_path / "ties.jsonl", "ties.json") == 0.5
     with pytest.raises(ValueError, match="good/ and bad/"):
         run(tmp_path, "none.json")
+
+
+def test_the_experiment_on_lam_says_where_hearing_comes_in(tmp_path, speedrun, monkeypatch, capsys):
+    table = json.loads((speedrun / "table.json").read_text())
+    table["lam_sweep"] = [{"lam": lam, "typed": typed, "spoken_near": spoken, "wer_near": 0.5} for lam, typed, spoken in ((0, 0.9, 0.0), (0.5, 0.9, 0.1), (0.7, 0.88, 0.3), (1, 0.8, 0.5), (1.3, 0.6, 0.4))]
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    call(["evaluate.py", "lam", str(tmp_path / "table.json")], monkeypatch)
+    assert "Half of the best spoken score (0.50, at lam 1) is there at lam 0.7; typed turns go from 0.90 without hearing to 0.80" in capsys.readouterr().out
+
+
+def test_comparing_models_asks_them_what_the_table_asks(speedrun, tmp_path, monkeypatch, capsys):
+    merged, out = str(speedrun / "merged"), str(tmp_path / "start.json")
+    call(["evaluate.py", "compare", merged, str(speedrun / "speech"), "--questions", str(speedrun / "toy/questions.jsonl"), "--device", "cpu", "--out", out], monkeypatch)
+    rows, table = json.loads((tmp_path / "start.json").read_text())["rows"], json.loads((speedrun / "table.json").read_text())["rows"]
+    for column in ("typed", "typed_unseen", "typed_noisy", "spoken_near", "spoken_near_unseen", "wer_near", "text_loss"):
+        assert rows[merged][column] == table["merged"][column] and rows[str(speedrun / "speech")][column] == table["speech"][column]
+    assert evaluate.finding(rows) in capsys.readouterr().out
+
+
+def test_a_finding_claims_no_more_than_the_intervals_allow():
+    row = lambda right, n: {"spoken_near": share([True] * right + [False] * (n - right)), "typed": share([True] * n)}
+    assert "a answers 0.80 of 100 questions and b 0.50, more than chance" in evaluate.finding({"b": row(50, 100), "a": row(80, 100)})
+    assert "not more than chance would part them" in evaluate.finding({"b": row(50, 100), "a": row(55, 100)})
+
+
+def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path, monkeypatch):
+    shutil.copytree(speedrun, tmp_path / "out")
+    line = re.search(r"python (pretrain\.py --init \$out/instruct .*)", (ROOT / "experiments.sh").read_text())[1]
+    call(shrink(shlex.split(line.replace("$out", str(tmp_path / "out")))), monkeypatch)
+    for name, says in (("lam", "Half of the best"), ("start", "Asked aloud")):
+        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True,
+                              env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 0 and says in done.stdout, done.stderr
+    assert subprocess.run(["bash", str(ROOT / "experiments.sh")], capture_output=True).returncode == 2

@@ -15,7 +15,7 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "evaluate": {"weights", "model", "vocab", "audio", "tokenize_audio", "merge"}, "toy": {"weights", "vocab", "audio"},
 }
 LINES = {"weights": 345, "fused": 350, "model": 400, "vocab": 325, "audio": 265, "hubert": 400, "tokenize_audio": 475, "documents": 215, "pretrain": 525,
-         "merge": 250, "chat": 240, "evaluate": 470, "toy": 445}
+         "merge": 250, "chat": 240, "evaluate": 525, "toy": 445}
 SOURCES = sorted(ROOT.glob("*.py"))
 
 
@@ -108,3 +108,20 @@ def test_every_benchmark_says_how_it_is_run():
     for path in (ROOT / "bench").glob("*.py"):
         doc = ast.get_docstring(ast.parse(path.read_text()))
         assert doc and (path.stem == "bench" or f"run  python bench/{path.name}" in doc), path.name
+
+
+def error_messages(path):
+    """The messages for people in a file, as (line, pieces between what is filled in)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        call = node.exc if isinstance(node, ast.Raise) else node if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "error" else None
+        if isinstance(call, ast.Call) and call.args:
+            parts = [call.args[0]] if isinstance(call.args[0], ast.Constant) else getattr(call.args[0], "values", [])
+            pieces = [part.value for part in parts if isinstance(part, ast.Constant)]
+            if pieces:
+                yield call.lineno, pieces
+
+
+def test_every_error_message_has_its_cause_on_the_teachers_page():
+    page = (ROOT / "TEACHING.md").read_text()
+    lacking = [f"{path.name}:{line}: {max(pieces, key=len)}" for path in SOURCES for line, pieces in error_messages(path) if max(pieces, key=len).strip() not in page]
+    assert not lacking, "\n".join(lacking)
