@@ -25,7 +25,7 @@ def read_text(path):
     """Texts of a JSON-lines file of {"text"}, or of a .txt with one document a line."""
     if Path(path).suffix == ".txt":
         try:
-            return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from None
     return [field(row, "text", path) for row in weights.read_lines(path)]

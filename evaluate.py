@@ -465,6 +465,8 @@ def pairs(args):
     if not rows or not all(isinstance(row.get(side), str) for row in rows for side in ("good", "bad")):
         raise ValueError(f'{args.rows}: wanted folders good/ and bad/ with files of the same names, or JSON lines {{"good": path, "bad": path}}')
     model, vocab, ears = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder), AudioTokenizer(args.folder, args.device, args.hubert)
+    if not vocab.speech:
+        raise ValueError(f"{args.folder}: cannot hear (no speech.json); give a speech model")
     first, k = vocab.speech["first_unit"], vocab.speech["k"]
 
     def hear(path):

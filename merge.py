@@ -81,9 +81,11 @@ class Merge:
         for folder in (instruct, speech):
             if architectures[folder] != architectures[base]:
                 raise ValueError(f"{folder} is a {architectures[folder]}, {base} a {architectures[base]}; all three must come from one base")
-        self.names = list(self.speech)
+        tied = weights.read_json(Path(speech) / "config.json").get("tie_word_embeddings", False)
+        copies = lambda name: name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight"       # what some files hold a second time
+        self.names = [name for name in self.speech if not copies(name)]
         for other, folder in ((self.base, base), (self.instruct, instruct)):
-            difference = set(self.names) ^ set(other)
+            difference = set(self.names) ^ {name for name in other if not copies(name)}
             if difference:
                 raise ValueError(f"{folder} and {speech} do not have the same tensors: {sorted(difference)[:3]} in one only")
         self.rows = self.base.shape(ROWS[0])[0]                             # rows that base has; speech's own come after
@@ -130,7 +132,7 @@ class Merge:
 
     def run(self, lam, mu, out=None):
         """Write the sum to the folder `out`, if given, in speech's own files; return the report."""
-        home = {name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors") for name, file in self.speech.home.items()}
+        home = {name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors") for name, file in self.speech.home.items() if name in self.names}
         files, places = {}, {}
         for file in sorted(set(home.values())) if out else []:
             mine = {name: (self.speech.shape(name), self.speech.dtype(name)) for name in self.names if home[name] == file}

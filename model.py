@@ -332,14 +332,15 @@ class Step:
         for layer in cache:
             layer.last = self.last
         if like.is_cuda:
-            side = torch.cuda.Stream(like.device)
-            side.wait_stream(torch.cuda.current_stream(like.device))
-            with torch.cuda.stream(side):                                  # libraries make their workspaces before the recording
-                self.work()
-            torch.cuda.current_stream(like.device).wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.work()
+            with torch.cuda.device(like.device):
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):                              # libraries make their workspaces before the recording
+                    self.work()
+                torch.cuda.current_stream().wait_stream(side)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.logits = self.work()
 
     def work(self):
         positions = self.last - (0 if self.first is None else self.first)  # (1,) or (B, 1)
@@ -381,19 +382,19 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
     stops, ended, last = torch.tensor(stop, device=device), torch.zeros(B, dtype=torch.bool, device=device), None
     sampler = torch.Generator(device).manual_seed(seed)
     logits, step = model.lm_head(model.model(embeddings=x, start=start, cache=cache)[:, -1]), None            # (B, V)
-    for n in range(limit):
-        if n and device.type == "cuda":
-            step = step or Step(model, cache, first)
-            logits = step(ids)
-        elif n:
-            logits = model.lm_head(model.model(ids[:, None], start=first, cache=cache)[:, -1])
+    for n in range(1, limit + 1):
         logits = logits.float() + barred                                   # (B, V)
         ids = logits.argmax(-1) if temperature == 0 else sample(logits / temperature, top_p, sampler)
         ids = torch.where(ended, last, ids) if last is not None else ids
         yield ids
         last, ended = ids, ended | torch.isin(ids, stops)
-        if ended.all():
+        if ended.all() or n == limit:
             return
+        if device.type == "cuda":
+            step = step or Step(model, cache, first)
+            logits = step(ids)
+        else:                                                              # a growing cache reads no more than there is
+            logits = model.lm_head(model.model(ids[:, None], start=first, cache=cache)[:, -1])
 
 
 def sample(logits, top_p, generator):

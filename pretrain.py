@@ -300,6 +300,8 @@ def train(args, out, rank, world):
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))      # a kill may have left half a line
             tqdm.write(f"resuming at step {step} of {args.steps}")
+    elif rank == 0:
+        log.unlink(missing_ok=True)                                        # of a run that ended before its first checkpoint
 
     if world > 1:
         steps = torch.tensor([step, -step], device=device)
@@ -345,7 +347,7 @@ def train(args, out, rank, world):
             for x in [mean, *(p.grad for p in [*body, *rows])]:
                 torch.distributed.all_reduce(x)
         if not torch.isfinite(mean):
-            raise ValueError(f"step {step}: the loss is {mean.item()}; what was saved last is kept in {out}. Lower --lr")
+            raise ValueError(f"step {step}: the loss is {mean.item()}; what was saved last is kept in {out}; to begin again with a lower --lr, remove it")
         for p in rows:
             p.grad[stay] = 0
         if step <= args.rows_first:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import audio
 import weights
-from hubert import Hubert
+from hubert import Config, Hubert
 
 PREVIEW, PASSES_AFTER, SPREAD = 1, 20, 200    # k-means with --minibatch: passes' worth of steps, whole passes after them, frames a centroid for the start
 ROWS = 2048                         # frames compared with all centroids at a time
@@ -44,14 +44,15 @@ SMALL = 50e6                        # bytes: a HuBERT up to this size travels wi
 
 def feature_function(recipe, folder, device, bf16=False):
     """(features, hop) by a recipe {"kind": "mfcc"} or {"kind": "hubert", "path", "layer", "sha256"}: features turns a list of clips,
-    samples (N,) each, into float32 tensors (N // hop, width) on `device`; a clip gives in any list what it gives alone."""
+    samples (N,) each, into float32 tensors (N // hop, width) on `device`; a clip gives in any list what it gives alone. A HuBERT is taken from
+    folder/hubert, if a folder is given and has one."""
     if recipe["kind"] == "mfcc":
         return lambda clips: [torch.from_numpy(audio.mfcc(samples)).to(device) for samples in clips], audio.HOP
-    path = Path(folder) / "hubert" if (Path(folder) / "hubert").exists() else Path(recipe["path"])
+    path = Path(folder, "hubert") if folder and Path(folder, "hubert").exists() else Path(recipe["path"])
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the HuBERT of {folder} is not there; pass it with --hubert")
+        raise FileNotFoundError(f"{path}: the HuBERT of these units is not there; pass it with --hubert")
     if weights.fingerprint(path) != recipe["sha256"]:
-        raise ValueError(f"{path}: not the HuBERT that {folder} was fitted with (its sha256 differs); pass the right one with --hubert")
+        raise ValueError(f"{path}: not the HuBERT that these units come from (its sha256 differs); pass the right one with --hubert")
     model, layer = Hubert.load(path, device), recipe["layer"]
     hop = model.hop()
 
@@ -208,7 +209,7 @@ class AudioTokenizer:
         if weights.fingerprint(folder / "codebook.safetensors") != self.recipe["sha256"]:
             raise ValueError(f"{folder}: codebook.safetensors is not the one codebook.json describes (its sha256 differs); fit again")
         features = self.recipe["features"] | ({"path": hubert} if hubert else {})
-        self.features, self.hop = feature_function(features, "." if hubert else folder, device, bf16)
+        self.features, self.hop = feature_function(features, None if hubert else folder, device, bf16)
         self.centroids = load_file(folder / "codebook.safetensors")["centroids"].to(device)
 
     def __call__(self, samples):
@@ -240,10 +241,10 @@ def fit(args):
     recipe = {"kind": "mfcc"}
     if args.hubert:
         recipe = {"kind": "hubert", "path": str(Path(args.hubert).resolve()), "layer": args.layer, "sha256": weights.fingerprint(args.hubert)}
-        depth = weights.read_json(Path(args.hubert) / "config.json")["num_hidden_layers"]
+        depth = Config.read(args.hubert).num_hidden_layers
         if not 0 <= args.layer <= depth:
             raise ValueError(f"--layer {args.layer}: {args.hubert} has layers 0 to {depth}")
-    (features, hop), rows, kept = feature_function(recipe, "", args.device), audio.read_manifest(args.manifest), []
+    (features, hop), rows, kept = feature_function(recipe, None, args.device), audio.read_manifest(args.manifest), []
     with weights.new_folder(args.out, [args.manifest, args.hubert], args.overwrite) as out:
         rng, have = random.Random(args.seed), 0
         rng.shuffle(rows)                                                   # enough frames may come before the list ends: take any clips

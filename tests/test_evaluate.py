@@ -180,6 +180,14 @@ def test_comparing_models_asks_them_what_the_table_asks(speedrun, tmp_path, monk
     assert evaluate.finding(rows) in capsys.readouterr().out
 
 
+def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
+    shutil.copytree(speedrun / "speech", tmp_path / "deaf")
+    (tmp_path / "deaf/speech.json").unlink()
+    (tmp_path / "p.jsonl").write_text(json.dumps({"good": "a.wav", "bad": "b.wav"}) + "\n")
+    with pytest.raises(ValueError, match="cannot hear"):
+        call(["evaluate.py", "pairs", str(tmp_path / "deaf"), str(tmp_path / "p.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
+
+
 def test_a_finding_claims_no_more_than_the_intervals_allow():
     row = lambda right, n: {"spoken_near": share([True] * right + [False] * (n - right)), "typed": share([True] * n)}
     assert "a answers 0.80 of 100 questions and b 0.50, more than chance" in evaluate.finding({"b": row(50, 100), "a": row(80, 100)})

@@ -101,6 +101,16 @@ def test_dtypes_may_differ_and_the_sum_has_speechs(speedrun, tmp_path, monkeypat
     assert torch.equal(sum_[name], (b + (s - b) + 0.5 * (i - b)).bfloat16())
 
 
+def test_what_an_open_base_holds_a_second_time_is_left_out(speedrun, tmp_path, monkeypatch):
+    """A tied head, and the rotation's frequencies, are in some checkpoints' files and in others' not."""
+    base, instruct, speech = folders(speedrun)
+    shutil.copytree(base, tmp_path / "b")
+    tensors = made(base)
+    weights.save(tmp_path / "b", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    recipe_free = [shutil.copytree(folder, tmp_path / f"{n}", ignore=shutil.ignore_patterns("recipe.json")) for n, folder in enumerate((instruct, speech))]
+    assert same(merge(tmp_path / "m", monkeypatch, str(tmp_path / "b"), *map(str, recipe_free)), merge(tmp_path / "n", monkeypatch, base, instruct, speech))
+
+
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "(_ for _ in ()).throw(OSError(28, 'No space left on device'))"])
 def test_killed_or_out_of_space_it_leaves_no_folder_and_the_next_try_a_whole_one(speedrun, tmp_path, end):
     """A process of its own, that ends in the middle of its writing."""

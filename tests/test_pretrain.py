@@ -239,6 +239,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(speedrun, tm
               "--lr", "1e30", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_line_in_the_next_ones_log(speedrun, tmp_path, monkeypatch):
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial/log.jsonl").write_text('{"step": 50, "layouts": {}}\n')
+    call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "2", "--rows", "1", "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+    assert [json.loads(line)["step"] for line in (tmp_path / "x/log.jsonl").read_text().splitlines()] == [2]
+
+
 @pytest.mark.parametrize("words, wanted", [
     (["--init", "{base}", "--text", "{base}/nowhere.jsonl"], "no such file"),
     (["--init", "{base}", "--text", "{base}/config.json"], "line 1"),

@@ -121,6 +121,14 @@ def test_a_clip_shorter_than_a_frame_and_a_bad_layer_are_refused(speedrun, tmp_p
         call(["tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl"), "--hubert", str(speedrun / "hubert"), "--layer", "9", "--out", str(tmp_path / "c")], monkeypatch)
 
 
+def test_the_hubert_that_was_named_is_taken_whatever_lies_in_the_current_folder(speedrun, tmp_path, monkeypatch):
+    (tmp_path / "hubert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    call(["tokenize_audio.py", "fit", "--manifest", str(speedrun / "toy/speech/train.jsonl"), "--hubert", str(speedrun / "hubert"), "--layer", "4", "--k", "5", "--device", "cpu", "--out", "c"], monkeypatch)
+    call([*words_of(speedrun, "u", "--hubert", str(speedrun / "hubert"))], monkeypatch)
+    assert same_units(tmp_path / "u", speedrun / "units")
+
+
 # --- a corpus ---
 
 def words_of(speedrun, out, *flags):

@@ -142,6 +142,11 @@ def test_bad_json_lines_name_their_line(tmp_path):
         weights.read_lines(tmp_path / "x.jsonl")
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": "one\u2028line\u0085still"}\r\n{"a": 2}\n', encoding="utf-8")
+    assert weights.read_lines(tmp_path / "x.jsonl") == [{"a": "one\u2028line\u0085still"}, {"a": 2}]
+
+
 def test_a_json_file_that_is_no_object_or_lacks_a_key_is_named(tmp_path):
     for text, wanted in (("[]", "wanted a JSON object"), ('{"a": 1}', "has no 'b'"), ("{", "not valid JSON")):
         (tmp_path / "x.json").write_text(text)

@@ -1,0 +1,98 @@
+"""Answers to the five exercises of TEACHING.md. Try them first."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import audio
+from fused import attention
+from merge import Merge
+from tokenize_audio import steady
+
+
+# --- 1. rounding -----------------------------------------------------------------------------------------------------------
+
+def lost_in_bf16(size, n=1 << 20):
+    """How much of a delta of a relative size is lost where (speech + instruct) - base is rounded to bf16 at every step."""
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(n, generator=rng).bfloat16()
+    speech, instruct = ((base.float() + size * torch.randn(n, generator=rng)).bfloat16() for _ in range(2))
+    stepwise = (speech + instruct) - base
+    exact = speech.double() + instruct.double() - base.double()
+    return ((stepwise.double() - exact).norm() / (exact - base.double()).norm()).item()
+
+
+def test_exercise_1_a_small_delta_is_mostly_lost_where_every_step_is_rounded():
+    assert 0.10 < lost_in_bf16(0.02) < 0.20 and 0.40 < lost_in_bf16(0.005) < 0.60
+
+
+# --- 2. attention without its matrix ---------------------------------------------------------------------------------------
+
+def attended(q, keys, values, tile=4):
+    """softmax(q . keys) values for one query, D wide, with the scores of one tile alive at a time."""
+    m, l, a = -math.inf, 0.0, torch.zeros_like(values[0])                  # the largest score so far; sums relative to it
+    for k, v in zip(keys.split(tile), values.split(tile)):
+        score = k @ q / math.sqrt(len(q))                                  # (tile,)
+        larger = max(m, score.max().item())
+        p, old = torch.exp(score - larger), math.exp(m - larger)           # what was summed before was relative to m
+        m, l, a = larger, l * old + p.sum(), a * old + p @ v
+    return a / l
+
+
+def test_exercise_2_a_softmax_can_be_taken_a_tile_at_a_time():
+    q, k, v = (torch.randn(1, 2, 10, 8, dtype=torch.float64) for _ in range(3))
+    wanted = attention(q, k, v)
+    for i in range(10):
+        assert torch.allclose(attended(q[0, 1, i], k[0, 1, :i + 1], v[0, 1, :i + 1]), wanted[0, 1, i])
+
+
+# --- 3. the price of a change ----------------------------------------------------------------------------------------------
+
+def viterbi(distance, price):
+    """The textbook's form: every label looks at every label before it, K * K sums a frame. distance (T, K)."""
+    T, K = distance.shape
+    change = price * (1 - np.eye(K))                                       # (K from, K to)
+    cost, came = distance[0], []
+    for t in range(1, T):
+        every = cost[:, None] + change                                     # (K from, K to)
+        came.append(every.argmin(0))
+        cost = every.min(0) + distance[t]
+    path = [int(cost.argmin())]
+    for back in reversed(came):
+        path.append(int(back[path[-1]]))
+    return np.array(path[::-1])
+
+
+@pytest.mark.parametrize("price", [0.0, 0.5, 2.0, 8.0])
+def test_exercise_3_where_all_changes_cost_the_same_a_step_need_not_look_at_all_pairs(price):
+    x, centroids = torch.randn(60, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    distance = ((x[:, None] - centroids) ** 2).sum(-1).numpy()             # (T, K)
+    ours = steady(x, centroids, price)
+    assert np.array_equal(viterbi(distance, price), ours)
+    assert price or np.array_equal(ours, distance.argmin(1))
+
+
+# --- 4. what lam = 0 leaves ------------------------------------------------------------------------------------------------
+
+def test_exercise_4_at_lam_0_the_sum_is_instruct_with_the_speech_models_new_rows(speedrun):
+    plan = Merge(*(speedrun / name for name in ("base", "instruct", "speech")))
+    for name in plan.names:
+        merged, instruct, speech = plan.merged(name, 0.0), plan.instruct[name], plan.speech[name]
+        assert torch.equal(merged[:len(instruct)], instruct)               # every tensor and row that base has
+        assert torch.equal(merged[len(instruct):], speech[len(instruct):])                                    # units and speech markers
+
+
+# --- 5. how much is thrown away --------------------------------------------------------------------------------------------
+
+def bits_per_second(units, durations, frame_rate):
+    """(entropy of the units, each taken alone, times how many a second has; those of 16 kHz samples of 16 bits)."""
+    share = np.bincount(units) / len(units)
+    entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
+    return entropy * len(units) / (durations.sum() / frame_rate), audio.SAMPLE_RATE * 16
+
+
+def test_exercise_5_units_keep_a_bit_in_some_thousand(speedrun):
+    corpus = audio.Units(speedrun / "units")
+    kept, given = bits_per_second(np.asarray(corpus.units), np.asarray(corpus.durations), corpus.meta["frame_rate"])
+    assert given == 256_000 and 0 < kept <= math.log2(corpus.meta["k"]) * corpus.meta["frame_rate"] and given / kept > 1000
