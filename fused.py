@@ -47,9 +47,9 @@ def attention(q, k, v, start=None, last=None):
         with torch.cuda.device(q.device):                                  # Triton launches where torch is, not where its tensors are
             return Flash.apply(q.contiguous(), k.contiguous(), v.contiguous(), start.int().contiguous())
     grouped = q.shape[1] != k.shape[1]
-    if start is None and last is None and (T == S or T == 1):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
-    key = torch.arange(S, device=q.device)                                                    # (S,)
+    if start is None and last is None and T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    key, visible = torch.arange(S, device=q.device), None                                     # (S,); a single query at the end sees all
     if T == S and last is None and not q.is_cuda and start.numel() >= LOOP_FROM * (begins := start == key).sum():
         rows = []
         for b, row in enumerate(begins):
@@ -57,8 +57,11 @@ def attention(q, k, v, start=None, last=None):
             rows.append(torch.cat([F.scaled_dot_product_attention(q[b:b + 1, :, a:c], k[b:b + 1, :, a:c], v[b:b + 1, :, a:c], is_causal=True, enable_gqa=grouped)
                                    for a, c in zip(cuts, cuts[1:])], dim=2))
         return torch.cat(rows)                                                                # (B, H, T, D)
-    visible = key <= (torch.arange(S - T, S, device=q.device)[:, None] if last is None else last[None])      # (T, S): the past and itself
-    visible = visible[None, None] if start is None else (visible & (key >= start[:, :, None]))[:, None]   # (B or 1, 1, T, S)
+    if T > 1 or start is not None or last is not None:
+        visible = key <= (torch.arange(S - T, S, device=q.device)[:, None] if last is None else last[None])  # (T, S): the past and itself
+        visible = visible[None, None] if start is None else (visible & (key >= start[:, :, None]))[:, None]  # (B or 1, 1, T, S)
+    if T == 1:                                                             # heads that share keys are as good as so many queries, and several times faster
+        return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, attn_mask=visible).view(q.shape)       # (B, H, 1, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 

@@ -122,15 +122,27 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear layer. A CPU's library multiplies a single float32 vector on one core; parts of the matrix, as a batch, it multiplies on all."""
+
+    def forward(self, x):
+        one = x.numel() == x.shape[-1] and x.dtype == torch.float32 and not (x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        if not one or self.out_features % (n := torch.get_num_threads()):
+            return F.linear(x, self.weight, self.bias)
+        parts = self.weight.view(n, -1, self.in_features).transpose(1, 2)  # (n, C in, C out / n)
+        y = torch.bmm(x.view(1, 1, -1).expand(n, 1, -1), parts).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         bias, norm = ARCHITECTURES[config.architecture]
         C, D, self.H, self.K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(C, self.H * D, bias=bias)
-        self.k_proj = nn.Linear(C, self.K * D, bias=bias)
-        self.v_proj = nn.Linear(C, self.K * D, bias=bias)
-        self.o_proj = nn.Linear(self.H * D, C, bias=False)
+        self.q_proj = Linear(C, self.H * D, bias=bias)
+        self.k_proj = Linear(C, self.K * D, bias=bias)
+        self.v_proj = Linear(C, self.K * D, bias=bias)
+        self.o_proj = Linear(self.H * D, C, bias=False)
         if norm:
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
         self.norm = norm
@@ -153,8 +165,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(C, F_, bias=False), nn.Linear(C, F_, bias=False)
-        self.down_proj = nn.Linear(F_, C, bias=False)
+        self.gate_proj, self.up_proj = Linear(C, F_, bias=False), Linear(C, F_, bias=False)
+        self.down_proj = Linear(F_, C, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -206,7 +218,7 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self):

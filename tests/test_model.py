@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import shared
-from model import LM, Cache, Config, Step, add_rows, generate, sample
+from model import LM, Cache, Config, Linear, Step, add_rows, generate, sample
 
 transformers = pytest.importorskip("transformers")
 LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
@@ -82,6 +82,17 @@ def test_a_step_on_buffers_that_never_move_gives_what_a_growing_cache_gives(pair
             wanted, got = ours(ids[:, None], start=first, cache=caches[0])[:, -1], step(ids)
             assert far(wanted, got) < 1e-5
             ids = wanted.argmax(-1)
+
+
+@pytest.mark.parametrize("rows, bias", [(12, True), (12, False), (7, True)])
+def test_a_single_vector_is_multiplied_on_all_cores_to_the_same_result(rows, bias):
+    layer, x = Linear(5, rows, bias=bias), torch.randn(1, 1, 5)
+    wanted = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), wanted, atol=1e-6) and layer(x).shape == (1, 1, rows)
+        assert torch.equal(layer(x.repeat(1, 3, 1)), torch.nn.functional.linear(x.repeat(1, 3, 1), layer.weight, layer.bias))
+    layer(x.requires_grad_()).sum().backward()
+    assert torch.allclose(x.grad[0, 0], layer.weight.sum(0), atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
