@@ -263,11 +263,10 @@ def show(result):
 
 def draw(results, path):
     """The ladder (what each row reaches, from typed to a far accent) and the lam sweep, averaged over seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     mean = lambda values: float(np.mean(values)) if values else math.nan
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
     ladder = ["typed", "typed_noisy", "spoken_heard", "spoken_near", "spoken_far"]
     for name in ROWS:
         left.plot(ladder, [mean([r["rows"][name][c]["value"] for r in results if r["rows"][name][c]]) for c in ladder], marker="o", label=name)
@@ -278,11 +277,9 @@ def draw(results, path):
         right.plot(LAMS, [mean([row[column] for r in results for row in r["lam_sweep"] if row["lam"] == lam]) for lam in LAMS], marker="o", label=label)
     right.set(xlabel="lam", ylim=(-0.03, 1.03), title="The lam sweep: dev questions")
     right.legend()
-    figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     weights.write_file(path, picture.getvalue(), overwrite=True)             # it belongs to its table, which is guarded
-    pyplot.close(figure)
 
 
 def report(args):
@@ -314,16 +311,14 @@ def markdown(seeds):
 
 # --- two experiments (experiments.sh) --------------------------------------------------------------------------------------
 
-def lam(args):
-    """How much hearing to add: the sweep of a table, and in a sentence what it says."""
-    sweep = read_table(args.table)["lam_sweep"]
-    print(f"{'lam':>6}{'typed':>10}{'spoken':>10}{'word error':>12}   (dev questions)")
-    for row in sweep:
-        print(f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}{row['wer_near']:12.2f}")
+def swept(sweep):
+    """How much hearing to add: a table's sweep of lam, and in a sentence what it says."""
+    lines = [f"{'lam':>6}{'typed':>10}{'spoken':>10}{'word error':>12}   (dev questions)"]
+    lines += [f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}{row['wer_near']:12.2f}" for row in sweep]
     best = max(sweep, key=lambda row: row["spoken_near"])
     half = next(row for row in sweep if row["spoken_near"] >= best["spoken_near"] / 2)
-    print(f"\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is there at lam {half['lam']:g}; typed turns go from {sweep[0]['typed']:.2f} "
-          f"without hearing to {best['typed']:.2f} where spoken ones are best.")
+    return "\n".join(lines) + (f"\n\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is there at lam {half['lam']:g}; "
+                               f"typed turns go from {sweep[0]['typed']:.2f} without hearing to {best['typed']:.2f} where spoken ones are best.")
 
 
 def compare(args):
@@ -516,7 +511,7 @@ def main():
         command.add_argument("--out", required=True, help=".json to write; of table and report, a picture goes beside it as .png")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-    {"table": table, "report": report, "show": lambda args: show(read_table(args.table)), "lam": lam, "compare": compare, "benchmark": benchmark, "pairs": pairs}[args.action](args)
+    {"table": table, "report": report, "show": lambda args: show(read_table(args.table)), "lam": lambda args: print(swept(read_table(args.table)["lam_sweep"])), "compare": compare, "benchmark": benchmark, "pairs": pairs}[args.action](args)
 
 
 if __name__ == "__main__":

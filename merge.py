@@ -195,11 +195,10 @@ def show(report):
 
 def draw(report, path):
     """A picture of the report: both deltas, block by block, and their cosine."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     rows = [row for row in report["blocks"] if isinstance(row["block"], int)]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.5))
+    figure = Figure(figsize=(10, 3.5), layout="tight")
+    left, right = figure.subplots(1, 2)
     for name in ("instruct", "speech"):
         left.plot([row["block"] for row in rows], [row[name] for row in rows], marker="o", label=name)
     left.set(xlabel="block", ylabel="|delta| / |base|", ylim=(0, None), title="How far each side moved")
@@ -207,10 +206,8 @@ def draw(report, path):
     right.plot([row["block"] for row in rows], [row["cosine"] for row in rows], marker="o")
     right.axhline(0, color="grey", linewidth=0.5)
     right.set(xlabel="block", ylabel="cosine of the two deltas", title="Do they pull the same way?")
-    figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
-    pyplot.close(figure)
     weights.write_file(path, picture.getvalue())
 
 

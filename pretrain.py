@@ -396,21 +396,17 @@ def train(args, out, rank, world):
 
 def draw(log, path):
     """Losses over steps: of each layout in training, and on its held-out documents (dots)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    rows, figure = [json.loads(line) for line in log.read_text().splitlines()], pyplot.figure(figsize=(7, 4))
-    for kind, form in (("layouts", "-"), ("held_out", "o")):
+    from matplotlib.figure import Figure
+    rows, figure = [json.loads(line) for line in log.read_text().splitlines()], Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
+    for kind, form in (("layouts", ".-"), ("held_out", "o")):
         for name in dict.fromkeys(name for row in rows for name in row.get(kind, {}) if not name.endswith(" units")):
             points = [(row["step"], row[kind][name]) for row in rows if name in row.get(kind, {})]
-            pyplot.plot(*zip(*points), form, label=name + ", held out" * (kind == "held_out"))
-    pyplot.xlabel("step")
-    pyplot.ylabel("nats per text token")
-    if pyplot.gca().lines:
-        pyplot.legend()
-    figure.tight_layout()
+            axes.plot(*zip(*points), form, label=name + ", held out" * (kind == "held_out"))
+    axes.set(xlabel="step", ylabel="nats per text token")
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def pairs(text):

@@ -7,6 +7,7 @@
 #   hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir weights/instruct     1.0 GB
 #   hf download facebook/hubert-base-ls960 --local-dir weights/hubert       0.4 GB
 #   LibriSpeech's train-clean-100 from openslr.org/12, unpacked to LibriSpeech/ (6.3 GB); or a folder or manifest of your own, with transcripts
+# SmolLM2-135M and its instruct twin (0.3 GB each) are the small choice: the same commands, weights in the same places.
 # Disk: units 4 bytes each, some tens of MB; speech and merged 2 GB each (float32), a checkpoint 5 GB.
 # Time: on two CPU cores encoding runs at 14 times real time (measured), 7 hours; nothing here has been timed on a GPU.
 # Expect transcripts, and an instruct model that still chats. Do not expect the toy's spoken answers: LibriSpeech has no word times, and without them no word can be matched

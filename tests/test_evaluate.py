@@ -188,6 +188,12 @@ def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
         call(["evaluate.py", "pairs", str(tmp_path / "deaf"), str(tmp_path / "p.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
 
 
+def test_the_teachers_page_shows_the_experiments_of_the_results():
+    page, rows = (ROOT / "TEACHING.md").read_text(), json.loads((ROOT / "results/start.json").read_text())["rows"]
+    assert evaluate.swept(json.loads((ROOT / "results/toy.json").read_text())["seeds"][0]["lam_sweep"]) in page
+    assert f"{evaluate.grid(rows)}\n\n{evaluate.finding(rows)}" in page
+
+
 def test_a_finding_claims_no_more_than_the_intervals_allow():
     row = lambda right, n: {"spoken_near": share([True] * right + [False] * (n - right)), "typed": share([True] * n)}
     assert "a answers 0.80 of 100 questions and b 0.50, more than chance" in evaluate.finding({"b": row(50, 100), "a": row(80, 100)})
