@@ -129,7 +129,7 @@ def text_loss(model, vocab, questions):
 
 def hear(ears, folder, questions, group):
     """The units of every question, as voices of `group` say it."""
-    return [ears(audio.load(folder / q["audio"][group]))[0] for q in tqdm(questions, desc=f"hearing {group}", unit="question")]
+    return [ears(audio.load(folder / q["audio"][group]))[0] for q in tqdm(questions, desc=f"hearing {len(questions)} questions, {group}", unit="question")]
 
 
 def unseen(said, questions):
@@ -187,8 +187,7 @@ def with_new_rows(model, speech):
 
 def table(args):
     began, folder = time.time(), Path(args.questions).parent
-    if Path(args.out).exists() and not args.overwrite:
-        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    weights.free(args.out, args.overwrite)
     weights.unchanged(args.merged, [args.base, args.instruct, args.speech])
     questions = read_questions(args.questions)
     test, dev = ([q for q in questions if q["split"] == split] for split in ("test", "dev"))
@@ -317,14 +316,17 @@ def swept(sweep):
     lines += [f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}{row['wer_near']:12.2f}" for row in sweep]
     best = max(sweep, key=lambda row: row["spoken_near"])
     half = next(row for row in sweep if row["spoken_near"] >= best["spoken_near"] / 2)
+    if not best["spoken_near"]:
+        return "\n".join([*lines, "", "No lam answers a spoken question."])
     return "\n".join(lines) + (f"\n\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is there at lam {half['lam']:g}; "
                                f"typed turns go from {sweep[0]['typed']:.2f} without hearing to {best['typed']:.2f} where spoken ones are best.")
 
 
 def compare(args):
     """The same test questions, typed and aloud, to several models that hear: which answers them?"""
-    if Path(args.out).exists() and not args.overwrite:
-        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    weights.free(args.out, args.overwrite)
+    if len(args.folders) < 2:
+        raise ValueError(f"compare: got {args.folders[0]} alone, wanted two models or more")
     test, rows = [q for q in read_questions(args.questions) if q["split"] == "test"], {}
     for folder in args.folders:
         model, vocab = LM.load(folder, args.device, torch.float32).eval(), Vocab(folder)
@@ -336,13 +338,13 @@ def compare(args):
 
 
 def finding(rows):
-    """One sentence: who answers best when spoken to, who worst, whether that can be chance, and what both make of typed questions."""
-    order = sorted(rows, key=lambda name: -rows[name]["spoken_near"]["value"])
-    (a, best), (b, worst) = ((name, rows[name]) for name in (order[0], order[-1]))
-    apart = best["spoken_near"]["low"] > worst["spoken_near"]["high"]
-    return (f"Asked aloud, {a} answers {best['spoken_near']['value']:.2f} of {best['typed']['n']} questions and {b} {worst['spoken_near']['value']:.2f}, "
-            f"{'more than' if apart else 'not more than'} chance would part them (95 % intervals {'apart' if apart else 'overlap'}); "
-            f"typed, {best['typed']['value']:.2f} and {worst['typed']['value']:.2f}.")
+    """One sentence: what the first model answers when spoken to, what the others do and whether chance could part them from it; and all of them typed to."""
+    (name, first), *others = rows.items()
+    said = [f"{name} answers {first['spoken_near']['value']:.2f} of {first['typed']['n']} questions"]
+    for other, row in others:
+        less, more = sorted((first["spoken_near"], row["spoken_near"]), key=lambda cell: cell["value"])
+        said.append(f"{other} {row['spoken_near']['value']:.2f} ({'more than chance apart' if less['high'] < more['low'] else 'may be chance: 95 % intervals overlap'})")
+    return f"Asked aloud, {', '.join(said)}; typed, {', '.join(format(row['typed']['value'], '.2f') for row in rows.values())}."
 
 
 # --- any benchmark ---------------------------------------------------------------------------------------------------------
@@ -352,8 +354,7 @@ METRICS = ["exact", "wer", "choice"]
 
 def kept(args, made, items, work):
     """work(list of items) -> list of results, for all items in batches. Every batch joins OUT.rows at once: after a stop the same command goes on there."""
-    if Path(args.out).exists() and not args.overwrite:
-        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it")
+    weights.free(args.out, args.overwrite)
     partial = Path(f"{args.out}.rows")
     text = partial.read_text() if partial.exists() else ""
     try:

@@ -61,7 +61,7 @@ def attention(q, k, v, start=None, last=None):
         visible = key <= (torch.arange(S - T, S, device=q.device)[:, None] if last is None else last[None])  # (T, S): the past and itself
         visible = visible[None, None] if start is None else (visible & (key >= start[:, :, None]))[:, None]  # (B or 1, 1, T, S)
     if T == 1:                                                             # heads that share keys are as good as so many queries, and several times faster
-        return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, attn_mask=visible).view(q.shape)       # (B, H, 1, D)
+        return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, attn_mask=visible).reshape(q.shape)    # (B, H, 1, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 

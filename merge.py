@@ -77,15 +77,15 @@ class Merge:
         vocabs = {folder: Vocab(folder) for folder in (base, instruct, speech)}
         if not vocabs[speech].speech:
             raise ValueError(f"{speech}: cannot hear (no speech.json); --speech wants a model trained with pretrain.py --units")
-        architectures = {folder: (weights.read_json(Path(folder) / "config.json").get("architectures") or ["none"])[0] for folder in (base, instruct, speech)}
+        configs = {folder: weights.read_json(Path(folder) / "config.json") for folder in (base, instruct, speech)}
+        architectures = {folder: (config.get("architectures") or ["none"])[0] for folder, config in configs.items()}
         for folder in (instruct, speech):
             if architectures[folder] != architectures[base]:
                 raise ValueError(f"{folder} is a {architectures[folder]}, {base} a {architectures[base]}; all three must come from one base")
-        tied = weights.read_json(Path(speech) / "config.json").get("tie_word_embeddings", False)
-        copies = lambda name: name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight"       # what some files hold a second time
-        self.names = [name for name in self.speech if not copies(name)]
+        copy = lambda name, folder: name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and configs[folder].get("tie_word_embeddings")   # some files hold it twice
+        self.names = [name for name in self.speech if not copy(name, speech)]
         for other, folder in ((self.base, base), (self.instruct, instruct)):
-            difference = set(self.names) ^ {name for name in other if not copies(name)}
+            difference = set(self.names) ^ {name for name in other if not copy(name, folder)}
             if difference:
                 raise ValueError(f"{folder} and {speech} do not have the same tensors: {sorted(difference)[:3]} in one only")
         self.rows = self.base.shape(ROWS[0])[0]                             # rows that base has; speech's own come after
@@ -156,7 +156,7 @@ class Merge:
         torch.set_num_threads(threads)
         for handle in files.values():
             os.close(handle)
-        if len(files) > 1:
+        if files and set(files) != {"model.safetensors"}:
             weights.write_index(out, home)
         return report(sums)
 

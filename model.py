@@ -127,7 +127,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         one = x.numel() == x.shape[-1] and x.dtype == torch.float32 and not (x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-        if not one or self.out_features % (n := torch.get_num_threads()):
+        if not one or len(self.weight) % (n := torch.get_num_threads()):
             return F.linear(x, self.weight, self.bias)
         parts = self.weight.view(n, -1, self.in_features).transpose(1, 2)  # (n, C in, C out / n)
         y = torch.bmm(x.view(1, 1, -1).expand(n, 1, -1), parts).view(*x.shape[:-1], -1)
@@ -316,6 +316,8 @@ def merge_lora(model):
 
 # --- generation ------------------------------------------------------------------------------------------------------------
 
+RECORD_FROM = 8                     # ids of a reply before a GPU records its step: recording takes the time of some steps
+
 class Cache:
     """One layer's keys and values, preallocated for S positions."""
 
@@ -402,10 +404,10 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
         last, ended = ids, ended | torch.isin(ids, stops)
         if ended.all() or n == limit:
             return
-        if device.type == "cuda":
+        if device.type == "cuda" and n >= RECORD_FROM:
             step = step or Step(model, cache, first)
             logits = step(ids)
-        else:                                                              # a growing cache reads no more than there is
+        else:                                                              # and on a CPU always: a growing cache reads no more than there is
             logits = model.lm_head(model.model(ids[:, None], start=first, cache=cache)[:, -1])
 
 

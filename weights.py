@@ -229,11 +229,16 @@ def write_block(handle, at, tensor):
         data, at = data[done:], at + done
 
 
+def free(path, overwrite):
+    """A FileExistsError if a file is there that may not be replaced: what works for minutes asks before, not after."""
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+
+
 def write_file(path, data, overwrite=False):
     """Write text or bytes to a file beside `path`, then rename: a reader sees the old file or the new, never half of one."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+    free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -57,6 +57,7 @@ def main():
     parser.add_argument("--way", choices=WAYS, help="only this one, here, as JSON")
     parser.add_argument("--real", action="store_true", help="a CPU takes the GPU's size: only the memory of ours")
     args = parser.parse_args()
+    args.device = "cpu" if args.real else args.device
     if args.way:
         one(args.way, args.device, args.rounds, SHAPES["cuda" if args.real else args.device])
         return

@@ -1,7 +1,7 @@
 """How fast, and in how little memory, is the merge? Three random folders of Qwen2.5-0.5B's shape, against mergekit and against copying.
 
 in   a scratch folder (7 GB)     out  rows of results/bench-cpu.json: merge/0.5B (mergekit), merge/copy
-run  python bench/merge.py --scratch /tmp/bench        # wants bench/requirements.txt; about five minutes on two cores
+run  python bench/merge.py --scratch out/bench        # wants bench/requirements.txt; about five minutes on two cores
 
 Whole processes, imports and all, in interleaved rounds; medians. First the gate: both sums must be equal but for mergekit's roundings.
 """

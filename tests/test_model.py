@@ -69,12 +69,12 @@ def test_greedy_generation_equals_transformers_in_a_batch_of_unequal_prompts(pai
     assert torch.stack(list(generate(ours, prompts, 16, stop=[300]))).T.tolist() == wanted
 
 
-def test_a_step_on_buffers_that_never_move_gives_what_a_growing_cache_gives(pair):
+@pytest.mark.parametrize("first", [None, torch.tensor([[0], [4]])])                           # one prompt; two, the second padded on the left
+def test_a_step_on_buffers_that_never_move_gives_what_a_growing_cache_gives(pair, first):
     """What a GPU records as a graph and replays: here its work, unrecorded."""
     _, ours, _ = pair
-    prompts, first = torch.randint(0, 300, (2, 9)), torch.tensor([[0], [4]])                    # the second row is padded on the left
-    start = torch.minimum(first, torch.arange(9))
-    caches = [[Cache(2, 2, 20, ours.config.head_dim, ours.lm_head.weight) for _ in ours.model.layers] for _ in range(2)]
+    prompts, start = torch.randint(0, 300, (1 if first is None else 2, 9)), None if first is None else torch.minimum(first, torch.arange(9))
+    caches = [[Cache(len(prompts), 2, 20, ours.config.head_dim, ours.lm_head.weight) for _ in ours.model.layers] for _ in range(2)]
     with torch.inference_mode():
         ids = [ours(prompts, start=start, cache=cache)[:, -1].argmax(-1) for cache in caches][0]
         step = Step(ours, caches[1], first)
@@ -85,11 +85,13 @@ def test_a_step_on_buffers_that_never_move_gives_what_a_growing_cache_gives(pair
 
 
 @pytest.mark.parametrize("rows, bias", [(12, True), (12, False), (7, True)])
-def test_a_single_vector_is_multiplied_on_all_cores_to_the_same_result(rows, bias):
+def test_a_single_vector_is_multiplied_on_all_cores_to_the_same_result(rows, bias, monkeypatch):
+    halves, real = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: (halves.append(len(b)), real(a, b))[1])
     layer, x = Linear(5, rows, bias=bias), torch.randn(1, 1, 5)
     wanted = torch.nn.functional.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
-        assert torch.allclose(layer(x), wanted, atol=1e-6) and layer(x).shape == (1, 1, rows)
+        assert torch.allclose(layer(x), wanted, atol=1e-6) and layer(x).shape == (1, 1, rows) and halves == ([2, 2] if rows % 2 == 0 else [])
         assert torch.equal(layer(x.repeat(1, 3, 1)), torch.nn.functional.linear(x.repeat(1, 3, 1), layer.weight, layer.bias))
     layer(x.requires_grad_()).sum().backward()
     assert torch.allclose(x.grad[0, 0], layer.weight.sum(0), atol=1e-6)
