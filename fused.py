@@ -229,17 +229,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = (hidden[part] @ weight.T).float()                     # (n, V): all that ever exists of them
             if barred is not None:
                 logits.masked_fill_(barred, -math.inf)
-            right = target[part, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            each[part] = (lse - logits.gather(-1, right))[:, 0]
-            if hidden.requires_grad or weight.requires_grad:
-                gradient = logits.sub_(lse).exp_()                         # (n, V): the softmax, less 1 at the target, times what the token is worth
-                gradient.scatter_add_(-1, right, torch.full_like(lse, -1.0)).mul_(worth[part, None])
-                gradient = gradient.to(hidden.dtype)
+            right, largest = target[part, None], logits.amax(-1, keepdim=True)
+            wanted = logits.gather(-1, right)                              # (n, 1)
+            p = logits.sub_(largest).exp_()                                # in place from here on: a second copy would be the largest thing in memory
+            total = p.sum(-1, keepdim=True)
+            each[part] = (total.log() + largest - wanted)[:, 0]
+            if hidden.requires_grad or weight.requires_grad:               # the softmax, less 1 at the target, times what the token is worth
+                gradient = p.mul_(worth[part, None] / total).scatter_add_(-1, right, -worth[part, None]).to(hidden.dtype)
+                logits = p = None                                          # what nobody needs any more would be there twice when the next chunk is made
                 if d_hidden is not None:
                     d_hidden[part] = gradient @ weight
                 if d_weight is not None:
                     d_weight += gradient.T @ hidden[part]
+            logits = p = gradient = None
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(each)

@@ -44,7 +44,7 @@ def rows():
         "gradients and optimizer state (LoRA: 8 bytes, rows: 12)": 8 * low + 12 * tables,
         f"states between blocks, {n:,} tokens": 4 * n * c * SHAPE["num_hidden_layers"],
         "one block, computed again": n * (10 * c + 5 * f) * 3,            # its activations: some of 2 bytes, some of 4
-        "loss: logits of a chunk, gradients of the head for text and units": 8 * CHUNK * v + (4 + 4 + 4 + 2) * v * c,
+        "loss: logits of a chunk, gradients of the head for text and units": 6 * CHUNK * v + (4 + 4 + 4 + 2) * v * c,
     }
     measured = rate("h200", "train/1B", "bound_share")
     work = 6 * (plain - v * c) + 8 * low                                   # forward, forward again, gradients of inputs: 2 each; of LoRA's weights 2 more; the embedding is looked up
