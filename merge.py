@@ -29,7 +29,7 @@ RULES = {
     "chat markers": "their rows are instruct's: speech training never saw them",
     "new rows": "units and speech markers are speech's: there is nothing to add",
 }
-BLOCK, CACHE = 1 << 20, 1 << 18     # elements read and written at a time, and added at a time: small enough for a cache, large enough that threads rarely meet
+BLOCK, CACHE = 1 << 20, 1 << 17     # elements read and written at a time, and added at a time: small enough for a cache, large enough that threads rarely meet
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")      # tensors whose rows are tokens
 SUMS = ("base", "speech", "instruct", "product", "against", "n")     # of a tensor: squared norms of base and both deltas, their dot product, signs that differ, size
 
