@@ -162,11 +162,11 @@ def read_manifest(path):
         return [row | {"audio": str((path.parent / row["audio"]).resolve())} for row in rows]
     texts = {}
     for file in path.rglob("*.trans.txt"):                                 # LibriSpeech: "84-121123-0000 GO DO YOU HEAR"
-        for line in file.read_text(encoding="utf-8").split("\n"):
+        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
             name, _, text = line.partition(" ")
             texts[name] = text.lower()
     if (path / "metadata.csv").exists():                                   # LJSpeech: "LJ001-0001|as written|as read"
-        for line in (path / "metadata.csv").read_text(encoding="utf-8").split("\n"):
+        for line in filter(None, (path / "metadata.csv").read_text(encoding="utf-8").split("\n")):
             name, *text = line.split("|")
             texts[name] = text[-1]
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO)
