@@ -168,7 +168,7 @@ def read_manifest(path):
     if (path / "metadata.csv").exists():                                   # LJSpeech: "LJ001-0001|as written|as read"
         for line in filter(None, (path / "metadata.csv").read_text(encoding="utf-8").split("\n")):
             name, *text = line.split("|")
-            texts[name] = text[-1]
+            texts[name] = (text or [""])[-1]
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO)
     if not files:
         raise ValueError(f"{path}: no audio files in it; wanted {' '.join(sorted(AUDIO))}")
