@@ -92,7 +92,7 @@ class Flash(torch.autograd.Function):
         end = torch.searchsorted(start, position, right=True).int() - 1    # (B, T): the last query that may see each key
         shape, tiles = (H, KV, T, D, LOG2E / math.sqrt(D)), {"WIDTH": width(D), "M": TILE, "N": TILE}
         query_kernel[(triton.cdiv(T, TILE), B * H)](q, k, v, start, g, go, lse, dq, *shape, **tiles, **LAUNCH)
-        tiles["M"] = TILE if D <= 64 else TILE // 2                        # two sums to hold: wide heads would spill
+        tiles["M"] = TILE // 2                                             # two sums to hold: more would spill
         key_kernel[(triton.cdiv(T, TILE), B * KV)](q, k, v, end, g, go, lse, dk, dv, *shape, **tiles, **LAUNCH)
         return dq, dk, dv, None
 

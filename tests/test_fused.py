@@ -119,7 +119,7 @@ import fused
 types = {"START": "*i32", "END": "*i32", "GO": "*fp32", "LSE": "*fp32", "scale": "fp32", **dict.fromkeys(["H", "KV", "T", "D"], "i32")}
 for arch in (80, 90):
     for D in (64, 128):
-        for kernel, M in ((fused.forward_kernel, 128 if D <= 64 else 64), (fused.query_kernel, 64), (fused.key_kernel, 64 if D <= 64 else 32)):
+        for kernel, M in ((fused.forward_kernel, 128 if D <= 64 else 64), (fused.query_kernel, 64), (fused.key_kernel, 32)):
             fixed = {"WIDTH": D, "M": M, "N": fused.TILE}
             signature = {name: "constexpr" if name in fixed else types.get(name, "*bf16") for name in kernel.arg_names}
             aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name == "D"}
