@@ -1,5 +1,5 @@
 """Does the sum follow spoken instructions? The results table, the sweep of lam, the size of both deltas; a report over seeds. And any
-model on any benchmark of questions (`benchmark`) or of pairs of clips (`pairs`).
+model on any benchmark of questions (`benchmark`) or of pairs of clips (`pairs`); several on the same questions (`compare`).
 
 in   the recipe's four model folders and questions.jsonl; or a model and rows      out  table.json, table.png, a report of several; scores
 see  exact answers with Wilson's 95 % interval (1927); word error rate with a bootstrap one
@@ -238,6 +238,8 @@ def read_table(path):
     cells = [result["rows"].get(name, {}).get(column) for name, column in NEEDED] if isinstance(result["rows"], dict) else [None]
     if not all(isinstance(cell, dict) and "value" in cell for cell in cells):
         raise ValueError(f"{path}: a cell of its rows is missing; make it again with evaluate.py table")
+    if not result["lam_sweep"] or not all(isinstance(row, dict) and {"lam", "typed", "spoken_near", "wer_near"} <= row.keys() for row in result["lam_sweep"]):
+        raise ValueError(f"{path}: its sweep of lam is empty or damaged; make it again with evaluate.py table")
     return result
 
 
@@ -325,7 +327,7 @@ def swept(sweep):
 def compare(args):
     """The same test questions, typed and aloud, to several models that hear: which answers them?"""
     weights.free(args.out, args.overwrite)
-    if len(args.folders) < 2:
+    if len(set(args.folders)) < 2:
         raise ValueError(f"compare: got {args.folders[0]} alone, wanted two models or more")
     test, rows = [q for q in read_questions(args.questions) if q["split"] == "test"], {}
     for folder in args.folders:

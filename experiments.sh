@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 home=$PWD
 out=${2:-out}
+if [ $# -gt 0 ] && [ ! -e "$out/table.json" ]; then echo "$out: no table.json, so no finished speedrun; run bash speedrun.sh first, or name its folder" >&2; exit 1; fi
 case ${1:-} in
   lam) python evaluate.py lam "$out/table.json" ;;
   # Two by two: hearing learnt from the base and added, or from the instruct model with nothing added afterwards; as the speech model learns it (by imitating what it starts

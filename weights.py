@@ -230,7 +230,7 @@ def write_block(handle, at, tensor):
 
 
 def free(path, overwrite):
-    """A FileExistsError if a file is there that may not be replaced: what works for minutes asks before, not after."""
+    """A FileExistsError if the file is there and may not be replaced. What works for minutes asks before it begins."""
     if Path(path).exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
 

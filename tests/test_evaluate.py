@@ -171,6 +171,19 @@ def test_the_experiment_on_lam_says_where_hearing_comes_in(tmp_path, speedrun, m
     assert "Half of the best spoken score (0.50, at lam 1) is there at lam 0.7; typed turns go from 0.90 without hearing to 0.80" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("sweep", [[], [{"lam": 1}], [None]])
+def test_a_table_with_a_damaged_sweep_gets_its_line(sweep, tmp_path, speedrun, monkeypatch):
+    (tmp_path / "table.json").write_text(json.dumps(json.loads((speedrun / "table.json").read_text()) | {"lam_sweep": sweep}))
+    with pytest.raises(ValueError, match="sweep of lam is empty or damaged"):
+        call(["evaluate.py", "lam", str(tmp_path / "table.json")], monkeypatch)
+
+
+def test_one_model_is_not_compared_with_itself(speedrun, tmp_path, monkeypatch):
+    merged = str(speedrun / "merged")
+    with pytest.raises(ValueError, match="wanted two models or more"):
+        call(["evaluate.py", "compare", merged, merged, "--questions", str(speedrun / "toy/questions.jsonl"), "--out", str(tmp_path / "x.json")], monkeypatch)
+
+
 def test_comparing_models_asks_them_what_the_table_asks(speedrun, tmp_path, monkeypatch, capsys):
     merged, out = str(speedrun / "merged"), str(tmp_path / "start.json")
     call(["evaluate.py", "compare", merged, str(speedrun / "speech"), "--questions", str(speedrun / "toy/questions.jsonl"), "--device", "cpu", "--out", out], monkeypatch)
@@ -214,4 +227,6 @@ def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path,
                               env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""})
         assert done.returncode == 0 and says in done.stdout, done.stderr
     asked = subprocess.run(["bash", "./experiments.sh"], capture_output=True, text=True, cwd=ROOT)
+    nowhere = subprocess.run(["bash", str(ROOT / "experiments.sh"), "start", str(tmp_path / "nowhere")], capture_output=True, text=True)
+    assert nowhere.returncode == 1 and "no finished speedrun" in nowhere.stderr and len(nowhere.stderr.splitlines()) == 1
     assert asked.returncode == 2 and "bash experiments.sh start" in asked.stdout
