@@ -330,9 +330,10 @@ def compare(args):
     if len(set(args.folders)) < 2:
         raise ValueError(f"compare: got {args.folders[0]} alone, wanted two models or more")
     test, rows = [q for q in read_questions(args.questions) if q["split"] == "test"], {}
+    ears = {folder: AudioTokenizer(folder, args.device, args.hubert) for folder in args.folders}      # who cannot hear is told before the first is asked
     for folder in args.folders:
         model, vocab = LM.load(folder, args.device, torch.float32).eval(), Vocab(folder)
-        near = hear(AudioTokenizer(folder, args.device, args.hubert), Path(args.questions).parent, test, "near")
+        near = hear(ears[folder], Path(args.questions).parent, test, "near")
         with tqdm(total=7 * len(test), desc=f"answering {folder}", unit="reply") as bar:
             rows[folder], _ = score(model, vocab, test, {"near": near}, bar)
     weights.write_file(args.out, json.dumps({"rows": rows, "made": weights.recipe([*args.folders, args.questions])}, indent=1) + "\n", args.overwrite)
