@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio

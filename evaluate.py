@@ -13,8 +13,8 @@ columns  typed, typed_unseen (facts no training asked), typed_noisy (misspelt: w
          answered exactly after lower-casing and stripping, the model stopping by itself; wer_near: word error rate of its
          transcripts; text_loss: nats per token of plain statements of the facts asked about.
 
-Every row writes under the same mask (text rows and ends of turn) and is scored with the better of two prompts: its chat
-template, or a plain "question: ... answer:" page.
+Every row writes under the same mask (text rows and ends of turn) and is asked with the better of two prompts: its chat
+template, or a plain "question: ... answer:" page; which of them is chosen on typed dev questions.
 """
 import argparse
 import io
@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import runs  # before torch: it sets how OpenMP waits
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import audio
 import weights
@@ -64,10 +64,17 @@ def normal(text):
     return (text or "").lower().strip()
 
 
-def answers(model, vocab, contents, bar=None):
-    """{"chat": replies, "page": replies} to questions given as text or units."""
-    return {"chat": replies(model, vocab, [vocab.turn([{"role": "user", "content": c}]) for c in contents], bar=bar),
-            "page": replies(model, vocab, [vocab.page(c) for c in contents], vocab.encode("\n")[:1], bar)}
+def answers(model, vocab, contents, prompt, bar=None):
+    """Replies to questions given as text or units, asked in the "chat" template or on a plain "page"."""
+    if prompt == "chat":
+        return replies(model, vocab, [vocab.turn([{"role": "user", "content": c}]) for c in contents], bar=bar)
+    return replies(model, vocab, [vocab.page(c) for c in contents], vocab.encode("\n")[:1], bar)
+
+
+def better_prompt(model, vocab, dev, bar=None):
+    """"chat" or "page": with which of them the model answers more of the typed dev questions; "chat" where both do as well."""
+    right = {prompt: exact(answers(model, vocab, [q["question"] for q in dev], prompt, bar), dev)["value"] for prompt in ("chat", "page")}
+    return max(right, key=right.get)
 
 
 def transcripts(model, vocab, contents, bar=None):
@@ -99,12 +106,8 @@ def cell(value, n, low, high):
 
 
 def exact(said, questions):
-    """The better of the two prompts: share answered exactly, with the prompt's name; None of no questions."""
-    if not questions:
-        return None
-    cells = {prompt: share([normal(text) == normal(q["answer"]) for text, q in zip(texts, questions)]) for prompt, texts in said.items()}
-    best = max(cells, key=lambda prompt: cells[prompt]["value"])
-    return cells[best] | {"prompt": best}
+    """Share of questions answered exactly; None of no questions."""
+    return share([normal(text) == normal(q["answer"]) for text, q in zip(said, questions)])
 
 
 def word_errors(heard, questions):
@@ -129,23 +132,23 @@ def text_loss(model, vocab, questions):
 
 def hear(ears, folder, questions, group):
     """The units of every question, as voices of `group` say it."""
-    return [ears(audio.load(folder / q["audio"][group]))[0] for q in tqdm(questions, desc=f"hearing {len(questions)} questions, {group}", unit="question")]
+    return [ears(audio.load(folder / q["audio"][group]))[0] for q in runs.Bar(questions, desc=f"hearing {len(questions)} questions, {group}", unit="question")]
 
 
 def unseen(said, questions):
     """`exact` of those questions that no training asked."""
-    return exact({prompt: [text for text, q in zip(texts, questions) if not q["seen"]] for prompt, texts in said.items()}, [q for q in questions if not q["seen"]])
+    return exact([text for text, q in zip(said, questions) if not q["seen"]], [q for q in questions if not q["seen"]])
 
 
-def score(model, vocab, questions, spoken, bar=None):
+def score(model, vocab, questions, spoken, prompt, bar=None):
     """(a model's row of the table, what it said to spoken_near). `spoken` {group: units of every question}: none for a model that cannot hear."""
     row, near = dict.fromkeys(COLUMNS), None
-    said = answers(model, vocab, [q["question"] for q in questions], bar)
+    said = answers(model, vocab, [q["question"] for q in questions], prompt, bar)
     row["typed"], row["typed_unseen"] = exact(said, questions), unseen(said, questions)
-    row["typed_noisy"] = exact(answers(model, vocab, [q.get("noisy", q["question"]) for q in questions], bar), questions)
+    row["typed_noisy"] = exact(answers(model, vocab, [q.get("noisy", q["question"]) for q in questions], prompt, bar), questions)
     row["text_loss"] = text_loss(model, vocab, questions)
     for group, contents in spoken.items():
-        said = answers(model, vocab, contents, bar)
+        said = answers(model, vocab, contents, prompt, bar)
         row[f"spoken_{group}"] = exact(said, questions)
         if group == "near":
             near, row["spoken_near_unseen"], row["wer_near"] = said, unseen(said, questions), word_errors(transcripts(model, vocab, contents, bar), questions)
@@ -202,31 +205,34 @@ def table(args):
     spoken = {group: hear(ears, folder, test, group) for group in ("heard", "near", "far")}
     dev_near = hear(ears, folder, dev, "near")
 
-    rows, examples = {}, []
-    replies_in_all = len(test) * (5 * 4 + 4 * 7 + 6) + len(dev) * 5 * len(LAMS)      # typed and noisy; spoken and transcripts; cascade; the sweep
-    with tqdm(total=replies_in_all, desc="answering", unit="reply") as bar:
+    rows, prompts, examples = {}, {}, []
+    replies_in_all = len(test) * (5 * 2 + 4 * 4 + 3) + len(dev) * (5 * 2 + 3 * len(LAMS))      # typed, noisy; spoken, transcripts; cascade; prompts, sweep
+    with runs.Bar(total=replies_in_all, desc="answering", unit="reply") as bar:
         for name, model in models.items():                                   # instruct has no rows for units: it cannot be spoken to
-            rows[name], near = score(model, plain if name == "instruct" else vocab, test, {} if name == "instruct" else spoken, bar)
+            words, sounds = (plain, {}) if name == "instruct" else (vocab, spoken)
+            prompts[name] = better_prompt(model, words, dev, bar)
+            rows[name], near = score(model, words, test, sounds, prompts[name], bar)
             if name == "merged":
-                examples = [{"question": q["question"], "answer": q["answer"], "said": text} for q, text in zip(test[:20], near["chat"])]
+                examples = [{"question": q["question"], "answer": q["answer"], "said": text} for q, text in zip(test[:20], near)]
         rows["cascade"] = dict.fromkeys(COLUMNS)
         for group, contents in spoken.items():
             heard = transcripts(models["speech"], vocab, contents)
-            said = answers(models["instruct"], plain, heard, bar)
+            said = answers(models["instruct"], plain, heard, prompts["instruct"], bar)
             rows["cascade"][f"spoken_{group}"] = exact(said, test)
             if group == "near":
                 rows["cascade"] |= {"spoken_near_unseen": unseen(said, test), "wer_near": word_errors(heard, test)}
         sweep = []
         for lam in LAMS:                                                     # on dev questions only: settings are never chosen on the test split
             model = model_at(plan, config, lam, args.device)
-            sweep.append({"lam": lam, "typed": exact(answers(model, vocab, [q["question"] for q in dev], bar), dev)["value"],
-                          "spoken_near": exact(answers(model, vocab, dev_near, bar), dev)["value"],
+            sweep.append({"lam": lam, "typed": exact(answers(model, vocab, [q["question"] for q in dev], prompts["merged"], bar), dev)["value"],
+                          "spoken_near": exact(answers(model, vocab, dev_near, prompts["merged"], bar), dev)["value"],
                           "wer_near": word_errors(transcripts(model, vocab, dev_near, bar), dev)["value"]})
     report = plan.run(1.0, 1.0)
     trained = [weights.read_json(Path(f) / "training.json") for f in (args.base, args.instruct, args.speech) if (Path(f) / "training.json").exists()]
     seconds = {"training": round(sum(t["seconds"] for t in trained), 1), "table": round(time.time() - began, 1)}
     result = {"seed": int(trained[0]["settings"]["seed"]) if trained else None, "rows": {name: rows[name] for name in ROWS}, "lam_sweep": sweep, "rel": report["rel"],
-              "cosine": report["cosine"], "seconds": seconds,
+              "cosine": report["cosine"], "seconds": seconds, "prompts": prompts,
+              "dtype": sorted({t["settings"]["dtype"] for t in trained}),
               "examples": examples, "made": weights.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
     draw([result], Path(args.out).with_suffix(".png"))
     weights.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
@@ -234,7 +240,7 @@ def table(args):
 
 
 def read_table(path):
-    result = weights.read_json(path, ["seed", "rows", "lam_sweep", "rel", "seconds", "examples"])
+    result = weights.read_json(path, ["seed", "rows", "lam_sweep", "rel", "seconds", "dtype", "examples"])
     cells = [result["rows"].get(name, {}).get(column) for name, column in NEEDED] if isinstance(result["rows"], dict) else [None]
     if not all(isinstance(cell, dict) and "value" in cell for cell in cells):
         raise ValueError(f"{path}: a cell of its rows is missing; make it again with evaluate.py table")
@@ -255,7 +261,7 @@ def show(result):
     """The table for a human."""
     print("\n" + grid({name: result["rows"][name] for name in ROWS}))
     n = result["rows"]["merged"]["typed"]["n"]
-    print(f"\n{n} test questions; exact answers, the better of two prompts. "
+    print(f"\n{n} test questions; exact answers. "
           f"|delta| / |base|: instruct {result['rel']['instruct']:.3f}, speech {result['rel']['speech']:.3f}")
     print("lam (dev):  " + "   ".join(f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}" for row in result["lam_sweep"]))
     for e in result["examples"][:4]:
@@ -285,7 +291,7 @@ def draw(results, path):
 
 def report(args):
     results = [read_table(path) for path in args.tables]
-    made = {"seeds": [{name: r[name] for name in ("seed", "rows", "lam_sweep", "rel", "seconds")} for r in results],
+    made = {"seeds": [{name: r[name] for name in ("seed", "rows", "lam_sweep", "rel", "seconds", "dtype")} for r in results],
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     weights.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
@@ -329,13 +335,14 @@ def compare(args):
     weights.free(args.out, args.overwrite)
     if len(set(args.folders)) < 2:
         raise ValueError(f"compare: got {args.folders[0]} alone, wanted two models or more")
-    test, rows = [q for q in read_questions(args.questions) if q["split"] == "test"], {}
+    questions, rows = read_questions(args.questions), {}
+    test, dev = ([q for q in questions if q["split"] == split] for split in ("test", "dev"))
     ears = {folder: AudioTokenizer(folder, args.device, args.hubert) for folder in args.folders}      # who cannot hear is told before the first is asked
     for folder in args.folders:
         model, vocab = LM.load(folder, args.device, torch.float32).eval(), Vocab(folder)
         near = hear(ears[folder], Path(args.questions).parent, test, "near")
-        with tqdm(total=7 * len(test), desc=f"answering {folder}", unit="reply") as bar:
-            rows[folder], _ = score(model, vocab, test, {"near": near}, bar)
+        with runs.Bar(total=4 * len(test) + 2 * len(dev), desc=f"answering {folder}", unit="reply") as bar:
+            rows[folder], _ = score(model, vocab, test, {"near": near}, better_prompt(model, vocab, dev, bar), bar)
     weights.write_file(args.out, json.dumps({"rows": rows, "made": weights.recipe([*args.folders, args.questions])}, indent=1) + "\n", args.overwrite)
     print(f"\n{grid(rows)}\n\n{finding(rows)}")
 
@@ -369,7 +376,7 @@ def kept(args, made, items, work):
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [made]))
     done = lines[1:]
-    with open(partial, "a") as file, tqdm(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
+    with open(partial, "a") as file, runs.Bar(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
         while len(done) < len(items):
             got = work(items[len(done):len(done) + BATCH])
             file.writelines(json.dumps(result) + "\n" for result in got)

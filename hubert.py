@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import runs  # before torch: it sets how OpenMP waits
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -307,14 +308,14 @@ def train(args, out):
     if corpus.meta["frame_rate"] != audio.FRAME_RATE:
         raise ValueError(f"{args.units}: {corpus.meta['frame_rate']} frames per second, wanted {audio.FRAME_RATE}")
     labels = [np.repeat(*corpus[i]).astype(np.int64) for i in range(len(corpus.rows))]
-    clips = [audio.load(row["audio"]) for row in tqdm(corpus.rows, desc="reading audio", unit="clip")]
+    clips = [audio.load(row["audio"]) for row in runs.Bar(corpus.rows, desc="reading audio", unit="clip")]
     model = Hubert.fresh(Config(), args.seed)
     head = nn.Linear(model.config.hidden_size, corpus.meta["k"])            # thrown away after training
     model.to(args.device), head.to(args.device)
     learner = nn.ModuleDict({"model": model, "head": head})
     optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     step, checkpoint = 0, out / "checkpoint.pt"
-    settings = {name: str(getattr(args, name)) for name in ("steps", "lr", "batch", "seed")} | {"units": weights.fingerprint(args.units)}
+    settings = {name: str(getattr(args, name)) for name in ("steps", "lr", "batch", "seed", "dtype")} | {"units": weights.fingerprint(args.units)}
     if checkpoint.exists():
         saved = weights.read_checkpoint(checkpoint, args.device, ["learner", "optimizer", "step", "settings"])
         if saved["settings"] != settings:
@@ -324,13 +325,14 @@ def train(args, out):
         step = saved["step"]
         tqdm.write(f"resuming at step {step} of {args.steps}")
     began = time.time()
-    for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05):
+    for step in runs.Bar(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05):
         for group in optimizer.param_groups:                                # warm-up over a tenth, then a straight line to zero
             group["lr"] = args.lr * min(step / (0.1 * args.steps), (args.steps - step + 1) / (0.9 * args.steps))
         rng = np.random.default_rng([args.seed, step])
         samples, targets = (t.to(args.device) for t in crops(clips, labels, args.batch, rng))
         hidden = torch.from_numpy(hide(targets.shape, rng)).to(args.device)
-        logits = head(model(samples, model.config.num_hidden_layers, hidden))                                 # (B, T, K)
+        with runs.autocast(args.device, runs.DTYPES[args.dtype]):
+            logits = head(model(samples, model.config.num_hidden_layers, hidden)).float()                     # (B, T, K)
         real = targets >= 0
         at, seen = hidden & real, ~hidden & real
         # HuBERT's loss is on hidden frames alone; on a budget of minutes the seen ones, easier, give the convolutions their start
@@ -362,8 +364,10 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    runs.add_dtype(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when the run ends well")
     args = parser.parse_args()
+    args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     with weights.new_folder(args.out, [args.units], args.overwrite, resume=True) as out:
         train(args, out)
 

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import runs  # before torch: it sets how OpenMP waits
 import torch
-from tqdm import tqdm
 
 import weights
 from vocab import CHATS, Vocab
@@ -148,7 +148,7 @@ class Merge:
 
         threads, sums = torch.get_num_threads(), {}
         torch.set_num_threads(1)                                            # the pool's threads are the parallel ones
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), desc="merging", unit="block") as bar:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, runs.Bar(total=len(jobs), desc="merging", unit="block") as bar:
             for (name, _, _), part in zip(jobs, pool.map(lambda given: job(*given), jobs)):
                 if part is not None:
                     sums[name] = sums.get(name, 0) + part

@@ -116,9 +116,9 @@ def rope(config, positions):
 
 
 def rotate(x, cos, sin):
-    """Rotate x (B, heads, T, D): dimension i pairs with i + D/2 (Hugging Face's split halves, not interleaved)."""
-    a, b = x.float().chunk(2, dim=-1)                                      # (B, heads, T, D / 2) each
-    cos, sin = cos[:, None], sin[:, None]                                  # (B, 1, T, D / 2): the same for every head
+    """Rotate x (B, T, heads, D): dimension i pairs with i + D/2 (Hugging Face's split halves, not interleaved)."""
+    a, b = x.float().chunk(2, dim=-1)                                      # (B, T, heads, D / 2) each
+    cos, sin = cos[:, :, None], sin[:, :, None]                            # (B, T, 1, D / 2): the same for every head
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -149,12 +149,13 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, start, past):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, -1).transpose(1, 2)          # (B, H, T, D): heads become batch
-        k = self.k_proj(x).view(B, T, self.K, -1).transpose(1, 2)          # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.K, -1).transpose(1, 2)          # (B, K, T, D)
+        q = self.q_proj(x).view(B, T, self.H, -1)                          # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, self.K, -1)                          # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, self.K, -1)                          # (B, T, K, D)
         if self.norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)       # under autocast q_norm hands on float32
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))           # (B, H or K, T, D): heads become batch
         if past is not None:
             k, v = past.extend(k, v)                                       # (B, K, S, D)
         y = attention(q, k, v, start, past.last if past else None)         # (B, H, T, D)

@@ -17,6 +17,7 @@ import os
 import time
 from pathlib import Path
 
+import runs  # before torch: it sets how OpenMP waits
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from audio import Units
 from documents import Documents, cut, pack, read_chats, read_text
 from fused import linear_cross_entropy
 from model import SIZES, LM, Config, LoRA, add_lora, add_rows, merge_lora
+from muon import Muon
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
@@ -200,15 +202,10 @@ def parameter_groups(model, layers, first_new):
     return body, rows
 
 
-def two_optimizers(body, rows, lr, decay, faster):
-    """[Muon for the matrices of the body, AdamW for rows and norms]; rows learn `faster` times as fast.
-
-    A gradient of a matrix is mostly its few strongest directions. Muon makes all singular values of the (averaged) gradient about 1
-    before it steps, so what is faint in it, like a copying head that begins to form, is learnt as fast as what is loud. Its steps are
-    sized to AdamW's usual ones, so that one rate serves both.
-    """
+def two_optimizers(body, rows, lr, decay, faster, dtype):
+    """[Muon for the matrices of the body, AdamW for rows and norms]; rows learn `faster` times as fast. `dtype`: Muon's products."""
     matrices, vectors = ([p for p in body if (p.dim() == 2) == wanted] for wanted in (True, False))
-    return [torch.optim.Muon([{"params": matrices, "faster": 1}], lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+    return [Muon([{"params": matrices, "faster": 1}], lr, decay, dtype=dtype),
             torch.optim.AdamW([{"params": rows, "faster": faster}, {"params": vectors, "faster": 1}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -240,7 +237,7 @@ def text_filters(model, body, documents, strength, device, rows=8, length=256, b
 
 def train(args, out, rank, world):
     torch.manual_seed(args.seed)
-    device = args.device
+    device, dtype = args.device, runs.DTYPES[args.dtype]
     model, vocab, first_unit, k = start_model(args)
     first_new = first_unit - 2 if args.units else 0
     if args.lora:
@@ -268,7 +265,7 @@ def train(args, out, rank, world):
     filters = {}
     if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
         raise ValueError(f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, documents that show which inputs text uses")
-    on_gpu = torch.autocast(torch.device(device).type, torch.bfloat16, enabled="cuda" in device)      # where float32 would miss the fused attention
+    on_gpu = runs.autocast(device, dtype if "cuda" in device else torch.float32)      # where float32 would miss the fused attention
     if args.keep_text:
         with on_gpu:
             filters = text_filters(model, body, Documents(vocab, sources, {"text": 1.0}, args.seed), args.keep_text, device, args.rows, args.length)
@@ -279,7 +276,7 @@ def train(args, out, rank, world):
     by_turns = list(mix).index("interleave") if "interleave" in mix else -1
     anchors = [p.detach().clone() for p in body] if args.pull or filters else []
     decay = 0.0 if args.init else 0.1                                      # tuning is pulled to its start, not to zero
-    optimizers = two_optimizers(body, rows, args.lr, decay, ROWS_FASTER if first_new else 1)
+    optimizers = two_optimizers(body, rows, args.lr, decay, ROWS_FASTER if first_new else 1, dtype)
     step, spent, heard = 0, 0.0, 0                                         # heard: units trained on; where processes share, an estimate from one
     checkpoint, log = out / "checkpoint.pt", out / "log.jsonl"
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
@@ -321,7 +318,7 @@ def train(args, out, rank, world):
         os.replace(part, checkpoint)
 
     began, first_step = time.time(), step
-    for step in tqdm(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05, disable=rank > 0 or None):
+    for step in runs.Bar(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05, disable=rank > 0):
         lr = learning_rate(step - 1, args.steps, args.lr)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr * group["faster"]
@@ -334,7 +331,7 @@ def train(args, out, rank, world):
                 continue
             batch["position"] = paced(batch["start"], args.pace, torch.Generator().manual_seed(args.seed << 32 | part << 24 | step))
             batch, states = {name: tensor.to(device) for name, tensor in batch.items()}, []
-            with torch.autocast(torch.device(device).type, torch.bfloat16):     # products in bf16; the weights, and sums that need it, in float32
+            with runs.autocast(device, dtype):
                 # what follows speech, trained on here, is what the sum would say to whatever it hears
                 silent = (batch["kind"] == by_turns) & imitated(batch) if reader else None
                 loss, ce, is_unit, kind = losses(model, batch, first_unit, k, args.unit_loss, silent, states)
@@ -359,7 +356,8 @@ def train(args, out, rank, world):
         for p, anchor in zip(body, anchors):
             if p in filters:
                 p.data.copy_(anchor + (p.data - anchor) @ filters[p])
-            p.data.lerp_(anchor, min(1.0, lr * args.pull))                 # decoupled decay, to the starting weights instead of to zero
+            if args.pull:
+                p.data.lerp_(anchor, min(1.0, lr * args.pull))             # decoupled decay, to the starting weights instead of to zero
         if rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
             rate = (step - first_step) * args.accumulate * args.rows * args.length / (time.time() - began)
             row = {"step": step, "loss": round(mean.item(), 4), "lr": lr, "gradient": round(norm, 3), "tokens_per_second": round(rate),
@@ -462,6 +460,7 @@ def main():
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train changes of this rank beside frozen matrices, and add them when saving (default 0: the matrices)")
     parser.add_argument("--lora-alpha", type=float, default=0.0, help="scale of those changes, over the rank (default: twice the rank)")
     parser.add_argument("--recompute", action="store_true", help="keep no activations inside blocks, compute them again for the gradient: less memory, a third more work")
+    runs.add_dtype(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile every block")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
@@ -499,6 +498,7 @@ def main():
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
+    args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if rank == 0:
         with weights.new_folder(args.out, [args.init, args.tokenizer, args.text, args.chat, args.units], args.overwrite, resume=True) as out:
             train(args, out, rank, world)

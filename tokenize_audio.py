@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import runs  # before torch: it sets how OpenMP waits
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -42,7 +43,7 @@ SMALL = 50e6                        # bytes: a HuBERT up to this size travels wi
 
 # --- features --------------------------------------------------------------------------------------------------------------
 
-def feature_function(recipe, folder, device, bf16=False):
+def feature_function(recipe, folder, device, dtype=torch.float32):
     """(features, hop) by a recipe {"kind": "mfcc"} or {"kind": "hubert", "path", "layer", "sha256"}: features turns a list of clips,
     samples (N,) each, into float32 tensors (N // hop, width) on `device`; a clip gives in any list what it gives alone. A HuBERT is taken from
     folder/hubert, if a folder is given and has one."""
@@ -62,7 +63,7 @@ def feature_function(recipe, folder, device, bf16=False):
         if int(lengths.max()) < hop:
             return [torch.zeros(0, model.config.hidden_size, device=device) for _ in clips]
         x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(samples) for samples in clips], batch_first=True).to(device)      # (B, N)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        with runs.autocast(device, dtype):
             x = model(x, layer, lengths=lengths if len(set(map(len, clips))) > 1 else None).float()                          # (B, T, C)
         each = [row[:n // hop] for row, n in zip(x, lengths.tolist())]
         return [row - row.mean(0) if len(row) else row for row in each]     # what stays the same through a clip is the voice and the room, not the words
@@ -145,13 +146,13 @@ def kmeans(x, k, seed=0, passes=50, minibatch=0):
     draw = lambda n: torch.randint(len(x), (n,), generator=generator).to(x.device)
     centroids = plus_plus(x[draw(SPREAD * k)] if 0 < minibatch and SPREAD * k < len(x) else x, k, generator)
     lately = torch.zeros(k, device=x.device)                                # frames that each centroid is the mean of, older ones forgotten
-    for _ in tqdm(range(PREVIEW * len(x) // minibatch if minibatch else 0), desc="k-means, minibatch", unit="step"):
+    for _ in runs.Bar(range(PREVIEW * len(x) // minibatch if minibatch else 0), desc="k-means, minibatch", unit="step"):
         part = x[draw(minibatch)]
         sums, counts = gathered(part, nearest(part, centroids), k)
         lately = 0.8 * lately + counts
         centroids = centroids + (sums - counts[:, None] * centroids) / lately.clamp(min=1)[:, None]
     label = None
-    for _ in (bar := tqdm(range(PASSES_AFTER if minibatch else passes), desc="k-means", unit="pass")):
+    for _ in (bar := runs.Bar(range(PASSES_AFTER if minibatch else passes), desc="k-means", unit="pass")):
         last, label = label, nearest(x, centroids)
         if last is not None and torch.equal(last, label):
             break
@@ -170,7 +171,7 @@ def plus_plus(x, k, generator):
     """k rows of x (N, C), the k-means++ start: each next one drawn by its squared distance to those before, the best of a few draws."""
     centroids = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
     distance, square = (x - centroids).pow(2).sum(1), x.pow(2).sum(1)       # (N,) to the nearest centroid so far; of each row
-    for _ in tqdm(range(k - 1), desc="k-means++", unit="centroid"):
+    for _ in runs.Bar(range(k - 1), desc="k-means++", unit="centroid"):
         sums = distance.double().cumsum(0)
         drawn = torch.rand(2 + int(math.log(k)), generator=generator, dtype=torch.float64).to(x.device) * sums[-1]
         new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]      # (draws, C)
@@ -201,7 +202,7 @@ def collapse(labels):
 class AudioTokenizer:
     """Samples -> (units, durations), with the codebook and feature recipe of a folder. `recipe` is its codebook.json."""
 
-    def __init__(self, folder, device="cpu", hubert=None, bf16=False):
+    def __init__(self, folder, device="cpu", hubert=None, dtype=torch.float32):
         folder = Path(folder)
         if not (folder / "codebook.json").exists():
             raise FileNotFoundError(f"{folder}: no codebook in it, so it cannot hear; wanted a folder made by fit, encode, pretrain --units or merge")
@@ -209,7 +210,7 @@ class AudioTokenizer:
         if weights.fingerprint(folder / "codebook.safetensors") != self.recipe["sha256"]:
             raise ValueError(f"{folder}: codebook.safetensors is not the one codebook.json describes (its sha256 differs); fit again")
         features = self.recipe["features"] | ({"path": hubert} if hubert else {})
-        self.features, self.hop = feature_function(features, None if hubert else folder, device, bf16)
+        self.features, self.hop = feature_function(features, None if hubert else folder, device, dtype)
         self.centroids = load_file(folder / "codebook.safetensors")["centroids"].to(device)
 
     def __call__(self, samples):
@@ -248,7 +249,7 @@ def fit(args):
     with weights.new_folder(args.out, [args.manifest, args.hubert], args.overwrite) as out:
         rng, have = random.Random(args.seed), 0
         rng.shuffle(rows)                                                   # enough frames may come before the list ends: take any clips
-        with tqdm(total=args.frames, desc="features", unit="frame") as bar:
+        with runs.Bar(total=args.frames, desc="features", unit="frame") as bar:
             for _, clips in ahead(rows, lambda row: audio.load(row["audio"], 0, LONG)):      # a minute of a clip is sample enough
                 heard = [None] * len(clips)
                 for batch in batches([len(clip) for clip in clips], args.batch):
@@ -275,6 +276,7 @@ def fit(args):
 
 def encode(args):
     rows, (rank, world) = audio.read_manifest(args.manifest), weights.processes()
+    args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if world > max(1, len(rows)):
         raise ValueError(f"WORLD_SIZE {world} for {len(rows)} clips: wanted no more processes than clips")
     if Path(args.out).exists() and not args.overwrite:
@@ -295,8 +297,8 @@ def encode(args):
 
 def encode_rows(args, rows, target):
     """Encode some rows into a units folder. A kill costs at most the clips since the last mark; the same command goes on behind it."""
-    tokenizer = AudioTokenizer(args.codebook, args.device, args.hubert, args.bf16)
-    made_with = {"manifest": weights.fingerprint(args.manifest) if Path(args.manifest).is_file() else len(rows), "codebook": tokenizer.recipe["sha256"], "rows": len(rows)}
+    tokenizer = AudioTokenizer(args.codebook, args.device, args.hubert, runs.DTYPES[args.dtype])
+    made_with = {"dtype": args.dtype, "manifest": weights.fingerprint(args.manifest) if Path(args.manifest).is_file() else len(rows), "codebook": tokenizer.recipe["sha256"], "rows": len(rows)}
     files = ("units.bin", "durations.bin", "counts.bin", "manifest.jsonl", "skipped.jsonl")
     with weights.new_folder(target, [args.manifest, args.codebook], args.overwrite, resume=True) as out:
         mark = {"done": 0, "seconds": 0.0, "skipped": 0, "silent": 0, "clipped": 0, "sizes": dict.fromkeys(files, 0), "made_with": made_with}
@@ -322,7 +324,7 @@ def encode_rows(args, rows, target):
             except (ValueError, OSError) as error:
                 return str(error)
 
-        with tqdm(total=len(rows), initial=mark["done"], desc=f"encoding {target}", unit="clip") as bar:
+        with runs.Bar(total=len(rows), initial=mark["done"], desc=f"encoding {target}", unit="clip") as bar:
             for chunk, clips in ahead(rows[mark["done"]:], decode):
                 for row, clip in zip(chunk, clips):
                     if isinstance(clip, str) and not args.skip_bad:
@@ -454,7 +456,7 @@ def main():
     one.add_argument("--minibatch", type=int, default=0, help="begin k-means with steps on so many frames: quicker for large --frames (default 0: whole passes only)")
     one.add_argument("--seed", type=int, default=0, help="of the clips and the start (default 0)")
     two.add_argument("--codebook", required=True, help="a folder made by fit")
-    two.add_argument("--bf16", action="store_true", help="hear in bfloat16: faster, and a unit in some hundreds differs")
+    runs.add_dtype(two)
     two.add_argument("--skip-bad", action="store_true", help="list clips that cannot be read in skipped.jsonl and go on, instead of stopping at the first")
     three = commands.add_parser("report", help="used units, perplexity, rate, and how alike a word is across voices")
     three.add_argument("--units", required=True, help="a folder made by encode")

@@ -20,8 +20,8 @@ from pathlib import Path
 import espeakng_loader
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
+import runs  # before torch, which audio needs: it sets how OpenMP waits
 import audio
 import vocab
 import weights
@@ -361,6 +361,18 @@ def encoded(samples, form):
 
 # --- commands --------------------------------------------------------------------------------------------------------------
 
+def write_tokenizer(world, seed, folder):
+    """The world's own byte-level BPE, as a Hugging Face folder."""
+    merges = bpe(world, random.Random(f"tokenizer {seed}"))
+    tokens = {token: i for i, token in enumerate(vocab.LETTERS + [left + right for left, right in merges])}
+    special = {name: len(tokens) + i for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    made = json.dumps(vocab.tokenizer_json(tokens, merges, special), ensure_ascii=False)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(made, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 def write_world(args):
     for name in ("hours", "documents", "dev", "test"):
         if getattr(args, name) <= 0:
@@ -377,18 +389,14 @@ def write_world(args):
                 "style": {"rate": rate, "pitch": pitch}}
 
     with weights.new_folder(args.out, overwrite=args.overwrite) as out:
-        for name in ("tokenizer", "speech/audio", "questions"):
+        for name in ("speech/audio", "questions"):
             (out / name).mkdir(parents=True)
-        merges = bpe(world, random.Random(f"tokenizer {args.seed}"))
-        tokens = {token: i for i, token in enumerate(vocab.LETTERS + [left + right for left, right in merges])}
-        special = {name: len(tokens) + i for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
-        (out / "tokenizer/tokenizer.json").write_text(json.dumps(vocab.tokenizer_json(tokens, merges, special), ensure_ascii=False), encoding="utf-8")
-        (out / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
+        write_tokenizer(world, args.seed, out / "tokenizer")
         (out / "base.jsonl").write_text(dumps({"text": base_document(world, rng["base"])} for _ in range(args.documents)))
         (out / "chat.jsonl").write_text(dumps({"messages": chat(world, rng["chat"])} for _ in range(args.documents)))
 
         rows, spoken = [], 0.0
-        with tqdm(total=round(args.hours * 3600), desc="training speech", unit="s of audio") as bar:
+        with runs.Bar(total=round(args.hours * 3600), desc="training speech", unit="s of audio") as bar:
             while spoken < args.hours * 3600:
                 name = f"audio/{len(rows):05d}.flac"
                 rows.append({"audio": name} | read_aloud(out / "speech" / name, sentence(world, rng["speech"]), "heard"))
@@ -397,7 +405,7 @@ def write_world(args):
         (out / "speech/train.jsonl").write_text(dumps(rows))
 
         asked = questions(world, rng["questions"], args.dev, args.test)
-        for number, row in enumerate(tqdm(asked, desc="spoken questions", unit="question")):
+        for number, row in enumerate(runs.Bar(asked, desc="spoken questions", unit="question")):
             row["audio"] = {group: f"questions/{number:04d}-{group}.flac" for group in VOICES}
             for group, name in row["audio"].items():
                 read_aloud(out / name, row["question"], group)

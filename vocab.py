@@ -51,6 +51,7 @@ def byte_letters():
     return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
 
 
+NO_ID = -1                          # of a byte that a vocabulary lacks
 LETTERS = byte_letters()
 BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
 
@@ -137,7 +138,7 @@ class Vocab:
     def __init__(self, folder):
         self.json, self.config = read_tokenizer(folder)
         bpe = self.json.get("model", {})
-        if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe or not set(LETTERS) <= bpe.get("vocab", {}).keys():
+        if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe or LETTERS[ord(" ")] not in bpe.get("vocab", {}):
             raise ValueError(f"{folder}: a {bpe.get('type')} tokenizer that is not byte-level BPE (sentencepiece?) is not supported")
         normalizer = (self.json.get("normalizer") or {}).get("type")
         if normalizer not in (None, "NFC"):
@@ -145,8 +146,15 @@ class Vocab:
         self.normalize = (lambda text: unicodedata.normalize("NFC", text)) if normalizer else (lambda text: text)
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
         tokens = list(dict.fromkeys(LETTERS + [left + right for left, right in pairs]))      # in the order of merging: tiktoken's ranks
-        self.id_of_rank = np.array([bpe["vocab"][token] for token in tokens])
-        self.bytes_of = {int(i): bytes(BYTES[letter] for letter in token) for token, i in zip(tokens, self.id_of_rank)}
+        lost = [token for token in tokens[len(LETTERS):] if token not in bpe["vocab"]]
+        if lost:
+            raise ValueError(f"{folder}: its merges make {lost[0]!r}, which its vocabulary lacks; the file is damaged")
+
+        # A vocabulary may lack bytes that its training text never had (SmolLM2's lacks 21, six of them control characters).
+        # `tokenizers` leaves such a byte out of a text, and so do we: its rank has no id. (Signs on both sides of it it then merges,
+        # as tokens of one word; here they stay apart.)
+        self.id_of_rank = np.array([bpe["vocab"].get(token, NO_ID) for token in tokens])
+        self.bytes_of = {int(i): bytes(BYTES[letter] for letter in token) for token, i in zip(tokens, self.id_of_rank) if i != NO_ID}
         self.name, self.pattern = Path(folder).name, pattern_of(self.json, folder)
         self.special = {t["content"]: t["id"] for t in self.json.get("added_tokens", [])}
         self.size = max([*self.bytes_of, *self.special.values()]) + 1
@@ -163,11 +171,13 @@ class Vocab:
 
     @functools.cached_property
     def tiktoken(self):
-        ranks = {self.bytes_of[i]: rank for rank, i in enumerate(self.id_of_rank.tolist())}
+        ranks = {self.bytes_of[i]: rank for rank, i in enumerate(self.id_of_rank.tolist()) if i != NO_ID}
+        ranks |= {bytes([byte]): byte for byte in range(256)}              # also those without an id: tiktoken wants all bytes
         return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
-        return self.id_of_rank[self.tiktoken.encode_ordinary(self.normalize(text))].tolist()
+        ids = self.id_of_rank[self.tiktoken.encode_ordinary(self.normalize(text))]
+        return ids[ids != NO_ID].tolist()
 
     def decode(self, ids):
         """The text of ids; specials and units say nothing."""

@@ -40,7 +40,7 @@ def main():
         began = time.perf_counter()
         subprocess.run([*script, "fit", "--manifest", str(args.audio), "--hubert", at("hubert"), "--layer", "9", "--k", "500", "--out", at("codebook")], check=True)
         fitted = time.perf_counter() - began
-        words = [*script, "encode", "--manifest", str(args.audio), "--codebook", at("codebook"), "--out", at("units"), *["--bf16"] * args.bf16]
+        words = [*script, "encode", "--manifest", str(args.audio), "--codebook", at("codebook"), "--out", at("units"), "--dtype", "bfloat16" if args.bf16 else "float32"]
         began, counts = time.perf_counter(), Path(at("units.partial")) / "counts.bin"
         first = subprocess.Popen(words)
         while not counts.exists() or counts.stat().st_size < 8 * len(rows) // 2:
@@ -51,7 +51,7 @@ def main():
         killed = time.perf_counter() - began
         subprocess.run(words, check=True)
         encoded = time.perf_counter() - began
-        units, ears = audio.Units(at("units")), AudioTokenizer(at("codebook"), bf16=args.bf16)
+        units, ears = audio.Units(at("units")), AudioTokenizer(at("codebook"), dtype=torch.bfloat16 if args.bf16 else torch.float32)
         assert [row["audio"] for row in units.rows] == [row["audio"] for row in rows], "every clip once, in order"
         seconds, same = sum(row["seconds"] for row in units.rows), []
         for i in range(0, len(rows), 10):

@@ -53,7 +53,7 @@ def main():
         recipe = {"features": {"kind": "hubert", "path": str(hubert), "layer": LAYER, "sha256": weights.fingerprint(hubert)}, "k": len(centroids), "frame_rate": 50,
                   "collapse": True, "switch": 0, "sha256": weights.fingerprint(Path(folder) / "codebook.safetensors")}
         (Path(folder) / "codebook.json").write_text(json.dumps(recipe))
-        ears = {bf16: AudioTokenizer(folder, args.device, bf16=bf16) for bf16 in (False, True)}
+        ears = {bf16: AudioTokenizer(folder, args.device, dtype=torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
     hear = lambda bf16: [units for units, _ in ears[bf16].many(clips)]
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import runs  # noqa: F401, before torch: it sets how OpenMP waits
 import torch
 
 if not torch.cuda.is_available():
@@ -34,6 +35,14 @@ def shared(name):
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is absent")
     return SHARED / name
+
+
+def real(name):
+    """A folder of real open weights, in $REAL_WEIGHTS or ../weights; the test is skipped, saying so, where it is absent."""
+    folder = Path(os.environ.get("REAL_WEIGHTS", ROOT.parent / "weights")) / name
+    if not folder.is_dir():
+        pytest.skip(f"no real weights: {folder} is absent (set REAL_WEIGHTS to where they are)")
+    return folder
 
 
 def speedrun_commands(out):

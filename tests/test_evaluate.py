@@ -26,13 +26,22 @@ def test_wilsons_interval_by_hand():
 
 def test_an_answer_counts_only_whole_and_only_if_the_model_stopped():
     questions = [{"answer": "Paris"}] * 4
-    said = {"chat": [" paris ", "paris.", "paris paris", None], "page": [None] * 4}
-    assert exact(said, questions) | {"low": 0, "high": 0} == {"value": 0.25, "n": 4, "low": 0, "high": 0, "prompt": "chat"}
+    cell = exact([" paris ", "paris.", "paris paris", None], questions)
+    assert (cell["value"], cell["n"]) == (0.25, 4) and exact([], []) is None
     assert normal(None) == ""
 
 
-def test_the_better_of_two_prompts_is_reported_by_name():
-    assert exact({"chat": ["a", "b"], "page": ["a", "a"]}, [{"answer": "a"}] * 2)["prompt"] == "page"
+@pytest.mark.parametrize("chat, page, better", [("ab", "aa", "page"), ("aa", "ab", "chat"), ("ab", "ba", "chat")])
+def test_the_better_prompt_is_chosen_by_the_typed_dev_questions(monkeypatch, chat, page, better):
+    monkeypatch.setattr(evaluate, "answers", lambda model, vocab, contents, prompt, bar: list({"chat": chat, "page": page}[prompt]))
+    assert evaluate.better_prompt(None, None, [{"question": "?", "answer": "a"}] * 2) == better
+
+
+def test_the_prompt_decides_how_a_question_is_asked(speedrun, monkeypatch):
+    model, vocab, asked = None, evaluate.Vocab(speedrun / "merged"), []
+    monkeypatch.setattr(evaluate, "replies", lambda model, vocab, prompts, extra_stop=(), bar=None: asked.append((prompts[0], list(extra_stop))) or ["x"])
+    evaluate.answers(model, vocab, ["hi"], "chat"), evaluate.answers(model, vocab, ["hi"], "page")
+    assert asked == [(vocab.turn([{"role": "user", "content": "hi"}]), []), (vocab.page("hi"), vocab.encode("\n"))]
 
 
 def test_word_error_rate_by_hand():
@@ -60,9 +69,9 @@ def test_the_table_has_every_row_and_column_and_null_where_meaningless(speedrun)
 def test_the_lam_sweep_never_sees_a_test_question(speedrun, tmp_path, monkeypatch):
     asked, real = [], evaluate.answers
 
-    def spy(model, vocab, contents, bar=None):
+    def spy(model, vocab, contents, prompt, bar=None):
         asked.append([c for c in contents if isinstance(c, str)])
-        return real(model, vocab, contents, bar)
+        return real(model, vocab, contents, prompt, bar)
     monkeypatch.setattr(evaluate, "answers", spy)
     words = [w for name in ("base", "instruct", "speech", "merged") for w in (f"--{name}", str(speedrun / name))]
     call(["evaluate.py", "table", *words, "--questions", str(speedrun / "toy/questions.jsonl"), "--device", "cpu", "--out", str(tmp_path / "t.json")], monkeypatch)
@@ -71,6 +80,7 @@ def test_the_lam_sweep_never_sees_a_test_question(speedrun, tmp_path, monkeypatc
     sweep = asked[-2 * len(LAMS):]
     assert all(set(texts) <= dev for texts in sweep) and sum(bool(texts) for texts in sweep) == len(LAMS)
     first, second = json.loads((speedrun / "table.json").read_text()), json.loads((tmp_path / "t.json").read_text())
+    assert first["prompts"].keys() == {"base", "instruct", "speech", "merged", "instruct_rows"} and set(first["dtype"]) <= {"float32", "bfloat16"}
     assert first["rows"] == second["rows"] and first["lam_sweep"] == second["lam_sweep"], "the same models give the same table"
 
 

@@ -62,7 +62,7 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
 def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, layers, first_new):
     model = LM.load(speedrun / "base")
     body, rows = pretrain.parameter_groups(model, layers, first_new)
-    muon, adamw = pretrain.two_optimizers(body, rows, 1e-3, 0.0, 10)
+    muon, adamw = pretrain.two_optimizers(body, rows, 1e-3, 0.0, 10, torch.float32)
     of = lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]]
     assert all(p.dim() == 2 for p in of(muon)) and {id(p) for p in of(muon)} == {id(p) for p in body if p.dim() == 2}
     trained = [id(p) for p in of(muon) + of(adamw)]

@@ -9,12 +9,13 @@ import pytest
 from conftest import ROOT, speedrun_commands
 
 ARROWS = {     # module -> what it may import; design and README draw the same picture
-    "weights": set(), "fused": set(), "model": {"weights", "fused"}, "vocab": {"weights"}, "audio": {"weights"},
-    "hubert": {"weights", "audio"}, "tokenize_audio": {"weights", "audio", "hubert"}, "merge": {"weights", "vocab"},
-    "documents": {"weights", "vocab", "audio"}, "pretrain": {"weights", "fused", "model", "vocab", "audio", "documents"}, "chat": {"weights", "model", "vocab", "audio", "tokenize_audio"},
-    "evaluate": {"weights", "model", "vocab", "audio", "tokenize_audio", "merge"}, "toy": {"weights", "vocab", "audio"},
+    "weights": set(), "runs": set(), "fused": set(), "muon": set(), "model": {"weights", "fused"}, "vocab": {"weights"}, "audio": {"weights"},
+    "hubert": {"weights", "runs", "audio"}, "tokenize_audio": {"weights", "runs", "audio", "hubert"}, "merge": {"weights", "runs", "vocab"},
+    "documents": {"weights", "vocab", "audio"}, "pretrain": {"weights", "runs", "fused", "muon", "model", "vocab", "audio", "documents"},
+    "chat": {"weights", "runs", "model", "vocab", "audio", "tokenize_audio"},
+    "evaluate": {"weights", "runs", "model", "vocab", "audio", "tokenize_audio", "merge"}, "toy": {"weights", "runs", "vocab", "audio"},
 }
-LINES = {"weights": 345, "fused": 350, "model": 430, "vocab": 325, "audio": 265, "hubert": 400, "tokenize_audio": 475, "documents": 215, "pretrain": 525,
+LINES = {"weights": 345, "runs": 160, "muon": 100, "fused": 350, "model": 430, "vocab": 325, "audio": 265, "hubert": 400, "tokenize_audio": 475, "documents": 215, "pretrain": 525,
          "merge": 250, "chat": 240, "evaluate": 525, "toy": 445}
 SOURCES = sorted(ROOT.glob("*.py"))
 

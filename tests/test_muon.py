@@ -1,0 +1,63 @@
+import copy
+
+import pytest
+import torch
+
+from muon import Muon, orthogonal
+
+
+def matrices(seed=0):
+    torch.manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in [(32, 32), (32, 32), (96, 32), (96, 32), (32, 96)]]
+
+
+def test_orthogonal_brings_all_singular_values_near_1_and_keeps_the_directions():
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, 40) * torch.logspace(0, -2, 16)[:, None]
+    made = orthogonal(x)
+    values = torch.linalg.svdvals(made)
+    assert torch.linalg.svdvals(x).min() < 0.05 and 0.6 < values.min() and values.max() < 1.3
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    within = u.mT @ made @ v.mT                                            # diagonal, if the directions are x's own
+    assert (within - torch.diag_embed(within.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+
+
+def test_a_matrix_of_zeros_stays_zeros():
+    assert torch.equal(orthogonal(torch.zeros(1, 8, 8)), torch.zeros(1, 8, 8))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_ten_steps_are_torchs_own_muons(decay):
+    ours, theirs = matrices(), matrices()
+    optimizers = [Muon(ours, 0.02, decay, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.02, decay, adjust_lr_fn="match_rms_adamw")]
+    for step in range(10):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for begin, p, q in zip(matrices(), ours, theirs):
+        assert (q - begin).norm() > 0.5 and (p - q).norm() < 0.02 * (q - begin).norm()
+
+
+def test_products_in_float32_and_in_bfloat16_give_nearly_the_same_steps():
+    x = torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
+    full, half = orthogonal(x), orthogonal(x, torch.bfloat16)
+    assert full.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert 0 < (full - half).norm() < 0.03 * full.norm()
+
+
+def test_what_has_no_gradient_stays_and_what_was_saved_goes_on():
+    ours, again = matrices(), matrices()
+    first, second = Muon(ours, 0.02), Muon(again, 0.02)
+    for p in ours[1:]:
+        p.grad = torch.ones_like(p)
+    before = ours[0].clone()
+    first.step()
+    assert torch.equal(ours[0], before) and not torch.equal(ours[1], matrices()[1])
+    for p, q in zip(ours, again):
+        q.data.copy_(p)
+        q.grad = None if p.grad is None else p.grad.clone()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.step(), second.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, again))

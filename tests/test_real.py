@@ -1,0 +1,116 @@
+"""Promises about real open weights. `python -m pytest -m real` runs them alone; they look in $REAL_WEIGHTS, or at ../weights.
+
+Wanted there: SmolLM2-135M-Instruct, a Hugging Face folder. No base of it is at hand, so the merge takes surrogates: the
+instruct model as base, itself after a hundred steps on the toy's chats as instruct, and after a hundred on units as speech.
+"""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import weights
+from chat import Chat
+from conftest import call, real, shared
+from model import LM, generate
+from vocab import Vocab
+
+pytestmark = pytest.mark.real
+HARD = ["", " ", "  two  spaces ", "tab\tand\nlines\r\n\n\n", "it's 12345 o'clock, they'LL say", "Ünïcödé ﬁ Ⅷ ½", "日本語とEnglish混ざり", "🎧👩‍👩‍👧‍👦🇫🇷",
+        "مرحبا بالعالم", "नमस्ते", "a\x04b\x1dc\x7f", "<|im_end|> is plain text here", "def f(x):\n    return {x: [1, 2]}  # ok", "\ufeffbom\u200b\u00a0nbsp", "\U00040000\U000f0000"]
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return real("SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_hard_strings_have_the_ids_of_tokenizers(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    oracle, vocab = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), Vocab(folder)
+    vectors = shared("tokenizers/vectors/ggml-vocab-gpt-2.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    assert len(vectors) > 40
+    for text in [*HARD, *vectors]:
+        if "<|im_end|>" not in text:                                       # spelled out by a user, it is text to us and a marker to them
+            assert vocab.encode(text) == oracle.encode(text, add_special_tokens=False).ids, repr(text)
+        assert "\x04" in text or "\x1d" in text or max(text, default="") >= "\U00040000" or vocab.decode(vocab.encode(text)) == text
+
+
+def test_logits_are_those_of_transformers(folder, theirs):
+    model, tokenizer = theirs
+    ids = torch.tensor([tokenizer.encode("The quick brown fox jumps over the lazy dog. In 1969, two men walked on the moon; a third stayed in orbit.")])
+    ours = LM.load(folder)
+    assert ours.lm_head.weight.dtype == torch.float32
+    with torch.no_grad():
+        a, b = model(ids).logits, ours(ids)
+    assert ((a - b).norm() / a.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_ids_are_those_of_transformers(folder, theirs, dtype):
+    model, tokenizer = theirs
+    prompt = torch.tensor(tokenizer.encode("Once upon a time there was a"))
+    ours = [int(i[0]) for i in generate(LM.load(folder, dtype=dtype).eval(), [prompt], 24, [0])]
+    wanted = model.to(dtype).generate(prompt[None], max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
+    model.to(torch.float32)
+    assert ours == wanted[:len(ours)] if dtype == torch.float32 else ours[:8] == wanted[:8]
+
+
+def test_a_chat_with_a_system_message_reads_the_models_own_template_and_behaves(folder, theirs):
+    _, tokenizer = theirs
+    chat = Chat(folder)
+    assert "Paris" in "".join(chat.reply("What is the capital of France?")) and chat.took["decode_per_second"] > 0
+    chat.begin("You are a pirate. Talk like one.")
+    said = "".join(chat.reply("Who are you?"))
+    assert re.search(r"\b(arr+|matey|ye|aye|pirate|captain)\b", said.lower()), said
+    messages = chat.messages[:2]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat.vocab.turn(messages) == tokenizer.encode(rendered, add_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def sum_of_surrogates(folder, speedrun, tmp_path_factory):
+    """{name: folder} of instruct, speech and their sum, each of the real size."""
+    out, patch = tmp_path_factory.mktemp("real"), pytest.MonkeyPatch()
+    text, cut = speedrun / "toy/base.jsonl", "--lora 8 --rows 1 --length 64 --steps 100 --device cpu".split()
+    call(["pretrain.py", "--init", str(folder), "--chat", str(speedrun / "toy/chat.jsonl"), *cut, "--out", str(out / "instruct")], patch)
+    call(["pretrain.py", "--init", str(folder), "--units", str(speedrun / "units"), "--text", str(text), "--mix", "interleave=0.4,transcribe=0.4,text=0.2",
+          "--imitate", "0", *cut, "--out", str(out / "speech")], patch)
+    for lam in ("0", "1"):
+        call(["merge.py", "--base", str(folder), "--instruct", str(out / "instruct"), "--speech", str(out / "speech"), "--lam", lam, "--out", str(out / f"lam{lam}")], patch)
+    call(["merge.py", "--base", str(folder), "--instruct", str(folder), "--speech", str(out / "speech"), "--lam", "1", "--out", str(out / "plain")], patch)
+    patch.undo()
+    return out
+
+
+def test_both_deltas_were_learnt_at_the_real_size(folder, sum_of_surrogates):
+    moved = json.loads((sum_of_surrogates / "lam1/merge.json").read_text())["rel"]
+    assert 1e-4 < moved["instruct"] < 1 and 1e-4 < moved["speech"] < 1
+    for name in ("instruct", "speech"):
+        losses = [json.loads(line)["loss"] for line in (sum_of_surrogates / name / "log.jsonl").read_text().splitlines()]
+        assert losses[-1] < losses[0]
+
+
+def test_at_lam_0_the_sum_is_instruct_and_without_a_second_delta_it_is_speech_to_the_bit(folder, sum_of_surrogates):
+    none, instruct, plain, speech = (weights.Tensors(sum_of_surrogates / name) for name in ("lam0", "instruct", "plain", "speech"))
+    for name in instruct:
+        assert torch.equal(none[name][:len(instruct[name])], instruct[name]), name
+    for name in speech:
+        assert torch.equal(plain[name], speech[name]), name
+
+
+def test_transformers_loads_the_sum_with_our_logits(sum_of_surrogates):
+    transformers = pytest.importorskip("transformers")
+    vocab = Vocab(sum_of_surrogates / "lam1")
+    ids = torch.tensor([vocab.turn([{"role": "user", "content": np.array([3, 1, 4])}])])
+    with torch.no_grad():
+        a = transformers.AutoModelForCausalLM.from_pretrained(sum_of_surrogates / "lam1", dtype=torch.float32).eval()(ids).logits
+        b = LM.load(sum_of_surrogates / "lam1")(ids)
+    assert ((a - b).norm() / a.norm()).item() < 1e-4
