@@ -9,6 +9,7 @@ Three nouns: *samples* (16,000 a second), *frames* (50 a second), and *units* (t
 import argparse
 import json
 import math
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +25,7 @@ HOP = 320                                               # samples per frame: the
 FRAME_RATE = SAMPLE_RATE // HOP                         # 50 frames per second
 WINDOW = 400                                            # samples one frame sees: 25 ms
 PAD = (WINDOW - HOP) // 2                               # 40 samples on each side, so that frames = samples // HOP exactly
+RATES = 1000, 1_000_000             # samples a second that a recording may have: others are damage, and cost hours or gigabytes to resample
 SEEK = 30                                               # seconds before a stretch that are read with it: in Ogg's last page no place is found
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
@@ -61,10 +63,14 @@ def opened(path):
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty, 0 bytes")
     try:
-        return soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, RuntimeError):
+        file = soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError):           # TypeError: a name in .raw promises no form
         path.open("rb").close()                                            # no permission is an OSError of its own
         raise unreadable(path) from None
+    if not RATES[0] <= file.samplerate <= RATES[1]:
+        file.close()
+        raise ValueError(f"{path}: its header says {file.samplerate} samples a second, wanted {RATES[0]} to {RATES[1]}; it is damaged")
+    return file
 
 
 def unreadable(path):
@@ -156,12 +162,15 @@ def read_manifest(path):
         for number, row in enumerate(rows, 1):
             if not isinstance(row.get("audio"), str):
                 raise ValueError(f"{path}, row {number}: got no \"audio\", wanted a path relative to the manifest")
+            if not isinstance(row.get("text", ""), str):
+                raise ValueError(f"{path}, row {number}: got text = {str(row['text'])[:40]}, wanted a string, or no text")
             for word in row.get("words") or []:
                 if not (isinstance(word, list) and [type(part) in (int, float) for part in word] == [False, True, True] and isinstance(word[0], str)):
                     raise ValueError(f'{path}, row {number}: got {str(word)[:40]} among "words", wanted ["the", start, end] in seconds')
         return [row | {"audio": str((path.parent / row["audio"]).resolve())} for row in rows]
     texts = {}
-    for file in path.rglob("*.trans.txt"):                                 # LibriSpeech: "84-121123-0000 GO DO YOU HEAR"
+    inside = files_under(path)
+    for file in [f for f in inside if f.name.endswith(".trans.txt")]:      # LibriSpeech: "84-121123-0000 GO DO YOU HEAR"
         for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
             name, _, text = line.partition(" ")
             texts[name] = text.lower()
@@ -169,10 +178,22 @@ def read_manifest(path):
         for line in filter(None, (path / "metadata.csv").read_text(encoding="utf-8").split("\n")):
             name, *text = line.split("|")
             texts[name] = (text or [""])[-1]
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in AUDIO)
+    files = [f for f in inside if f.suffix.lower() in AUDIO]
     if not files:
         raise ValueError(f"{path}: no audio files in it; wanted {' '.join(sorted(AUDIO))}")
     return [{"audio": str(f.resolve())} | ({"text": texts[f.stem]} if f.stem in texts else {}) for f in files]
+
+
+def files_under(folder):
+    """All files of a folder, sorted, those of linked folders too; a ValueError for a link that leads back to where it stands."""
+    files = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        for name in folders:
+            inner = Path(here, name)
+            if inner.is_symlink() and Path(here).resolve().is_relative_to(inner.resolve()):
+                raise ValueError(f"{inner}: a link to a folder that it is in; remove it")
+        files += [Path(here, name) for name in names]
+    return sorted(files)
 
 
 class Units:
@@ -185,14 +206,18 @@ class Units:
             raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with tokenize_audio.py encode")
         self.meta, self.rows = weights.read_json(folder / "meta.json", ["features", "k", "frame_rate", "codebook_sha256"]), read_manifest(folder / "manifest.jsonl")
         self.offsets = np.load(folder / "index.npy")
-        self.units = np.memmap(folder / "units.bin", dtype=np.uint16, mode="r")
-        self.durations = np.memmap(folder / "durations.bin", dtype=np.uint16, mode="r")
+        self.units, self.durations = (mapped(folder / name) for name in ("units.bin", "durations.bin"))
         if len(self.offsets) != len(self.rows) + 1 or self.offsets[-1] != len(self.units) or len(self.units) != len(self.durations):
             raise ValueError(f"{folder}: index, units and manifest disagree; encode again with --overwrite")
 
     def __getitem__(self, i):
         a, b = self.offsets[i], self.offsets[i + 1]
         return self.units[a:b], self.durations[a:b]
+
+
+def mapped(path):
+    """The uint16 numbers of a file, read as they are needed. An empty file cannot be mapped."""
+    return np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else np.zeros(0, np.uint16)
 
 
 def between(units, durations, begin, end, rate):

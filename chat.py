@@ -8,6 +8,7 @@ import argparse
 import codecs
 import json
 import os
+import random
 import shlex
 import sys
 import time
@@ -28,7 +29,7 @@ SLOWEST = 2                                             # units a second: no spe
 SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}      # what looks like audio in a line; the latter get the ffmpeg command
 HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces; several, and words beside them, make one turn)
 :rec           speak; Enter ends it                 :why     the last turn as the model reads it, token by token
-:system TEXT   how it should behave from here on    :reset   forget the conversation
+:system TEXT   how it should behave from here on    :reset   forget the conversation, not the system message
 :help          this                                 :quit    or Ctrl-D: end. Ctrl-C stops a reply"""
 
 
@@ -39,7 +40,8 @@ class Chat:
         self.model, self.vocab = LM.load(folder, device).eval(), Vocab(folder)
         self.vocab.markers()                                                # a ValueError now rather than at the first turn
         self.ears = AudioTokenizer(folder, device, hubert) if self.vocab.speech else None
-        self.folder, self.temperature, self.messages, self.took = folder, temperature, [], {}
+        self.folder, self.temperature, self.messages, self.took, self.forgotten = folder, temperature, [], {}, 0
+        self.draw = random.SystemRandom()                                   # at a temperature no two replies are alike
         self.room = self.model.config.max_position_embeddings - LIMIT       # tokens that a prompt may have
 
     def listen(self, path):
@@ -60,17 +62,19 @@ class Chat:
     def reply(self, content):
         """Yield the reply to a turn (text, units, or a list of both) piece by piece; whole characters only. The turn and what was said of
         the reply join the conversation, also when the caller stops early."""
-        self.messages.append({"role": "user", "content": content})
+        system = [message for message in self.messages[:1] if message["role"] == "system"]
+        turn = {"role": "user", "content": content}
+        alone = len(self.vocab.turn([*system, turn]))
+        if alone > self.room:                                               # told before anything is forgotten for it
+            raise ValueError(f"the turn alone takes {alone} tokens, the model's context leaves {self.room}; say less at once")
+        self.messages.append(turn)
+        self.forgotten = 0
         while len(prompt := self.vocab.turn(self.messages)) > self.room:
-            oldest = int(self.messages[0]["role"] == "system")
-            if len(self.messages) == oldest + 1:
-                self.messages.pop()
-                raise ValueError(f"the turn alone takes {len(prompt)} tokens, the model's context leaves {self.room}; say less at once")
-            del self.messages[oldest:oldest + 2]
-            yield "[the oldest turns no longer fit and are forgotten] "
+            del self.messages[len(system):len(system) + 2]
+            self.forgotten += 1
         said, whole, began, times = "", codecs.getincrementaldecoder("utf-8")("replace"), time.perf_counter(), []
         try:
-            for ids in generate(self.model, [torch.tensor(prompt)], LIMIT, self.vocab.stop, self.vocab.text_rows(), self.temperature):
+            for ids in generate(self.model, [torch.tensor(prompt)], LIMIT, self.vocab.stop, self.vocab.text_rows(), self.temperature, seed=self.draw.getrandbits(31)):
                 times.append(time.perf_counter() - began)
                 piece = whole.decode(self.vocab.bytes_of.get(int(ids[0]), b""))
                 said += piece
@@ -87,15 +91,16 @@ class Chat:
         return self.vocab.decode(ids).strip().removesuffix(".")
 
     def begin(self, system=None):
-        """Forget the conversation, or begin one with a system message."""
-        self.messages = [{"role": "system", "content": system}] if system else [m for m in self.messages if m["role"] == "system"]
+        """Forget the conversation; begin one with a system message, without any if it is empty, or with the one there was if it is None."""
+        kept = [message for message in self.messages if message["role"] == "system"]
+        self.messages = kept if system is None else [{"role": "system", "content": system}] if system else []
 
 
 def parts_of(line):
     """A line as its parts, [text or Path]: a path to audio, whole or among words, is spoken."""
     path = Path(os.path.expanduser(line.strip("'\"")))
     looks = path.suffix.lower() in SOUND or line.startswith(("/", "./", "../", "~"))
-    if looks and " " not in line or len(line) < 250 and path.is_file():
+    if looks and " " not in line or os.path.isfile(path):                   # unlike path.is_file() it takes a name of any length
         return [path]
     try:
         words = shlex.split(line)
@@ -157,6 +162,7 @@ def turn(chat, parts, transcribe=False):
         for piece in chat.reply(content):
             print(piece, end="", flush=True)
         took = chat.took
+        print(f"\n[the {chat.forgotten} oldest turns no longer fit and are forgotten]" if chat.forgotten else "", end="")
         print(f"\n[{took['prompt_tokens']} tokens read at {took['prefill_per_second']:.0f} a second, {took['reply_tokens']} written at {took['decode_per_second']:.0f}, "
               f"the first after {took['first_token_seconds']:.2f} s]")
         return True
@@ -171,18 +177,23 @@ def for_programs(chat, lines, transcribe):
     """JSON lines {"text"?, "audio"? (a path or several), "system"?, "reset"?} in, {"reply", ...} or {"error"} out."""
     for line in lines:
         try:
+            line = line if isinstance(line, str) else line.decode()         # what is no UTF-8 is a ValueError
             asked = json.loads(line)
             if not isinstance(asked, dict) or not {"text", "audio", "system", "reset"} & asked.keys():
                 raise ValueError(f'got {line.strip()[:60]}, wanted {{"text": ..., "audio": ...}}')
-            if asked.get("reset") or asked.get("system"):
-                chat.begin(asked.get("system"))
+            if not isinstance(asked.get("system") or "", str):
+                raise ValueError(f"got system = {str(asked['system'])[:40]}, wanted a string")
+            if asked.get("reset") or "system" in asked:
+                chat.begin(asked["system"] or "" if "system" in asked else None)
             sound = asked.get("audio") or []
             parts = [Path(path) for path in ([sound] if isinstance(sound, str) else sound)] + ([str(asked["text"])] if asked.get("text") else [])
             content, notes = take(chat, parts, transcribe)
             said = {"reply": "".join(chat.reply(content)), **notes, **chat.took} if parts else {"reply": ""}
-        except (ValueError, OSError, TypeError) as error:
+            if parts and chat.forgotten:
+                said["forgotten_turns"] = chat.forgotten
+        except (ValueError, OSError, TypeError, RecursionError) as error:
             said = {"error": one_line(error)}
-        print(json.dumps(said, ensure_ascii=False), flush=True)
+        print(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace").decode(), flush=True)     # half a surrogate pair cannot be printed
 
 
 def main():
@@ -199,7 +210,7 @@ def main():
         raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
     chat = Chat(args.folder, args.device, args.hubert, args.temperature)
     if args.json:
-        for_programs(chat, [json.dumps({"audio": path}) for path in args.audio] or sys.stdin, args.transcribe)
+        for_programs(chat, [json.dumps({"audio": path}) for path in args.audio] or sys.stdin.buffer, args.transcribe)
         return
     if args.audio:
         sys.exit(not all([turn(chat, [Path(path)], args.transcribe) for path in args.audio]))
@@ -214,6 +225,9 @@ def main():
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            print("cannot answer that: not UTF-8 text", file=sys.stderr)
+            continue
         except KeyboardInterrupt:                                           # as in a shell: a fresh line
             print()
             continue
@@ -223,13 +237,13 @@ def main():
         if command == ":reset":
             chat.begin()
         elif command == ":system":
-            chat.begin(rest.strip() or None)
+            chat.begin(rest.strip())
         elif command == ":why":
             print(chat.vocab.spelled(chat.vocab.chat(chat.messages).ids) if chat.messages else "nothing was said yet")
         elif command == ":rec":
             try:
                 turn(chat, [record()], args.transcribe)
-            except ValueError as error:
+            except (ValueError, OSError, EOFError) as error:
                 print(f"cannot answer that: {error}", file=sys.stderr)
         elif command.startswith(":"):
             print(HELP)

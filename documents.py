@@ -5,6 +5,7 @@ see  Spirit LM (arXiv:2402.05755) for interleaved documents; packing by first fi
 run  python documents.py out/speech --units out/units --text out/toy/base.jsonl      # some of them as literal tokens, and how full the rows get
 """
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from audio import Units, between
 from vocab import Document, Vocab
 
 ALONE, GROWTH = 0.1, 20             # transcripts: single words for this share of the run; then the longest grows by 20 words a run
+ROLES = "system", "user", "assistant", "tool"      # others could spell a chat's markers
 HELD_OUT = 100                      # one document in a hundred is for validation only
 WAITING = 1.3                       # documents are chosen from among so many rows' worth: more choice, fuller rows
 
@@ -36,6 +38,8 @@ def read_chats(path):
     chats = [field(row, "messages", path, list) for row in weights.read_lines(path)]
     for messages in chats:
         for message in messages:
+            if isinstance(message, dict) and message.get("role") not in ROLES:
+                raise ValueError(f"{path}: got the role {str(message.get('role'))[:40]!r}, wanted {', '.join(ROLES)}")
             if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
                 raise ValueError(f'{path}: got the message {str(message)[:60]}, wanted {{"role": "...", "content": "..."}}')
     return chats
@@ -50,9 +54,15 @@ def field(row, name, path, kind=str):
 # --- documents of speech and text -----------------------------------------------------------------------------------------
 
 def spoken(corpus, i, a, b):
-    """Words a to b of row i as they were said: [(word, with the space before it unless it is first, its units)]."""
+    """Words a to b of row i as they were said: [(word, with the space before it unless it is first, its units)].
+
+    Aligners leave pauses between words. They are heard in every turn, so a word here reaches to the middle of the pause on either side,
+    the first one from the beginning of the clip and the last to its end: the words of a row have all its units.
+    """
     words, (units, durations) = corpus.rows[i]["words"], corpus[i]
-    return [(" " * (n > 0) + words[n][0], between(units, durations, words[n][1], words[n][2], corpus.meta["frame_rate"])) for n in range(a, b)]
+    middles = [(before[2] + after[1]) / 2 for before, after in zip(words, words[1:])]
+    edges = [-math.inf, *middles, math.inf]
+    return [(" " * (n > 0) + words[n][0], between(units, durations, edges[n], edges[n + 1], corpus.meta["frame_rate"])) for n in range(a, b)]
 
 
 def interleaved(vocab, corpus, i, rng, texts=()):
@@ -134,9 +144,11 @@ class Documents:
 
     def batch(self, rows, length):
         """The next packed batch. Documents longer than a row are cut into rows; what does not fit waits for the next batch."""
-        while sum(len(document.ids) for document, _ in self.pending) < WAITING * rows * length:
+        waiting = sum(len(document.ids) for document, _ in self.pending)
+        while waiting < WAITING * rows * length:
             document, kind = self.next()
             self.pending += [(part, kind) for part in cut(document, length)]
+            waiting += len(document.ids)
         packed, self.pending = pack(self.pending, rows, length, self.vocab.eos)
         return packed
 

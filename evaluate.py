@@ -414,7 +414,7 @@ def read_benchmark(path):
     for number, row in enumerate(rows, 1):
         row["metric"] = row.get("metric") or ("choice" if row.get("choices") else "exact")
         wrong = (row["metric"] not in METRICS and f"metric {row['metric']!r}, wanted one of {', '.join(METRICS)}" or
-                 not isinstance(row.get("answer"), str) and "no answer, wanted a string" or
+                 not (isinstance(row.get("answer"), str) and row["answer"].strip()) and "no answer, wanted a string with something in it" or
                  not any(row.get(name) for name in ("audio", "text", "instruction")) and "nothing to ask, wanted audio, text or instruction" or
                  next((f"got {name} = {str(row[name])[:40]}, wanted a string" for name in ("audio", "text", "instruction") if not isinstance(row.get(name) or "", str)), None) or
                  row["metric"] == "choice" and (not isinstance(row.get("choices"), list) or not all(isinstance(c, str) for c in row["choices"]) or row["answer"] not in row["choices"] + [chr(65 + i) for i in range(len(row["choices"]))])
@@ -422,6 +422,11 @@ def read_benchmark(path):
         if wrong:
             raise ValueError(f"{path}, row {number}: {wrong}")
     return rows
+
+
+def chosen(letter, row):
+    """What a letter stands for, in the form of the row's answer: the text of a choice, or the letter where the answer is none of the texts."""
+    return row["choices"][ord(letter.upper()) - 65] if row["answer"] in row["choices"] else letter.upper()
 
 
 def benchmark(args):
@@ -452,12 +457,12 @@ def benchmark(args):
         if not pairs:
             continue
         if metric == "wer":
-            words = [normal(row["answer"]).split() for _, row in pairs]
-            result[metric] = ratio([edit_distance(text.split(), w) for (text, _), w in zip(pairs, words)], [len(w) for w in words])
+            words = [normal(row["answer"]).removesuffix(".").split() for _, row in pairs]      # the full stop that transcripts end with is no word
+            result[metric] = ratio([edit_distance(text.removesuffix(".").split(), w) for (text, _), w in zip(pairs, words)], [len(w) for w in words])
         elif metric == "exact":
             result[metric] = share([text == normal(row["answer"]) for text, row in pairs])
         else:
-            result[metric] = share([text.upper() == row["answer"] or row["choices"][ord(text.upper()) - 65] == row["answer"] for text, row in pairs])
+            result[metric] = share([chosen(text, row) == row["answer"] for text, row in pairs])
     finished(args, result | {"rows": said, "made": weights.recipe([args.folder, args.rows])})
 
 
@@ -522,6 +527,8 @@ def main():
         command.add_argument("--out", required=True, help=".json to write; of table and report, a picture goes beside it as .png")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
+    if hasattr(args, "out") and Path(args.out).suffix != ".json":
+        raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
     {"table": table, "report": report, "show": lambda args: show(read_table(args.table)), "lam": lambda args: print(swept(read_table(args.table)["lam_sweep"])), "compare": compare, "benchmark": benchmark, "pairs": pairs}[args.action](args)
 
 

@@ -33,13 +33,12 @@ CHUNK = 2048                        # targets whose logits are alive at a time
 
 # --- attention -------------------------------------------------------------------------------------------------------------
 
-def attention(q, k, v, start=None, last=None):
+def attention(q, k, v, start=None):
     """Causal attention in which a query sees no key before the start of its own document.
 
     q      (B, H, T, D)   queries; the last T of the S positions
     k, v   (B, KV, S, D)  keys and values, KV dividing H (grouped heads share them); S = T in training, S >= T with a cache
     start  (B, T) int     index of the first key each query may see, never falling along a row; None: everything before it
-    last   (1,) int       with T = 1, the query's own place among the S keys, behind which a cache has room; None: it is the last
     returns (B, H, T, D). Key j is visible to query i iff start[i] <= j <= i: that is the whole mask of packed documents.
     """
     T, S = q.shape[2], k.shape[2]
@@ -47,18 +46,18 @@ def attention(q, k, v, start=None, last=None):
         with torch.cuda.device(q.device):                                  # Triton launches where torch is, not where its tensors are
             return Flash.apply(q.contiguous(), k.contiguous(), v.contiguous(), start.int().contiguous())
     grouped = q.shape[1] != k.shape[1]
-    if start is None and last is None and T == S:
+    if start is None and T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     key, visible = torch.arange(S, device=q.device), None                                     # (S,); a single query at the end sees all
-    if T == S and last is None and not q.is_cuda and start.numel() >= LOOP_FROM * (begins := start == key).sum():
+    if T == S and not q.is_cuda and start.numel() >= LOOP_FROM * (begins := start == key).sum():
         rows = []
         for b, row in enumerate(begins):
             cuts = [*row.nonzero()[:, 0].tolist(), T]
             rows.append(torch.cat([F.scaled_dot_product_attention(q[b:b + 1, :, a:c], k[b:b + 1, :, a:c], v[b:b + 1, :, a:c], is_causal=True, enable_gqa=grouped)
                                    for a, c in zip(cuts, cuts[1:])], dim=2))
         return torch.cat(rows)                                                                # (B, H, T, D)
-    if T > 1 or start is not None or last is not None:
-        visible = key <= (torch.arange(S - T, S, device=q.device)[:, None] if last is None else last[None])  # (T, S): the past and itself
+    if T > 1 or start is not None:
+        visible = key <= torch.arange(S - T, S, device=q.device)[:, None]                                    # (T, S): the past and itself
         visible = visible[None, None] if start is None else (visible & (key >= start[:, :, None]))[:, None]  # (B or 1, 1, T, S)
     if T == 1:                                                             # heads that share keys are as good as so many queries, and several times faster
         return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, attn_mask=visible).reshape(q.shape)    # (B, H, 1, D)

@@ -268,7 +268,9 @@ class Hubert(nn.Module):
             name = name.removeprefix("hubert.")
             return (name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
                         .replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"))
-        weights.load_into(model, folder, ours)
+        weights.load_into(model, folder, ours, optional=["masked_spec_embed"])
+        if model.masked_spec_embed.is_meta:                                 # some folders lack it, and only training hides frames
+            model.masked_spec_embed = nn.Parameter(torch.zeros(model.config.hidden_size))
         return model.to(device, torch.float32).eval()
 
     def save(self, folder):
@@ -348,10 +350,11 @@ def train(args, out):
             tqdm.write(f"step {step}/{args.steps} | loss {loss.item():.3f} | hidden frames right {right:.1%} | "
                        f"{step * args.batch * CROP / audio.FRAME_RATE / 3600:.2f} h heard | {time.time() - began:.0f} s")
         if step % SAVE_EVERY == 0:
-            torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}, checkpoint.with_suffix(".tmp"))
+            with open(checkpoint.with_suffix(".tmp"), "wb") as file:
+                torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}, file)
+                weights.settle(file)
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     model.save(out)
-    checkpoint.unlink(missing_ok=True)
 
 
 def main():
@@ -368,7 +371,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when the run ends well")
     args = parser.parse_args()
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
-    with weights.new_folder(args.out, [args.units], args.overwrite, resume=True) as out:
+    with weights.new_folder(args.out, [args.units], args.overwrite, resume=True, scratch=["checkpoint.pt"]) as out:
         train(args, out)
 
 

@@ -84,10 +84,12 @@ class Config:
         except KeyError as error:
             raise ValueError(f"{path}: the key {error} is missing") from None
 
-    def write(self, folder):
+    def write(self, folder, dtype):
+        """config.json, with the dtype that the weights have: transformers loads them in the one that it names."""
         own = {name: value for name, value in vars(self).items() if name not in ("architecture", "raw")}
-        own |= {"architectures": [self.architecture], "model_type": self.architecture.removesuffix("ForCausalLM").lower(), "hidden_act": "silu"}
-        raw = {name: value for name, value in self.raw.items() if name != "rope_parameters"}      # said once, in the older spelling all read
+        own |= {"architectures": [self.architecture], "model_type": self.architecture.removesuffix("ForCausalLM").lower(), "hidden_act": "silu",
+                "torch_dtype": str(dtype).removeprefix("torch.")}
+        raw = {name: value for name, value in self.raw.items() if name not in ("rope_parameters", "dtype")}     # said once, in the older spelling all read
         (Path(folder) / "config.json").write_text(json.dumps(raw | own, indent=1) + "\n")
 
 
@@ -158,7 +160,7 @@ class Attention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))           # (B, H or K, T, D): heads become batch
         if past is not None:
             k, v = past.extend(k, v)                                       # (B, K, S, D)
-        y = attention(q, k, v, start, past.last if past else None)         # (B, H, T, D)
+        y = attention(q, k, v, start)                                      # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, T, C)
 
 
@@ -257,7 +259,7 @@ class LM(nn.Module):
 
     def save(self, folder):
         """config.json and model.safetensors, as AutoModelForCausalLM reads them. The tokenizer is vocab.py's to save."""
-        self.config.write(folder)
+        self.config.write(folder, self.lm_head.weight.dtype)
         weights.save(folder, {name: p for name, p in self.state_dict().items() if not (self.config.tie_word_embeddings and name == "lm_head.weight")})
 
 
@@ -317,59 +319,17 @@ def merge_lora(model):
 
 # --- generation ------------------------------------------------------------------------------------------------------------
 
-RECORD_FROM = 8                     # ids of a reply before a GPU records its step: recording takes the time of some steps
-
 class Cache:
     """One layer's keys and values, preallocated for S positions."""
 
     def __init__(self, B, K, S, D, like):
-        self.k, self.v, self.length, self.last = like.new_zeros(B, K, S, D), like.new_zeros(B, K, S, D), 0, None
+        self.k, self.v, self.length = like.new_zeros(B, K, S, D), like.new_zeros(B, K, S, D), 0
 
     def extend(self, k, v):
-        if self.last is not None:                                          # a Step: one position, at a place that the device knows
-            self.k.index_copy_(2, self.last, k), self.v.index_copy_(2, self.last, v)
-            return self.k, self.v                                          # (B, K, S, D): what is behind `last` is not seen
         done = self.length + k.shape[2]
         self.k[:, :, self.length:done], self.v[:, :, self.length:done] = k, v
         self.length = done
         return self.k[:, :, :done], self.v[:, :, :done]                    # (B, K, S so far, D)
-
-
-class Step:
-    """One more id for every row: ids (B,) -> logits (B, V). Its buffers never move and its work is the same however long the reply is, so a GPU
-    records it once, as a CUDA graph, and plays it again: of a small model's step most is the launching of hundreds of kernels, one by one."""
-
-    def __init__(self, model, cache, first):
-        like = cache[0].k
-        self.model, self.cache, self.first, self.graph = model, cache, first, None
-        self.ids = torch.zeros(len(like), 1, dtype=torch.long, device=like.device)
-        self.last = torch.tensor([cache[0].length], device=like.device)
-        for layer in cache:
-            layer.last = self.last
-        if like.is_cuda:
-            with torch.cuda.device(like.device):
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):                              # libraries make their workspaces before the recording
-                    self.work()
-                torch.cuda.current_stream().wait_stream(side)
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.logits = self.work()
-
-    def work(self):
-        positions = self.last - (0 if self.first is None else self.first)  # (1,) or (B, 1)
-        x = self.model.model(self.ids, start=self.first, cache=self.cache, positions=positions.view(-1, 1))    # (B, 1, C)
-        return self.model.lm_head(x[:, -1])                                # (B, V)
-
-    def __call__(self, ids):
-        self.ids.copy_(ids[:, None])
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.logits = self.work()
-        self.last += 1
-        return self.logits
 
 
 @torch.inference_mode()
@@ -396,7 +356,7 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
         barred[torch.as_tensor(allowed, device=device)] = 0.0
     stops, ended, last = torch.tensor(stop, device=device), torch.zeros(B, dtype=torch.bool, device=device), None
     sampler = torch.Generator(device).manual_seed(seed)
-    logits, step = model.lm_head(model.model(embeddings=x, start=start, cache=cache)[:, -1]), None            # (B, V)
+    logits = model.lm_head(model.model(embeddings=x, start=start, cache=cache)[:, -1])                        # (B, V)
     for n in range(1, limit + 1):
         logits = logits.float() + barred                                   # (B, V)
         ids = logits.argmax(-1) if temperature == 0 else sample(logits / temperature, top_p, sampler)
@@ -405,11 +365,7 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
         last, ended = ids, ended | torch.isin(ids, stops)
         if ended.all() or n == limit:
             return
-        if device.type == "cuda" and n >= RECORD_FROM:
-            step = step or Step(model, cache, first)
-            logits = step(ids)
-        else:                                                              # and on a CPU always: a growing cache reads no more than there is
-            logits = model.lm_head(model.model(ids[:, None], start=first, cache=cache)[:, -1])
+        logits = model.lm_head(model.model(ids[:, None], start=first, cache=cache)[:, -1])
 
 
 def sample(logits, top_p, generator):

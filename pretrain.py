@@ -11,6 +11,7 @@ a speech model. A stop costs at most the steps since the last checkpoint: the sa
 """
 import argparse
 import copy
+import datetime
 import json
 import math
 import os
@@ -94,8 +95,9 @@ def imitation(states, batch, reader, first_new):
     if not batch["read"].shape[1]:                                         # a batch without speech: nothing to imitate
         return 0.0, 0.0
     theirs, place = [], batch["place"].clamp(min=0)                        # (B, R): fillers say nothing
+    position = batch["position"] if "position" in batch else torch.arange(batch["ids"].shape[1]) - batch["start"]      # (B, T)
     with torch.no_grad():
-        reader.model(batch["read"], start=batch["read_start"], positions=place - batch["start"].gather(1, place), states=theirs)
+        reader.model(batch["read"], start=batch["read_start"], positions=position.gather(1, place), states=theirs)
     row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each: N ids are read
     place = place[row, at]                                                 # (N,): where they are heard
     speech = (batch["ids"][row, place] >= first_new).float()               # (N,)
@@ -105,7 +107,7 @@ def imitation(states, batch, reader, first_new):
         ours, theirs_ = (F.rms_norm(x.float(), x.shape[-1:]) for x in (ours[row, place], theirs_[row, at]))       # (N, C)
         worth = parts.sum(0) if n >= ears else parts[1]                    # (N,): behind the ears all, before that text alone
         apart = ours - theirs_
-        unlike = unlike + ((apart @ measure(theirs_) * apart).mean(-1) * worth).sum() / (len(states) - ears)
+        unlike = unlike + ((apart @ measure(theirs_) * apart).mean(-1) * worth).sum() / max(1, len(states) - ears)
     word = speech > 0                                                      # (N,)
     heard = F.rms_norm(states[ears - 1][row, place][word].float(), states[0].shape[-1:])                          # (words, C)
     named, _ = linear_cross_entropy(heard, reader.model.embed_tokens.weight[:first_new], batch["read"][row, at][word], parts[0][word])
@@ -221,7 +223,8 @@ def text_filters(model, body, documents, strength, device, rows=8, length=256, b
 
     def listen(module, inputs):
         x = inputs[0].flatten(0, -2).float()                               # (B * T, in)
-        sums[module.weight] = sums.get(module.weight, 0) + x.T @ x
+        with torch.autocast(x.device.type, enabled=False):                 # in bfloat16 a sum of squares could fall below a part of it
+            sums[module.weight] = sums.get(module.weight, 0) + x.T @ x
 
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and any(module.weight is p for p in body):
@@ -253,6 +256,10 @@ def train(args, out, rank, world):
         raise ValueError(f"--mix wants {', '.join(lacking)}, but no data for it is given (--text, --chat or --units)")
     if args.units and not args.unit_loss and not any(row.get("text") for row in sources["interleave"].rows):
         raise ValueError(f"{args.units}: no row has text, so there is no text to predict; give speech with its text, or --unit-loss above 0")
+    long = [len(vocab.chat(messages).ids) for messages in (sources["chat"] or [])[:1000]]
+    if args.chat and max(long) > args.length and rank == 0:
+        tqdm.write(f"{args.chat}: {sum(n > args.length for n in long)} of the first {len(long)} chats are longer than a row of {args.length} ids and are cut: "
+                   f"what comes later is learnt without its question. --length {max(long)} would hold them")
     documents = Documents(vocab, sources, mix, args.seed)
     held_out = documents.held_out()
     corpus = sources["interleave"]
@@ -282,7 +289,7 @@ def train(args, out, rank, world):
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "overwrite", "device")}
     settings |= {path: weights.fingerprint(path) for path in (args.init, args.tokenizer, args.text, args.chat, args.units) if path}
     if checkpoint.exists():
-        saved = weights.read_checkpoint(checkpoint, device, ["model", "optimizers", "step", "seconds", "heard", "drawn", "pending", "settings"])
+        saved = weights.read_checkpoint(checkpoint, "cpu", ["model", "optimizers", "step", "seconds", "heard", "drawn", "pending", "settings"])
         differs = [name for name in settings if saved["settings"].get(name) != settings[name]]
         if differs:
             raise ValueError(f"{out} holds a run with another {differs[0]} ({saved['settings'].get(differs[0])}, now {settings[differs[0]]}); "
@@ -293,6 +300,7 @@ def train(args, out, rank, world):
             optimizer.load_state_dict(state)
         step, spent, heard, documents.drawn = saved["step"], saved["seconds"], saved["heard"], saved["drawn"]
         documents.pending = [(Document(*document), kind) for document, kind in saved["pending"]]
+        del saved                                                          # a second copy of all weights
         if rank == 0:
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             log.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step))      # a kill may have left half a line
@@ -311,7 +319,9 @@ def train(args, out, rank, world):
                  "drawn": documents.drawn, "pending": [(tuple(document), kind) for document, kind in documents.pending], "settings": settings}
         part = checkpoint.with_suffix(".tmp")
         try:
-            torch.save(state, part)
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                weights.settle(file)
         except (OSError, RuntimeError) as error:                           # torch says RuntimeError of a full disk
             part.unlink(missing_ok=True)
             raise OSError(f"{part} could not be written, is the disk full? ({str(error).splitlines()[0]}) What was saved before is kept") from None
@@ -389,7 +399,6 @@ def train(args, out, rank, world):
         weights.copy_ears(hearing, out)
     (out / "training.json").write_text(json.dumps({"seconds": round(spent + time.time() - began, 1), "settings": settings}, indent=1) + "\n")
     draw(log, out / "loss.png")
-    checkpoint.unlink(missing_ok=True)
 
 
 def draw(log, path):
@@ -497,10 +506,11 @@ def main():
         if args.device == "cuda":
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo")
+        # the others wait while the first writes a checkpoint, which may be 50 GB
+        torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(hours=2))
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if rank == 0:
-        with weights.new_folder(args.out, [args.init, args.tokenizer, args.text, args.chat, args.units], args.overwrite, resume=True) as out:
+        with weights.new_folder(args.out, [args.init, args.tokenizer, args.text, args.chat, args.units], args.overwrite, resume=True, scratch=["checkpoint.pt"]) as out:
             train(args, out, rank, world)
     else:
         train(args, Path(args.out).with_name(Path(args.out).name + ".partial"), rank, world)      # reads a checkpoint there, writes nothing

@@ -65,6 +65,7 @@ def arithmetic(asked, device):
         dtype, why = fast_dtype(torch.device(device).type)
     else:
         dtype, why = DTYPES[asked], "as --dtype says"
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32               # else a GPU's convolutions round to 11 bits and are called float32
     tqdm.write(f"{device}: products in {name_of(dtype)} ({why})", file=sys.stderr)
     return dtype
 

@@ -41,7 +41,10 @@ fi
 step tokenize_audio.py fit --manifest $speech --hubert $hubert --layer $layer --k 500 --frames 500000 --minibatch 10000 --out $out/codebook
 step tokenize_audio.py encode --manifest $speech --codebook $out/codebook --out $out/units
 # Text that shows which inputs text uses, and that keeps the base a base: here the transcripts alone; any text of your own is better.
-[ -e $out/text.txt ] || python -c "import json, sys; [print(json.loads(line)['text']) for line in open(sys.argv[1])]" $out/units/manifest.jsonl > $out/text.txt
+if [ ! -e $out/text.txt ]; then
+  python -c "import json, sys; [print(row['text']) for row in map(json.loads, open(sys.argv[1])) if row.get('text')]" $out/units/manifest.jsonl > $out/text.partial
+  mv $out/text.partial $out/text.txt
+fi
 # Hearing, from the *base*: a tenth of the toy's rate and less; rows long enough for any utterance. 2,000 steps of 65,536 ids are 130 M, some 20 passes over a hundred hours.
 step pretrain.py --init $base --units $out/units --text $out/text.txt --mix interleave=0.5,transcribe=0.3,text=0.2 --imitate 0 --lr 1e-4 --steps ${STEPS:-2000} --rows ${ROWS:-8} --length 2048 --accumulate ${ACCUMULATE:-4} --recompute --out $out/speech
 # The paper's lam.

@@ -12,6 +12,7 @@ Every folder that can turn sound into units (codebook, units folder, model that 
 and, if its features come from a HuBERT under 50 MB, that HuBERT as hubert/: it needs nothing else.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -163,7 +164,7 @@ def kmeans(x, k, seed=0, passes=50, minibatch=0):
         if len(dead):
             centroids[dead] = x[distance.topk(len(dead)).indices]
             label = None
-        bar.set_postfix(inertia=f"{distance.mean().item():.4f}")
+        bar.set_postfix(inertia=f"{distance.mean().item():.4f}", refresh=False)
     return centroids
 
 
@@ -246,7 +247,9 @@ def fit(args):
         if not 0 <= args.layer <= depth:
             raise ValueError(f"--layer {args.layer}: {args.hubert} has layers 0 to {depth}")
     (features, hop), rows, kept = feature_function(recipe, None, args.device), audio.read_manifest(args.manifest), []
-    with weights.new_folder(args.out, [args.manifest, args.hubert], args.overwrite) as out:
+    if not rows:
+        raise ValueError(f"{args.manifest}: empty; wanted at least one clip to fit on")
+    with weights.new_folder(args.out, [args.hubert], args.overwrite, notes={"audio": identity(rows)}) as out:
         rng, have = random.Random(args.seed), 0
         rng.shuffle(rows)                                                   # enough frames may come before the list ends: take any clips
         with runs.Bar(total=args.frames, desc="features", unit="frame") as bar:
@@ -274,13 +277,22 @@ def fit(args):
     print(f"{args.out}: {args.k} centroids from {have} frames ({have * hop / audio.SAMPLE_RATE / 3600:.2f} h)")
 
 
+def identity(rows):
+    """A hash of which clips a corpus has and how long their files are. Their content would take hours to read."""
+    sizes = [os.path.getsize(row["audio"]) if os.path.exists(row["audio"]) else -1 for row in rows]
+    return hashlib.sha256(json.dumps([rows, sizes]).encode()).hexdigest()
+
+
 def encode(args):
     rows, (rank, world) = audio.read_manifest(args.manifest), weights.processes()
+    args.out, args.identity = str(Path(args.out)), identity(rows)          # without a trailing slash: names of parts are made from it
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if world > max(1, len(rows)):
         raise ValueError(f"WORLD_SIZE {world} for {len(rows)} clips: wanted no more processes than clips")
-    if Path(args.out).exists() and not args.overwrite:
-        raise FileExistsError(f"{args.out} exists; pass --overwrite to replace it, or another --out")
+    if rank == 0:
+        weights.replaceable(Path(args.out), args.overwrite)
+    elif Path(args.out).exists() and not args.overwrite:                   # all was encoded before a stop, and the first process has joined it
+        return
     if world == 1:
         encode_rows(args, rows, args.out)
         return
@@ -298,18 +310,17 @@ def encode(args):
 def encode_rows(args, rows, target):
     """Encode some rows into a units folder. A kill costs at most the clips since the last mark; the same command goes on behind it."""
     tokenizer = AudioTokenizer(args.codebook, args.device, args.hubert, runs.DTYPES[args.dtype])
-    made_with = {"dtype": args.dtype, "manifest": weights.fingerprint(args.manifest) if Path(args.manifest).is_file() else len(rows), "codebook": tokenizer.recipe["sha256"], "rows": len(rows)}
+    made_with = {"dtype": args.dtype, "audio": args.identity, "codebook": tokenizer.recipe["sha256"], "rows": len(rows)}
     files = ("units.bin", "durations.bin", "counts.bin", "manifest.jsonl", "skipped.jsonl")
-    with weights.new_folder(target, [args.manifest, args.codebook], args.overwrite, resume=True) as out:
+    scratch = ["counts.bin", "mark.json"]                                  # what a resume needs
+    with weights.new_folder(target, [args.codebook], args.overwrite, resume=True, notes={"audio": args.identity}, scratch=scratch) as out:
         mark = {"done": 0, "seconds": 0.0, "skipped": 0, "silent": 0, "clipped": 0, "sizes": dict.fromkeys(files, 0), "made_with": made_with}
         if (out / "mark.json").exists():
             mark = weights.read_json(out / "mark.json", list(mark))
             if mark["made_with"] != made_with:
                 raise ValueError(f"{out} holds a run on other audio or another codebook; give what it was started with, or remove that folder")
             tqdm.write(f"resuming at clip {mark['done']} of {len(rows)}")
-        open_ = {name: open(out / name, "ab") for name in files}
-        for name, file in open_.items():
-            file.truncate(mark["sizes"][name])                              # what was written behind the last mark is encoded again
+        open_ = {name: marked(out / name, mark["sizes"][name]) for name in files}
         began, before = time.time(), mark["seconds"]
 
         def decode(row):
@@ -345,12 +356,12 @@ def encode_rows(args, rows, target):
                         open_["skipped.jsonl"].write((json.dumps({"audio": row["audio"], "why": clip}) + "\n").encode())
                         mark["skipped"] += 1
                 for name, file in open_.items():
-                    file.flush()
+                    weights.settle(file)
                     mark["sizes"][name] = file.tell()
                 mark["done"] += len(chunk)
                 weights.write_file(out / "mark.json", json.dumps(mark), overwrite=True)
+                bar.set_postfix_str(f"{mark['seconds'] / 3600:.2f} h, {(mark['seconds'] - before) / (time.time() - began):.0f}x real time", refresh=False)
                 bar.update(len(chunk))
-                bar.set_postfix_str(f"{mark['seconds'] / 3600:.2f} h, {(mark['seconds'] - before) / (time.time() - began):.0f}x real time")
         for file in open_.values():
             file.close()
         counts = np.fromfile(out / "counts.bin", dtype=np.int64)
@@ -358,11 +369,22 @@ def encode_rows(args, rows, target):
             raise ValueError(f"{args.manifest}: not one clip in it could be encoded")
         np.save(out / "index.npy", np.concatenate([[0], counts.cumsum()]))
         finish(args, tokenizer.recipe, out)
-        for name in ("counts.bin", "mark.json", *([] if mark["skipped"] else ["skipped.jsonl"])):
-            (out / name).unlink()
+        if not mark["skipped"]:
+            (out / "skipped.jsonl").unlink()
     odd = {"skipped": " skipped (skipped.jsonl says why)", "silent": " of them silent", "clipped": " of them clipped"}
     said = "".join(f", {mark[name]}{what}" for name, what in odd.items() if mark[name])
     print(f"{target}: {len(counts)} clips{said}, {mark['seconds'] / 3600:.2f} h, {counts.sum()} units, {counts.sum() / max(1e-9, mark['seconds']):.1f} a second")
+
+
+def marked(path, size):
+    """A file open behind the bytes that a mark vouches for; what was written behind them is encoded again."""
+    path.touch()
+    if path.stat().st_size < size:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, its mark says {size}; the disk has lost some. Remove {path.parent} to start anew")
+    file = open(path, "r+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 def finish(args, recipe, out):
@@ -374,11 +396,12 @@ def finish(args, recipe, out):
 
 def join(args, parts):
     """One units folder of the parts that several processes wrote, in their order; then the parts go."""
-    wanted = weights.recipe([args.manifest, args.codebook])["inputs"]
+    wanted = weights.recipe([args.codebook])["inputs"], args.identity
     for part in parts:
-        if weights.read_json(Path(part) / "recipe.json")["inputs"] != wanted:
+        made = weights.read_json(Path(part) / "recipe.json", ["inputs", "audio"])
+        if (made["inputs"], made["audio"]) != wanted:
             raise ValueError(f"{part} was made from other audio or another codebook; remove it and start again")
-    with weights.new_folder(args.out, [args.manifest, args.codebook], args.overwrite) as out:
+    with weights.new_folder(args.out, [args.codebook], args.overwrite, notes={"audio": args.identity}) as out:
         for name in ("units.bin", "durations.bin", "manifest.jsonl", "skipped.jsonl"):
             have = [Path(part) / name for part in parts if (Path(part) / name).exists()]
             if have:

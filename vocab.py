@@ -18,6 +18,7 @@ import argparse
 import base64
 import functools
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ def byte_letters():
     return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
 
 
+SAMPLE = "it's 2024, THE capital\tof\n\n  Ünï\u00a0日本語 is 3.5%: <🎧> e\u0301_½\r\n "      # what a pattern of one's own must keep
 NO_ID = -1                          # of a byte that a vocabulary lacks
 LETTERS = byte_letters()
 BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
@@ -88,7 +90,10 @@ def read_tokenizer(folder):
     special = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
     special |= {token: vocab[token] for token in DOCUMENT_ENDS if token in vocab}                              # GPT-2 lists it as a word
     qwen = config.get("tokenizer_class", "").startswith("Qwen2")
-    return tokenizer_json(vocab, merges, special, QWEN2 if qwen else GPT2, {"type": "NFC"} if qwen else None), config
+    made = tokenizer_json(vocab, merges, special, QWEN2 if qwen else GPT2, {"type": "NFC"} if qwen else None)
+    for token in made["added_tokens"]:
+        token["special"] = config.get("added_tokens_decoder", {}).get(str(token["id"]), {}).get("special", True)
+    return made, config
 
 
 def read_tiktoken(path, config):
@@ -116,7 +121,8 @@ def pattern_of(json_, folder):
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
         return GPT2
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+    isolated = steps[0].get("behavior", "Isolated") == "Isolated" and not steps[0].get("invert")
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and isolated and "Regex" in (steps[0].get("pattern") or {}):
         return steps[0]["pattern"]["Regex"]
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return SMOLLM2
@@ -157,6 +163,10 @@ class Vocab:
         self.bytes_of = {int(i): bytes(BYTES[letter] for letter in token) for token, i in zip(tokens, self.id_of_rank) if i != NO_ID}
         self.name, self.pattern = Path(folder).name, pattern_of(self.json, folder)
         self.special = {t["content"]: t["id"] for t in self.json.get("added_tokens", [])}
+
+        # Tokens that were added and are not special (Qwen3's <think>) are text: they are read as one id, and a reply may hold them.
+        self.added = {t["content"]: t["id"] for t in self.json.get("added_tokens", []) if not t.get("special", True)}
+        self.bytes_of |= {i: token.encode() for token, i in self.added.items()}
         self.size = max([*self.bytes_of, *self.special.values()]) + 1
         self.family = next((name for name, chat in CHATS.items() if chat[0] in self.special), None)
         self.eos = next((self.special[t] for t in DOCUMENT_ENDS if t in self.special), None)
@@ -164,6 +174,8 @@ class Vocab:
             raise ValueError(f"{folder}: no end-of-document token; wanted one of {', '.join(DOCUMENT_ENDS)}")
         self.begin = [self.special[BEGIN]] if BEGIN in self.special else []     # Llama-3 begins every document and conversation with it
         self.stop = [self.eos] + ([self.special[CHATS[self.family][4]]] if self.family else [])
+        if self.pattern not in (GPT2, QWEN2, LLAMA3, SMOLLM2) and self.decode(self.encode(SAMPLE)) != self.normalize(SAMPLE):
+            raise ValueError(f"{folder}: its pre-tokenizer's pattern {self.pattern[:60]!r} loses text; wanted one that matches all of it")
         file = Path(folder) / "speech.json"
         self.speech = weights.read_json(file, ["speech", "end_speech", "first_unit", "k"]) if file.exists() else None   # what the model hears, if it does
 
@@ -176,8 +188,12 @@ class Vocab:
         return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
-        ids = self.id_of_rank[self.tiktoken.encode_ordinary(self.normalize(text))]
-        return ids[ids != NO_ID].tolist()
+        parts = re.split("(" + "|".join(map(re.escape, self.added)) + ")", text) if self.added else [text]
+        ids = []
+        for part in parts:
+            found = [self.added[part]] if part in self.added else self.id_of_rank[self.tiktoken.encode_ordinary(self.normalize(part))]
+            ids += [int(i) for i in found if i != NO_ID]
+        return ids
 
     def decode(self, ids):
         """The text of ids; specials and units say nothing."""

@@ -6,6 +6,7 @@ see  the safetensors format (8-byte header length, JSON header, raw little-endia
 run  python weights.py out/base                    # name, shape and dtype of every tensor of a folder
 """
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ def read_json(path, keys=()):
     """The JSON object of a file; a ValueError names the file if it is not one, or lacks one of `keys`."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got {str(value)[:40]!r}, wanted a JSON object {{...}}")
@@ -75,7 +76,7 @@ def read_lines(path):
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
         if not isinstance(rows[-1], dict):
             raise ValueError(f"{path}, line {number}: got {line.strip()[:40]!r}, wanted a JSON object {{...}}")
@@ -101,6 +102,8 @@ class Tensors:
             self.home = dict.fromkeys(self._open(single), single)
         elif index:
             self.home = read_json(self.folder / index).get("weight_map", {})
+            if not isinstance(self.home, dict) or not all(isinstance(file, str) for file in self.home.values()):
+                raise ValueError(f"{self.folder / index}: wanted a weight_map of tensor names and file names")
             for file in sorted(set(self.home.values())):
                 if Path(file).name != file:
                     raise ValueError(f"{self.folder / index}: names the shard {file!r}, which is not a plain file name inside the folder")
@@ -209,7 +212,7 @@ def allocate(file, tensors):
         header[name], at = {"dtype": spelled[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [at, end]}, end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
     os.ftruncate(handle, 8 + len(text) + at)
     return handle, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
@@ -241,8 +244,16 @@ def write_file(path, data, overwrite=False):
     free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    with open(partial, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        settle(file)
     os.replace(partial, path)
+
+
+def settle(file):
+    """Have what was written to an open file on the disk before anything claims that it is there."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def copy_ears(source, target):
@@ -254,30 +265,63 @@ def copy_ears(source, target):
 
 
 @contextmanager
-def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None):
+def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratch=()):
     """Yield OUT.partial to write into; when the block ends well, add recipe.json and rename it to OUT.
 
     `inputs` are the files and folders it is made from (their hashes go into the recipe, beside `notes`). With `resume` an earlier
-    OUT.partial is kept, for its owner to go on from; else it is thrown away. OUT itself is replaced only with
-    `overwrite`, only at the very end, and only if this project made it (it has a recipe.json).
+    OUT.partial is kept, for its owner to go on from; else it is emptied. OUT itself is replaced only with `overwrite`, only at the
+    very end, and only if this project made it (it has a recipe.json). `scratch` names files of the partial folder that only a resume
+    needs: they go after the rename, so that a stop before it costs nothing. Where OUT is a link, what it points to is replaced.
     """
     out = Path(out)
+    out = out.resolve() if out.is_symlink() else out
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
-    if out.exists():
-        if not overwrite:
-            raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or another --out")
-        if not (out / "recipe.json").exists():
-            raise FileExistsError(f"{out} was not made by this project (it has no recipe.json); remove it yourself, or pass another --out")
-    if partial.exists() and not resume:
-        shutil.rmtree(partial)
+    replaceable(out, overwrite)
     partial.mkdir(parents=True, exist_ok=True)
-    made = recipe(inputs) | (notes or {})                                  # before the work: inputs are hashed as they were read
-    yield partial
-    (partial / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
-    if out.exists():
-        os.replace(out, old)
-    os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+    with owned(partial):
+        replaceable(out, overwrite)                                        # another process may have written it meanwhile
+        if old.exists():                                                   # of a run that was killed while it removed what it had replaced
+            replaceable(old, overwrite=True)
+            shutil.rmtree(old)
+        if not resume:
+            for path in partial.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        made = recipe(inputs) | (notes or {})                              # before the work: inputs are hashed as they were read
+        yield partial
+
+        (partial / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
+        os.sync()                                                          # after a power cut a folder is whole, too
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+        for name in scratch:
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def replaceable(out, overwrite):
+    """A FileExistsError for a folder that is there and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or another --out")
+    if out.exists() and not (out / "recipe.json").exists():
+        raise FileExistsError(f"{out} was not made by this project (it has no recipe.json); remove it yourself, or pass another --out")
+
+
+@contextmanager
+def owned(folder):
+    """One process at a time writes into a folder. The lock is the kernel's: whatever ends the process releases it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or os.stat(folder).st_ino != os.fstat(handle).st_ino:
+            raise BlockingIOError                                          # its last owner has just renamed it
+    except BlockingIOError:
+        os.close(handle)
+        raise FileExistsError(f"{folder}: another process is writing it; wait for its end, or pass another --out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def recipe(inputs=()):
@@ -291,17 +335,22 @@ def unchanged(folder, inputs):
     """Refuse a folder whose recipe names one of `inputs` with another fingerprint than it has now: it was made from something else."""
     file = Path(folder) / "recipe.json"
     made = read_json(file).get("inputs", {}) if file.exists() else {}
-    for path in map(str, inputs):
-        if path in made and made[path] != fingerprint(path):
+    made = {Path(path).resolve(): digest for path, digest in made.items()}      # "out/base" and "./out/base/" are one folder
+    for path in inputs:
+        if made.get(Path(path).resolve(), None) not in (None, fingerprint(path)):
             raise ValueError(f"{path} has changed since {folder} was made from it; make {folder} again with --overwrite ({file} has the command)")
 
 
+def hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
 def fingerprint(path):
-    """sha256 of a file; of a folder, that of its files' names and hashes (recipe.json left out: it tells how, not what). Of a file over
-    64 MB that of its size and 64 samples of 64 KB: enough to notice other weights, in no time."""
+    """sha256 of a file; of a folder, that of its files' names and hashes (recipe.json left out: it tells how, not what; and what is
+    hidden, as a downloader's .cache is). Of a file over 64 MB that of its size and 64 samples of 64 KB: enough to notice other weights, in no time."""
     path, digest = Path(path), hashlib.sha256()
     if path.is_dir():
-        for file in sorted(f for f in path.rglob("*") if f.is_file() and f.name != "recipe.json"):
+        for file in sorted(f for f in path.rglob("*") if f.is_file() and f.name != "recipe.json" and not hidden(f.relative_to(path))):
             digest.update(f"{file.relative_to(path)} {fingerprint(file)}\n".encode())
     elif (size := path.stat().st_size) > SAMPLED:
         digest.update(f"{size}\n".encode())

@@ -142,3 +142,37 @@ def test_word_times_of_the_wrong_form_are_shown(word, tmp_path):
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "words": [["a", 0, 0.5]]}\n{"audio": "a.wav", "words": [' + word + ']}\n')
     with pytest.raises(ValueError, match='row 2: got .* among "words", wanted'):
         audio.read_manifest(tmp_path / "m.jsonl")
+
+
+def test_linked_folders_are_read_and_a_link_in_a_circle_is_named(tmp_path):
+    for folder in ("elsewhere", "corpus"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / f"{folder}.wav", np.zeros(1000), 16000)
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
+    assert [Path(row["audio"]).name for row in audio.read_manifest(tmp_path / "corpus")] == ["corpus.wav", "elsewhere.wav"]
+    (tmp_path / "corpus/circle").symlink_to(tmp_path / "corpus")
+    with pytest.raises(ValueError, match="circle: a link to a folder that it is in"):
+        audio.read_manifest(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("rate", [1, 999, 2147483647])
+def test_a_header_with_an_absurd_rate_is_refused_at_once(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 16000)
+    raw = bytearray((tmp_path / "a.wav").read_bytes())
+    raw[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(raw)
+    for read in (audio.load, audio.Recording):
+        with pytest.raises(ValueError, match="samples a second, wanted 1000 to 1000000|not audio"):
+            read(tmp_path / "a.wav")
+
+
+def test_raw_samples_without_a_header_are_refused_in_one_line(tmp_path):
+    (tmp_path / "a.raw").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="not audio that soundfile reads"):
+        audio.load(tmp_path / "a.raw")
+
+
+def test_a_text_that_is_no_string_is_named_before_anything_is_encoded(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n{"audio": "b.wav", "text": null}\n')
+    with pytest.raises(ValueError, match="row 2: got text = None"):
+        audio.read_manifest(tmp_path / "m.jsonl")

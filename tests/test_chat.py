@@ -33,19 +33,40 @@ def test_spoken_and_typed_turns_share_one_conversation(chat, speedrun):
 def test_pieces_are_whole_characters(chat, monkeypatch):
     import chat as module
     import torch
-    monkeypatch.setattr(module, "generate", lambda *_: (torch.tensor([i]) for i in [*"né€".encode(), chat.vocab.eos]))
+    monkeypatch.setattr(module, "generate", lambda *_, **named: (torch.tensor([i]) for i in [*"né€".encode(), chat.vocab.eos]))
     pieces = list(chat.reply("x"))
     assert "".join(pieces) == "né€" and "\ufffd" not in "".join(pieces)
 
 
-def test_a_long_conversation_forgets_its_oldest_turns_and_says_so(chat):
+def test_a_long_conversation_forgets_its_oldest_turns_and_says_so(chat, capsys):
     chat.room = 120
     for _ in range(4):
-        said = "".join(chat.reply("x" * 40))
-    assert "forgotten" in said and len(chat.messages) < 8
+        assert turn(chat, ["x" * 40])
+    assert "oldest turns no longer fit and are forgotten]" in capsys.readouterr().out and len(chat.messages) < 8
+    before = list(chat.messages)
     with pytest.raises(ValueError, match="say less at once"):
         list(chat.reply("x" * 500))
-    assert not chat.messages or chat.messages[-1]["content"] != "x" * 500
+    assert before and chat.messages == before, "a turn that is refused costs no other"
+
+
+def test_at_a_temperature_the_same_turn_gets_different_replies(chat):
+    chat.temperature, said = 5.0, set()
+    for _ in range(3):
+        chat.begin("")
+        said.add("".join(chat.reply("hi")))
+    assert len(said) > 1
+
+
+def test_a_system_message_can_be_taken_away(chat):
+    chat.begin("be brief")
+    chat.begin("")
+    assert chat.messages == []
+
+
+@pytest.mark.parametrize("line", ["知" * 200, "ж" * 200, "a" * 300, "/" + "x" * 300, "\ud800", "\x00"])
+def test_a_line_of_any_letters_is_a_turn_or_one_line_of_refusal(chat, line, capsys):
+    turn(chat, parts_of(line))
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_every_bad_input_is_one_clear_line_and_the_loop_lives_on(speedrun, tmp_path):
@@ -112,11 +133,12 @@ def test_sound_too_long_for_the_context_is_refused_before_it_is_heard(chat, tmp_
 def test_programs_write_and_read_json_lines(speedrun, tmp_path):
     asked = [{"text": "hi"}, {"audio": str(speedrun / "question.wav")}, {"audio": [str(speedrun / "question.wav")], "text": "in a note"}, {"reset": True, "system": "be brief"},
              {"audio": str(tmp_path / "gone.wav")}, {"audio": 3}, {}, [1]]
-    lines = "".join(json.dumps(row) + "\n" for row in asked) + "no json\n"
-    done = subprocess.run([sys.executable, ROOT / "chat.py", speedrun / "merged", "--json", "--transcribe", "--device", "cpu"], input=lines, capture_output=True, text=True, timeout=120)
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(said) == 9 and not done.stderr, done.stderr
-    assert [("reply" in row, "error" in row) for row in said] == [(True, False)] * 4 + [(False, True)] * 5
+    hostile = [b"no json", b"\xff\xfe", b"[" * 100_000, b'{"audio": "\\ud800.wav"}', b'{"text": "\\ud800"}', b'{"system": 5}', b'{"text": "still there"}']
+    lines = "".join(json.dumps(row) + "\n" for row in asked).encode() + b"\n".join(hostile) + b"\n"
+    done = subprocess.run([sys.executable, ROOT / "chat.py", speedrun / "merged", "--json", "--transcribe", "--device", "cpu"], input=lines, capture_output=True, timeout=120)
+    said = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert done.returncode == 0 and len(said) == 15 and not done.stderr, done.stderr
+    assert [("reply" in row, "error" in row) for row in said] == [(True, False)] * 4 + [(False, True)] * 8 + [(True, False), (False, True), (True, False)]
     assert said[1]["units"] > 10 and said[1]["heard"] and said[2]["first_token_seconds"] > 0 and "gone.wav" in said[4]["error"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import pretrain
 import toy
 from conftest import call
-from documents import GROWTH, HELD_OUT, cut, interleaved, pack, transcribed
+from documents import GROWTH, HELD_OUT, cut, interleaved, pack, read_chats, spoken, transcribed
 from vocab import Document
 
 
@@ -125,3 +125,22 @@ def test_what_would_be_trained_on_can_be_looked_at(speedrun, monkeypatch, capsys
         call(["documents.py", str(speedrun / "base"), "--units", str(speedrun / "units")], monkeypatch)
     with pytest.raises(ValueError, match="nothing to show"):
         call(["documents.py", str(speedrun / "base")], monkeypatch)
+
+
+def test_the_units_of_pauses_between_words_stay_in_the_documents():
+    class Corpus:
+        rows = [{"text": "a b c", "words": [["a", 0.1, 0.2], ["b", 0.3, 0.4], ["c", 0.6, 0.7]]}]
+        meta = {"frame_rate": 50}
+
+        def __getitem__(self, i):
+            return np.arange(40), np.full(40, 1)                           # 0.8 s, a frame a unit
+    whole = spoken(Corpus(), 0, 0, 3)
+    assert np.concatenate([units for _, units in whole]).tolist() == list(range(40)), "the words of a row have all its units"
+    assert [word for word, _ in whole] == ["a", " b", " c"]
+    assert [units.tolist() for _, units in spoken(Corpus(), 0, 1, 2)] == [list(range(12, 25))], "half of the pause on either side"
+
+
+def test_a_role_that_could_spell_markers_is_refused(tmp_path):
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user<|im_end|>", "content": "x"}]}\n')
+    with pytest.raises(ValueError, match="got the role 'user<|im_end|>'"):
+        read_chats(tmp_path / "chat.jsonl")

@@ -240,3 +240,20 @@ def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path,
     nowhere = subprocess.run(["bash", str(ROOT / "experiments.sh"), "start", str(tmp_path / "nowhere")], capture_output=True, text=True)
     assert nowhere.returncode == 1 and "no finished speedrun" in nowhere.stderr and len(nowhere.stderr.splitlines()) == 1
     assert asked.returncode == 2 and "bash experiments.sh start" in asked.stdout
+
+
+@pytest.mark.parametrize("answer, said, right", [("A", "A", False), ("A", "B", True), ("B", "A", True), ("A", "C", False)])
+def test_choices_that_are_letters_are_told_from_the_letters_that_name_them(answer, said, right):
+    assert (evaluate.chosen(said, {"choices": ["B", "A", "x"], "answer": answer}) == answer) is right
+    assert evaluate.chosen("b", {"choices": ["fox", "red"], "answer": "B"}) == "B" and evaluate.chosen("b", {"choices": ["fox", "red"], "answer": "red"}) == "red"
+
+
+def test_an_answer_of_nothing_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "say nothing", "answer": " "}\n')
+    with pytest.raises(ValueError, match="row 1: no answer"):
+        evaluate.read_benchmark(tmp_path / "rows.jsonl")
+
+
+def test_a_result_that_its_picture_would_replace_is_refused_before_any_work(monkeypatch):
+    with pytest.raises(ValueError, match="wanted a name that ends in .json"):
+        call(["evaluate.py", "report", "gone.json", "--out", "x.png"], monkeypatch)

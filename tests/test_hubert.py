@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import weights
 from hubert import Config, Hubert, hide
 
 transformers = pytest.importorskip("transformers")
@@ -88,3 +89,14 @@ def test_about_half_of_the_frames_are_hidden_in_stretches():
     import numpy as np
     hidden = hide((50, 100), np.random.default_rng(0))
     assert 0.4 < hidden.mean() < 0.6 and (np.diff(hidden.astype(int), axis=1) != 0).sum() < 0.2 * hidden.size
+
+
+def test_a_folder_without_the_mask_vector_hears_as_one_with_it(tmp_path):
+    model = Hubert.fresh(Config(**SMALL), 0)
+    (tmp_path / "m").mkdir()
+    model.save(tmp_path / "m")
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name != "masked_spec_embed"}
+    weights.save(tmp_path / "m", kept)
+    samples = torch.randn(1, 4000)
+    with torch.no_grad():
+        assert torch.equal(Hubert.load(tmp_path / "m")(samples, 2), model.eval()(samples, 2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import shared
-from model import LM, Cache, Config, Linear, Step, add_rows, generate, sample
+from model import LM, Config, Linear, add_rows, generate, sample
 
 transformers = pytest.importorskip("transformers")
 LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
@@ -69,21 +69,6 @@ def test_greedy_generation_equals_transformers_in_a_batch_of_unequal_prompts(pai
     assert torch.stack(list(generate(ours, prompts, 16, stop=[300]))).T.tolist() == wanted
 
 
-@pytest.mark.parametrize("first", [None, torch.tensor([[0], [4]])])                           # one prompt; two, the second padded on the left
-def test_a_step_on_buffers_that_never_move_gives_what_a_growing_cache_gives(pair, first):
-    """What a GPU records as a graph and replays: here its work, unrecorded."""
-    _, ours, _ = pair
-    prompts, start = torch.randint(0, 300, (1 if first is None else 2, 9)), None if first is None else torch.minimum(first, torch.arange(9))
-    caches = [[Cache(len(prompts), 2, 20, ours.config.head_dim, ours.lm_head.weight) for _ in ours.model.layers] for _ in range(2)]
-    with torch.inference_mode():
-        ids = [ours(prompts, start=start, cache=cache)[:, -1].argmax(-1) for cache in caches][0]
-        step = Step(ours, caches[1], first)
-        for _ in range(11):                                                                     # to the caches' last place
-            wanted, got = ours(ids[:, None], start=first, cache=caches[0])[:, -1], step(ids)
-            assert far(wanted, got) < 1e-5
-            ids = wanted.argmax(-1)
-
-
 @pytest.mark.parametrize("rows, bias", [(12, True), (12, False), (7, True)])
 def test_a_single_vector_is_multiplied_on_all_cores_to_the_same_result(rows, bias, monkeypatch):
     halves, real = [], torch.bmm
@@ -97,7 +82,7 @@ def test_a_single_vector_is_multiplied_on_all_cores_to_the_same_result(rows, bia
     assert torch.allclose(x.grad[0, 0], layer.weight.sum(0), atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_writes_what_a_cpu_writes(pair):
     _, ours, _ = pair
     prompts = [torch.randint(0, 300, (n,)) for n in (9, 4)]
@@ -149,7 +134,7 @@ def test_real_configs_are_read(name, tmp_path):
 
 @pytest.mark.parametrize("change", [{"architectures": ["MambaForCausalLM"]}, {"hidden_act": "gelu"}, {"rope_scaling": {"rope_type": "yarn"}}, {"mlp_bias": True}])
 def test_what_the_model_cannot_do_is_refused_by_name(change, tmp_path):
-    Config().write(tmp_path)
+    Config().write(tmp_path, torch.float32)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | change))
     with pytest.raises(ValueError, match="not supported; wanted"):
@@ -179,3 +164,13 @@ def test_only_allowed_rows_are_written_and_a_stopped_row_repeats_its_stop():
 def test_the_nucleus_leaves_out_the_tail():
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).repeat(200, 1)
     assert set(sample(logits, 0.8, torch.Generator().manual_seed(0)).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_says_the_dtype_that_its_weights_have_whatever_the_base_said(tmp_path, dtype):
+    transformers = pytest.importorskip("transformers")
+    config = Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, raw={"torch_dtype": "float16", "dtype": "float16"})
+    model = LM.fresh(config, 0).to(dtype)
+    model.save(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.lm_head.weight.dtype == dtype and torch.equal(theirs.lm_head.weight, model.lm_head.weight)

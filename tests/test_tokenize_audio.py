@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import audio
@@ -111,7 +112,6 @@ def test_a_codebook_or_hubert_that_was_changed_is_refused(speedrun, tmp_path):
 
 
 def test_a_clip_shorter_than_a_frame_and_a_bad_layer_are_refused(speedrun, tmp_path, monkeypatch):
-    import soundfile
     soundfile.write(tmp_path / "short.wav", np.zeros(100, np.float32), 16000)
     (tmp_path / "m.jsonl").write_text(json.dumps({"audio": "short.wav"}) + "\n")
     with pytest.raises(ValueError, match="under one frame"):
@@ -235,3 +235,53 @@ def test_a_long_file_of_any_length_is_encoded_in_the_memory_of_its_windows(speed
         peaks[name] = int(done.stdout.rpartition("PEAK")[2])
     assert peaks["long.flac"] - peaks["short.wav"] < 250, f"MB: {peaks}"
     assert audio.Units(tmp_path / "long")[0][1].sum() == 24 * 60 * 50
+
+
+def test_two_encodes_of_one_folder_do_not_mix(speedrun, tmp_path):
+    code = f"import weights, time\nwith weights.new_folder({str(tmp_path / 'u')!r}, resume=True):\n    print('mine', flush=True)\n    time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"mine\n"
+    done = subprocess.run([sys.executable, ROOT / "tokenize_audio.py", *words_of(speedrun, tmp_path / "u")[1:]], capture_output=True, text=True)
+    other.kill()
+    other.wait()
+    assert done.returncode == 1 and "another process is writing it" in done.stderr and not (tmp_path / "u").exists()
+
+
+def test_a_stopped_encode_notices_that_the_folder_of_audio_has_changed(speedrun, tmp_path, monkeypatch):
+    (tmp_path / "audio").mkdir()
+    for name in "abcd":
+        soundfile.write(tmp_path / f"audio/{name}.wav", 0.1 * np.random.default_rng(ord(name)).standard_normal(8000), 16000)
+    words = ["tokenize_audio.py", "encode", "--manifest", str(tmp_path / "audio"), "--codebook", str(speedrun / "codebook"), "--out", str(tmp_path / "u/"), "--device", "cpu"]
+    monkeypatch.setattr(tokenize_audio, "AHEAD", 2)
+    real, chunks = tokenize_audio.ahead, []
+
+    def stops(rows, decode):
+        for chunk in real(rows, decode):
+            if chunks:
+                raise KeyboardInterrupt
+            chunks.append(chunk)
+            yield chunk
+    monkeypatch.setattr(tokenize_audio, "ahead", stops)
+    with pytest.raises(KeyboardInterrupt):
+        call(words, monkeypatch)
+    monkeypatch.setattr(tokenize_audio, "ahead", real)
+    soundfile.write(tmp_path / "audio/0.wav", np.zeros(8000), 16000)
+    (tmp_path / "audio/d.wav").unlink()
+    with pytest.raises(ValueError, match="holds a run on other audio"):
+        call(words, monkeypatch)
+
+
+def test_a_file_shorter_than_its_mark_is_refused_and_not_filled_with_zeros(tmp_path):
+    (tmp_path / "units.bin").write_bytes(b"12")
+    with pytest.raises(ValueError, match="2 bytes, its mark says 4"):
+        tokenize_audio.marked(tmp_path / "units.bin", 4)
+    assert (tmp_path / "units.bin").read_bytes() == b"12"
+    with tokenize_audio.marked(tmp_path / "units.bin", 1) as file:
+        assert file.tell() == 1
+    assert (tmp_path / "units.bin").read_bytes() == b"1"
+
+
+def test_an_empty_manifest_has_nothing_to_fit_on(tmp_path, monkeypatch):
+    (tmp_path / "m.jsonl").write_text("")
+    with pytest.raises(ValueError, match="m.jsonl: empty"):
+        call(["tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl"), "--features", "mfcc", "--out", str(tmp_path / "c")], monkeypatch)

@@ -153,3 +153,49 @@ def test_a_unit_of_another_codebook_and_a_deaf_model_are_refused(hearing, toy):
     toy.speech = None
     with pytest.raises(ValueError, match="cannot hear"):
         toy.span([1])
+
+
+def changed(folder, tmp_path, change):
+    """The toy's tokenizer.json after `change` of its JSON."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    change(raw)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    return tmp_path
+
+
+def split(**settings):
+    return lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(settings)
+
+
+@pytest.mark.parametrize("change, said", [(split(behavior="Removed"), "is not supported"), (split(invert=True), "is not supported"), (split(pattern={"String": " "}), "is not supported"),
+                                          (split(pattern={"Regex": r"\p{N}{1,3}"}), "loses text"), (split(pattern={"Regex": r"\w+| "}), "loses text")])
+def test_a_pattern_that_would_lose_text_is_refused(toy, tmp_path, change, said):
+    with pytest.raises(ValueError, match=said):
+        Vocab(changed(tmp_path, tmp_path, change))
+    Vocab(changed(tmp_path, tmp_path, split(behavior="Isolated", invert=False, pattern={"Regex": r"\s+|\S+"})))
+
+
+def test_an_added_token_that_is_not_special_is_text_of_one_id_as_in_tokenizers(toy, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    think = {"id": 259, "content": "<think>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    vocab = Vocab(changed(tmp_path, tmp_path, lambda raw: raw["added_tokens"].append(think)))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("<think>", "a<think>b <think><think>", "no <thin k>"):
+        assert vocab.encode(text) == theirs.encode(text).ids and vocab.decode(vocab.encode(text)) == text
+    assert 259 in vocab.text_rows() and 257 not in vocab.encode("<|im_start|>")
+    vocab.save(tmp_path)
+    assert Vocab(tmp_path).encode("<think>") == [259]
+
+
+def test_a_byte_that_a_vocabulary_lacks_is_left_out_as_in_tokenizers(toy, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = Vocab(changed(tmp_path, tmp_path, lambda raw: [raw["model"]["vocab"].pop(LETTERS[byte]) for byte in (4, 0xF1, 0xFF)]))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a\x04b", "\x04", "\U00040000x", "plain ü 🎧"):
+        assert vocab.encode(text) == theirs.encode(text).ids
+    assert vocab.encode("a\x04b") == vocab.encode("ab") and -1 not in vocab.bytes_of
+
+
+def test_merges_of_tokens_that_the_vocabulary_lacks_are_a_damaged_file(toy, tmp_path):
+    with pytest.raises(ValueError, match="merges make 'ab', which its vocabulary lacks"):
+        Vocab(changed(tmp_path, tmp_path, lambda raw: raw["model"]["merges"].append(["a", "b"])))

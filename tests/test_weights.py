@@ -1,11 +1,14 @@
 import json
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import weights
+from conftest import ROOT
 
 
 @pytest.fixture
@@ -152,3 +155,82 @@ def test_a_json_file_that_is_no_object_or_lacks_a_key_is_named(tmp_path):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=f"x.json.*{wanted}"):
             weights.read_json(tmp_path / "x.json", ["a", "b"])
+
+
+# --- one owner, and nothing lost ---
+
+def made(out, text, **given):
+    with weights.new_folder(out, **given) as partial:
+        (partial / "x").write_text(text)
+
+
+def test_what_a_killed_replacement_left_behind_does_not_stop_the_next_one(tmp_path):
+    made(tmp_path / "out", "1")
+    made(tmp_path / "out.old", "0")
+    made(tmp_path / "out", "2", overwrite=True)
+    assert (tmp_path / "out/x").read_text() == "2" and not (tmp_path / "out.old").exists()
+    (tmp_path / "out.old").mkdir()
+    with pytest.raises(FileExistsError, match="out.old was not made by this project"):
+        made(tmp_path / "out", "3", overwrite=True)
+    assert (tmp_path / "out/x").read_text() == "2"
+
+
+def test_where_out_is_a_link_what_it_points_to_is_replaced_as_often_as_one_likes(tmp_path):
+    made(tmp_path / "disk/real", "1")
+    (tmp_path / "out").symlink_to(tmp_path / "disk/real")
+    for text in "23":
+        made(tmp_path / "out", text, overwrite=True)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/real/x").read_text() == "3"
+
+
+def test_what_a_resume_needs_goes_only_after_the_rename(tmp_path, monkeypatch):
+    def no(*_):
+        raise OSError("full")
+    real = weights.os.replace
+    monkeypatch.setattr(weights.os, "replace", no)
+    with pytest.raises(OSError):
+        made(tmp_path / "out", "1", resume=True, scratch=["x"])
+    assert (tmp_path / "out.partial/x").exists()
+    monkeypatch.setattr(weights.os, "replace", real)
+    made(tmp_path / "out", "1", resume=True, scratch=["x"])
+    assert (tmp_path / "out/recipe.json").exists() and not (tmp_path / "out/x").exists()
+
+
+def test_one_process_at_a_time_writes_a_folder_and_a_kill_releases_it(tmp_path):
+    out = tmp_path / "out"
+    code = f"import weights, time\nwith weights.new_folder({str(out)!r}, resume=True):\n    print('mine', flush=True)\n    time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"mine\n"
+    with pytest.raises(FileExistsError, match="another process is writing it"):
+        made(out, "1", resume=True)
+    other.kill()
+    other.wait()
+    made(out, "1", resume=True)
+    assert (out / "x").exists()
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../base"])
+def test_a_changed_input_is_noticed_however_its_path_is_spelled(tmp_path, spelling):
+    made(tmp_path / "base", "1")
+    made(tmp_path / "speech", "2", inputs=[str(tmp_path / "base")])
+    weights.unchanged(tmp_path / "speech", [spelling.format(tmp_path / "base")])
+    (tmp_path / "base/x").write_text("other")
+    with pytest.raises(ValueError, match="has changed since"):
+        weights.unchanged(tmp_path / "speech", [spelling.format(tmp_path / "base")])
+
+
+def test_a_downloaders_cache_is_no_part_of_a_folder(tmp_path):
+    made(tmp_path / "m", "1")
+    before = weights.fingerprint(tmp_path / "m")
+    (tmp_path / "m/.cache").mkdir()
+    (tmp_path / "m/.cache/metadata").write_text("now")
+    assert weights.fingerprint(tmp_path / "m") == before
+
+
+def test_json_nested_without_end_and_a_weight_map_of_numbers_are_one_line(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not valid JSON"):
+        weights.read_json(tmp_path / "x.json")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(ValueError, match="wanted a weight_map"):
+        weights.Tensors(tmp_path)
