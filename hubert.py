@@ -305,6 +305,16 @@ def crops(clips, labels, batch, rng):
     return torch.from_numpy(samples), torch.from_numpy(targets)
 
 
+def masked_loss(logits, targets, hidden):
+    """(loss, which frames count as hidden) of logits (B, T, K), targets (B, T), -100 where a clip was filled up, and hidden (B, T) bool.
+
+    HuBERT's loss is on hidden frames alone; on a budget of minutes the seen ones, easier, give the convolutions their start.
+    """
+    real = targets >= 0                                                     # (B, T)
+    at, seen = hidden & real, ~hidden & real                                # (B, T) each
+    return F.cross_entropy(logits[at], targets[at]) + F.cross_entropy(logits[seen], targets[seen]), at
+
+
 def train(args, out):
     corpus = audio.Units(args.units)
     if corpus.meta["frame_rate"] != audio.FRAME_RATE:
@@ -335,10 +345,7 @@ def train(args, out):
         hidden = torch.from_numpy(hide(targets.shape, rng)).to(args.device)
         with runs.autocast(args.device, runs.DTYPES[args.dtype]):
             logits = head(model(samples, model.config.num_hidden_layers, hidden)).float()                     # (B, T, K)
-        real = targets >= 0
-        at, seen = hidden & real, ~hidden & real
-        # HuBERT's loss is on hidden frames alone; on a budget of minutes the seen ones, easier, give the convolutions their start
-        loss = F.cross_entropy(logits[at], targets[at]) + F.cross_entropy(logits[seen], targets[seen])
+        loss, at = masked_loss(logits, targets, hidden)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)

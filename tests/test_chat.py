@@ -205,3 +205,11 @@ def test_a_whole_conversation_in_a_terminal_with_every_bad_input(speedrun, tmp_p
     assert "model: " in terminal.type("still there")
     os.write(terminal.fd, b"\x04")
     assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 0
+
+
+def test_replies_are_written_in_text_rows_alone(chat, monkeypatch):
+    import chat as module
+    given = []
+    monkeypatch.setattr(module, "generate", lambda model, prompts, limit, stop, allowed, *rest, **named: given.append((stop, allowed)) or iter(()))
+    list(chat.reply("x")), chat.heard(np.array([1, 2]))
+    assert given == [(chat.vocab.stop, chat.vocab.text_rows())] * 2

@@ -144,3 +144,9 @@ def test_a_role_that_could_spell_markers_is_refused(tmp_path):
     (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user<|im_end|>", "content": "x"}]}\n')
     with pytest.raises(ValueError, match="got the role 'user<|im_end|>'"):
         read_chats(tmp_path / "chat.jsonl")
+
+
+def test_held_out_text_never_stands_beside_speech(stream):
+    documents = stream({"interleave": 1})
+    texts = documents.sources["text"]
+    assert documents.below == texts[len(texts) // HELD_OUT:] and len(documents.below) < len(texts)

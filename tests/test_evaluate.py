@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import audio
 import evaluate
@@ -257,3 +259,121 @@ def test_an_answer_of_nothing_is_refused(tmp_path):
 def test_a_result_that_its_picture_would_replace_is_refused_before_any_work(monkeypatch):
     with pytest.raises(ValueError, match="wanted a name that ends in .json"):
         call(["evaluate.py", "report", "gone.json", "--out", "x.png"], monkeypatch)
+
+
+# --- a table of known answers ---
+
+class Stub:
+    """Stands for a model: it is known by its name, and by the lam it was merged at."""
+
+    def __init__(self, name, lam=None):
+        self.name, self.lam = name, lam
+
+
+def knows(*key):
+    """Whether a stub answers a question: a third of the time, always the same for the same model, lam, prompt, kind and question."""
+    return hashlib.sha256(repr(key).encode()).digest()[0] % 3 == 0
+
+
+def number(*key):
+    return hashlib.sha256(repr(key).encode()).digest()[0] / 256
+
+
+@pytest.fixture
+def stubbed(speedrun, tmp_path, monkeypatch):
+    """(questions by split, the table that stubs get)."""
+    rows = [json.loads(line) for line in (speedrun / "toy/questions.jsonl").read_text().splitlines()]
+    of = {q["question"]: q for q in rows}
+    noisy = {q["noisy"]: q for q in rows if q["noisy"] not in of}
+
+    def kind_of(content):
+        """(kind of turn, question) of what a stub is asked."""
+        if isinstance(content, tuple):
+            return content
+        if "|" in content:
+            return tuple(content.split("|"))
+        return ("typed", content) if content in of else ("noisy", noisy[content]["question"])
+
+    def answers(model, vocab, contents, prompt, bar=None):
+        return [of[q]["answer"] if knows(model.name, model.lam, prompt, kind, q) else "wrong" for kind, q in map(kind_of, contents)]
+
+    monkeypatch.setattr(evaluate, "LM", type("Loads", (), {"load": lambda folder, *rest: type("", (), {"eval": lambda self: Stub(Path(folder).name)})()}))
+    monkeypatch.setattr(evaluate, "model_at", lambda plan, config, lam, device: Stub("sum", lam))
+    monkeypatch.setattr(evaluate, "with_new_rows", lambda model, speech: Stub(f"{model.name} with rows of {speech.name}"))
+    monkeypatch.setattr(evaluate, "hear", lambda ears, folder, questions, group: [(group, q["question"]) for q in questions])
+    monkeypatch.setattr(evaluate, "answers", answers)
+    monkeypatch.setattr(evaluate, "transcripts", lambda model, vocab, contents, bar=None: [f"{group}|{q}" if model.name == "speech" else f"{model.name} {model.lam} {group}" for group, q in contents])
+    monkeypatch.setattr(evaluate, "text_loss", lambda model, vocab, questions: {"value": number(model.name, model.lam, len(questions))})
+    words = [w for name in ("base", "instruct", "speech", "merged") for w in (f"--{name}", str(speedrun / name))]
+    call(["evaluate.py", "table", *words, "--questions", str(speedrun / "toy/questions.jsonl"), "--device", "cpu", "--out", str(tmp_path / "t.json")], monkeypatch)
+    split = {name: [q for q in rows if q["split"] == name] for name in ("test", "dev")}
+    return split, json.loads((tmp_path / "t.json").read_text())
+
+
+def test_every_cell_is_the_answers_of_its_own_model_voice_lam_and_prompt(stubbed):
+    split, table = stubbed
+    test, dev = split["test"], split["dev"]
+    names = {"base": ("base with rows of speech", None), "instruct": ("instruct", None), "instruct_rows": ("sum", 0.0), "speech": ("speech", None), "merged": ("merged", None)}
+    share_of = lambda questions, *key: round(sum(knows(*key, q["question"]) for q in questions) / len(questions), 4)
+    prompts = {}
+    for row, (name, lam) in names.items():
+        by = {prompt: share_of(dev, name, lam, prompt, "typed") for prompt in ("chat", "page")}
+        prompts[row] = "page" if by["page"] > by["chat"] else "chat"
+    assert table["prompts"] == prompts
+    unseen = [q for q in test if not q["seen"]]
+    for row, (name, lam) in names.items():
+        cells, prompt = table["rows"][row], prompts[row]
+        assert cells["typed"]["value"] == share_of(test, name, lam, prompt, "typed") and cells["typed_unseen"]["value"] == share_of(unseen, name, lam, prompt, "typed"), row
+        assert cells["text_loss"]["value"] == number(name, lam, len(test))
+        for group in ("heard", "near", "far") if row != "instruct" else ():
+            assert cells[f"spoken_{group}"]["value"] == share_of(test, name, lam, prompt, group), (row, group)
+        if row != "instruct":
+            assert cells["spoken_near_unseen"]["value"] == share_of(unseen, name, lam, prompt, "near")
+            said = [f"near|{q['question']}" if name == "speech" else f"{name} {lam} near" for q in test]
+            assert cells["wer_near"] == word_errors(said, test), row
+    for group in ("heard", "near", "far"):
+        assert table["rows"]["cascade"][f"spoken_{group}"]["value"] == share_of(test, "instruct", None, prompts["instruct"], group)
+    assert table["rows"]["cascade"]["spoken_near_unseen"]["value"] == share_of(unseen, "instruct", None, prompts["instruct"], "near")
+    assert table["rows"]["cascade"]["wer_near"] == word_errors([f"near|{q['question']}" for q in test], test)
+    for row in table["lam_sweep"]:
+        for column, kind in (("typed", "typed"), ("spoken_near", "near")):
+            assert row[column] == share_of(dev, "sum", row["lam"], prompts["merged"], kind), row
+        assert row["wer_near"] == word_errors([f"sum {row['lam']} near"] * len(dev), dev)["value"]
+
+
+def test_a_misspelt_question_is_scored_by_the_answer_of_the_right_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "answers", lambda model, vocab, contents, prompt, bar=None: asked.append(contents) or ["a" if c == "n1" else "x" for c in contents])
+    monkeypatch.setattr(evaluate, "text_loss", lambda *_: None)
+    rows = [{"question": "q1", "noisy": "n1", "answer": "a", "seen": True}, {"question": "q2", "noisy": "n2", "answer": "b", "seen": False}]
+    row, _ = evaluate.score(None, None, rows, {}, "chat")
+    assert asked == [["q1", "q2"], ["n1", "n2"]] and row["typed_noisy"]["value"] == 0.5 and row["typed"]["value"] == 0
+
+
+def test_a_bootstrap_interval_is_as_wide_as_chance():
+    cell = ratio([0, 1] * 50, [1] * 100)                                     # half of 100: 0.5 +- 0.098
+    assert 0.38 < cell["low"] < 0.43 and 0.57 < cell["high"] < 0.62
+
+
+def test_replies_come_from_text_rows_alone_and_only_those_that_stopped(monkeypatch, speedrun):
+    vocab, given = evaluate.Vocab(speedrun / "merged"), []
+    letter = {c: vocab.encode(c)[0] for c in "ab"}
+
+    def generate(model, prompts, limit, stop, allowed):
+        given.append((len(prompts), limit, stop, allowed))
+        ids = {3: [letter["a"], vocab.eos], 1: [letter["b"], letter["b"]]}
+        return iter(torch.tensor([ids[len(p)] for p in prompts]).T)
+    monkeypatch.setattr(evaluate, "generate", generate)
+    assert evaluate.replies(None, vocab, [[1, 2, 3], [1]], [letter["a"] + 10_000]) == ["a", None]
+    assert given == [(2, evaluate.LIMIT, [*vocab.stop, letter["a"] + 10_000], vocab.text_rows())]
+
+
+def test_the_loss_of_a_text_is_taken_over_text_rows_alone(speedrun):
+    model, vocab = evaluate.LM.load(speedrun / "speech").eval(), evaluate.Vocab(speedrun / "speech")
+    text = "the capital of france is paris."
+    ids = torch.tensor(vocab.text(text)[0])
+    with torch.no_grad():
+        logits = model(ids[None, :-1])[0][:, vocab.text_rows()].log_softmax(-1)
+    place = {row: n for n, row in enumerate(vocab.text_rows())}
+    wanted = -sum(logits[n, place[int(i)]].item() for n, i in enumerate(ids[1:])) / (len(ids) - 1)
+    assert math.isclose(evaluate.text_loss(model, vocab, [{"text": text}])["value"], wanted, abs_tol=2e-3)

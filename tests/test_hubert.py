@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import weights
-from hubert import Config, Hubert, hide
+from hubert import Config, Hubert, hide, masked_loss
 
 transformers = pytest.importorskip("transformers")
 KINDS = {
@@ -100,3 +100,13 @@ def test_a_folder_without_the_mask_vector_hears_as_one_with_it(tmp_path):
     samples = torch.randn(1, 4000)
     with torch.no_grad():
         assert torch.equal(Hubert.load(tmp_path / "m")(samples, 2), model.eval()(samples, 2))
+
+
+def test_the_loss_is_on_hidden_and_on_seen_frames_alike_and_not_on_what_filled_a_clip_up():
+    logits = torch.zeros(1, 6, 4, requires_grad=True)
+    targets, hidden = torch.tensor([[0, 1, 2, 3, -100, -100]]), torch.tensor([[True, False, False, True, True, False]])
+    loss, at = masked_loss(logits, targets, hidden)
+    loss.backward()
+    assert at.tolist() == [[True, False, False, True, False, False]] and torch.isclose(loss, 2 * torch.tensor(4.0).log())
+    assert torch.allclose(logits.grad[0, :4].gather(1, targets[0, :4, None]), torch.full((4, 1), -0.375))
+    assert not logits.grad[0, 4:].any()

@@ -174,3 +174,17 @@ def test_a_folder_says_the_dtype_that_its_weights_have_whatever_the_base_said(tm
     model.save(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.lm_head.weight.dtype == dtype and torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+
+
+def test_fresh_weights_that_write_to_the_residual_stream_are_smaller_by_their_number():
+    model = LM.fresh(Config(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=2), 0)
+    spread = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
+    for name, std in spread.items():
+        wanted = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        assert abs(std / wanted - 1) < 0.05, name
+
+
+def test_a_nucleus_of_almost_nothing_is_greedy_at_any_temperature(pair):
+    _, ours, _ = pair
+    write = lambda **given: [int(i[0]) for i in generate(ours, [torch.tensor([1, 2, 3])], 8, stop=[300], **given)]
+    assert write(temperature=5.0, top_p=1e-6) == write() != write(temperature=5.0)

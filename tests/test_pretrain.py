@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 import os
@@ -351,3 +352,89 @@ def test_what_saves_memory_or_time_changes_nothing_else(flag, speedrun, tmp_path
     loss = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["loss"] for name in ("plain", "other")]
     assert abs(loss[0] - loss[1]) < 0.02 * loss[0], "compiled blocks round in other places"
     assert (tmp_path / "plain/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- every flag changes what it says, and nothing else ---
+
+def trained(speedrun, tmp_path, monkeypatch, kind, *flags):
+    """(the tensors that a step or two of training leave, the last line of its log, its folder)."""
+    out = tmp_path / f"m{len(list(tmp_path.iterdir()))}"
+    data = {"chat": ["--chat", str(speedrun / "toy/chat.jsonl")], "units": ["--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "0"]}[kind]
+    call(["pretrain.py", "--init", str(speedrun / "base"), *data, "--steps", "1", "--rows", "2", "--device", "cpu", "--dtype", "float32", *flags, "--out", str(out)], monkeypatch)
+    tensors = weights.Tensors(out)
+    return {name: tensors[name] for name in tensors}, json.loads((out / "log.jsonl").read_text().splitlines()[-1]), out
+
+
+def differ(a, b):
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+@pytest.mark.parametrize("kind, one, other", [
+    ("chat", ["--pace", "8"], ["--pace", "1"]), ("chat", ["--lr", "1e-3"], ["--lr", "2e-3"]), ("chat", ["--seed", "0"], ["--seed", "1"]), ("chat", ["--length", "128"], ["--length", "64"]),
+    ("chat", ["--lora", "2", "--lora-alpha", "2", "--steps", "2"], ["--lora", "2", "--lora-alpha", "8", "--steps", "2"]), ("chat", ["--accumulate", "1"], ["--accumulate", "2"]),
+    ("units", ["--imitate", "7"], ["--imitate", "14"]), ("units", ["--keep-text", "0.01"], ["--keep-text", "0.1"]), ("units", ["--imitate", "0", "--unit-loss", "0"], ["--imitate", "0", "--unit-loss", "1"]),
+    ("units", ["--pace", "1"], ["--pace", "8"]), ("units", ["--mix", "interleave=1"], ["--mix", "transcribe=1"])])
+def test_a_flag_with_another_value_leaves_other_weights_and_with_the_same_the_same(kind, one, other, speedrun, tmp_path, monkeypatch):
+    first, again, second = (trained(speedrun, tmp_path, monkeypatch, kind, *flags)[0] for flags in (one, one, other))
+    assert not differ(first, again) and any("_proj" in name for name in differ(first, second))
+
+
+def test_while_new_rows_go_first_the_body_stays_and_rows_move_ten_times_the_rate(speedrun, tmp_path, monkeypatch):
+    _, vocab, first_unit, k = pretrain.start_model(argparse.Namespace(init=str(speedrun / "base"), units=str(speedrun / "units"), seed=0))
+    model, *_ = pretrain.start_model(argparse.Namespace(init=str(speedrun / "base"), units=str(speedrun / "units"), seed=0))
+    base, lr = dict(model.state_dict()), 1e-3
+    after, _, _ = trained(speedrun, tmp_path, monkeypatch, "units", "--rows-first", "1", "--lr", str(lr), "--keep-text", "0")
+    moved = {name for name in after if not torch.equal(after[name], base[name])}
+    assert moved == {"model.embed_tokens.weight"}
+    units = (after["model.embed_tokens.weight"] - base["model.embed_tokens.weight"])[first_unit:first_unit + k]
+    rate = 10 * learning_rate(0, 1, lr)                                     # AdamW's first step is the rate itself, in every number that has a gradient
+    assert math.isclose(units.abs().max().item(), rate, rel_tol=1e-2)
+    free, _, _ = trained(speedrun, tmp_path, monkeypatch, "units", "--keep-text", "0")
+    assert any("_proj" in name for name in free if not torch.equal(free[name], base[name]))
+
+
+def test_beside_imitation_interleaved_documents_bear_no_loss_and_without_it_they_do(speedrun, tmp_path, monkeypatch):
+    layouts = lambda *flags: trained(speedrun, tmp_path, monkeypatch, "units", "--mix", "interleave=0.5,transcribe=0.5", "--rows", "4", *flags)[1]["layouts"]
+    assert set(layouts()) == {"transcribe"} and set(layouts("--imitate", "0")) == {"interleave", "transcribe"}
+
+
+def test_the_reader_reads_every_word_at_the_position_where_it_is_said(speedrun, stream):
+    model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
+    batch = documents.batch(2, 256)
+    batch |= {"read": batch["ids"], "read_start": batch["start"], "place": torch.arange(256).expand(2, 256), "position": 3 * (torch.arange(256) - batch["start"])}
+    states = []
+    with torch.no_grad():
+        model.model(batch["ids"], start=batch["start"], positions=batch["position"], states=states)
+        _, unlike = pretrain.imitation(states, batch, model, documents.vocab.speech["speech"])
+        del batch["position"]
+        _, elsewhere = pretrain.imitation(states, batch, model, documents.vocab.speech["speech"])
+    assert unlike < 1e-9 and elsewhere > 1e-6, "the same ids at the same positions are alike"
+
+
+def test_the_covariance_of_text_is_summed_in_float32_under_autocast_too(speedrun, stream):
+    model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
+    body, _ = pretrain.parameter_groups(model, (0, 1), first_new=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        filters = pretrain.text_filters(model, body, documents, 1.0, "cpu", batches=2)
+    for filter_ in filters.values():
+        values = torch.linalg.eigvalsh(filter_)
+        assert filter_.dtype == torch.float32 and values.min() > 0 and values.max() < 1 + 1e-4, "none amplifies a change"
+
+
+def test_chats_longer_than_a_row_are_told_before_they_are_cut(speedrun, tmp_path, monkeypatch, capsys):
+    trained(speedrun, tmp_path, monkeypatch, "chat", "--length", "16")
+    assert "chats are longer than a row of 16 ids and are cut" in capsys.readouterr().out
+    trained(speedrun, tmp_path, monkeypatch, "chat", "--length", "512")
+    assert "longer than a row" not in capsys.readouterr().out
+
+
+def test_the_arithmetic_is_kept_with_the_run_and_a_resume_in_another_is_refused(speedrun, tmp_path, monkeypatch):
+    _, _, out = trained(speedrun, tmp_path, monkeypatch, "chat")
+    assert json.loads((out / "training.json").read_text())["settings"]["dtype"] == "float32"
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
+    monkeypatch.setattr(pretrain, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    words = ["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "2", "--rows", "2", "--device", "cpu", "--out", str(tmp_path / "x")]
+    with pytest.raises(KeyboardInterrupt):
+        call([*words, "--dtype", "float32"], monkeypatch)
+    with pytest.raises(ValueError, match=r"another dtype \(float32, now bfloat16\)"):
+        call([*words, "--dtype", "bfloat16"], monkeypatch)

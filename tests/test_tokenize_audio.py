@@ -285,3 +285,13 @@ def test_an_empty_manifest_has_nothing_to_fit_on(tmp_path, monkeypatch):
     (tmp_path / "m.jsonl").write_text("")
     with pytest.raises(ValueError, match="m.jsonl: empty"):
         call(["tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl"), "--features", "mfcc", "--out", str(tmp_path / "c")], monkeypatch)
+
+
+def test_features_have_the_mean_of_their_clip_taken_out_and_units_the_price_of_a_change(speedrun):
+    ears = AudioTokenizer(speedrun / "codebook")
+    clip = audio.load(speedrun / "question.wav")
+    (x,) = ears.features([clip])
+    assert len(x) == len(clip) // audio.HOP and x.mean(0).abs().max() < 1e-4 < x.abs().max()
+    assert ears.recipe["switch"] > 0
+    units, durations = ears(clip)
+    assert np.repeat(units, durations).tolist() == steady(x, ears.centroids, ears.recipe["switch"]).tolist() != nearest(x, ears.centroids).tolist()
