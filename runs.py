@@ -94,7 +94,7 @@ class Bar(tqdm):
         self.lines = not sys.stderr.isatty()
         if self.lines:
             settings |= {"mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, "miniters": 1, "delay": LINE_EVERY}
-            settings["bar_format"] = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
+            settings["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}"
         super().__init__(*args, **settings)
 
     def display(self, msg=None, pos=None):
