@@ -369,7 +369,7 @@ def main():
     parser.add_argument("action", choices=["train"])
     parser.add_argument("--units", required=True, help="a units folder (tokenize_audio.py encode): its units are the targets")
     parser.add_argument("--out", required=True, help="HuBERT folder to write")
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default 500)")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default 600)")
     parser.add_argument("--batch", type=int, default=16, help="two-second clips in a batch (default 16)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")

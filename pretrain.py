@@ -32,9 +32,9 @@ from muon import Muon
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=420, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=24, length=128, mix="text=1"),
-    "chat": dict(steps=400, lr=1.5e-3, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=16, length=128, mix="chat=1"),
-    "units": dict(steps=900, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, rows=8, length=256, mix="interleave=0.35,transcribe=0.65"),
+    "text": dict(steps=560, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=20, length=128, mix="text=1"),
+    "chat": dict(steps=500, lr=1.5e-3, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=16, length=128, mix="chat=1"),
+    "units": dict(steps=1000, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, rows=8, length=256, mix="interleave=0.35,transcribe=0.65"),
 }
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}     # products in bf16, operations a second (datasheets)

