@@ -2,7 +2,7 @@
 model on any benchmark of questions (`benchmark`) or of pairs of clips (`pairs`); several on the same questions (`compare`).
 
 in   the recipe's four model folders and questions.jsonl; or a model and rows      out  table.json, table.png, a report of several; scores
-see  exact answers with Wilson's 95 % interval (1927); word error rate with a bootstrap one
+see  95 % intervals: the bootstrap (Efron 1979), drawing facts rather than questions; Wilson's (1927) where items are independent
 run  python evaluate.py table --base out/base --instruct out/instruct --speech out/speech --merged out/merged \\
          --questions out/toy/questions.jsonl --out out/table.json
 
@@ -93,12 +93,14 @@ def share(right):
     return cell(p, n, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))
 
 
-def ratio(parts, wholes):
-    """sum(parts) / sum(wholes) over n items, with a bootstrap 95 % interval (1,000 draws of the items, seed 0)."""
-    parts, wholes, rng = np.array(parts, dtype=float), np.array(wholes, dtype=float), np.random.default_rng(0)
-    drawn = rng.integers(len(parts), size=(1000, len(parts)))
-    low, high = np.percentile(parts[drawn].sum(1) / wholes[drawn].sum(1), [2.5, 97.5])
-    return cell(parts.sum() / wholes.sum(), len(parts), low, high)
+def ratio(parts, wholes, groups=None):
+    """sum(parts) / sum(wholes) over n items, with a bootstrap 95 % interval: 1,000 draws (seed 0) of the items, or of whole `groups` of
+    them. What belongs together, like four questions about one fact, is right or wrong together, and says less than four do."""
+    _, group = np.unique(range(len(parts)) if groups is None else groups, return_inverse=True)
+    part, whole = (np.bincount(group, weights=np.array(values, dtype=float)) for values in (parts, wholes))         # a group each
+    drawn = np.random.default_rng(0).integers(len(part), size=(1000, len(part)))
+    low, high = np.percentile(part[drawn].sum(1) / whole[drawn].sum(1), [2.5, 97.5])
+    return cell(part.sum() / whole.sum(), len(parts), low, high)
 
 
 def cell(value, n, low, high):
@@ -106,13 +108,22 @@ def cell(value, n, low, high):
 
 
 def exact(said, questions):
-    """Share of questions answered exactly; None of no questions."""
-    return share([normal(text) == normal(q["answer"]) for text, q in zip(said, questions)])
+    """Share of questions answered exactly, with an interval by facts; None of no questions."""
+    right = [normal(text) == normal(q["answer"]) for text, q in zip(said, questions)]
+    if len(set(right)) < 2:                                                  # of all or none no draw differs: Wilson's interval of so many facts
+        each = right[:len(set(facts(questions)))]
+        return share(each) | {"n": len(right)} if each else None
+    return ratio(right, [1] * len(right), facts(questions))
+
+
+def facts(questions):
+    """What each question is about; a question that names no fact stands for itself."""
+    return [q.get("fact", q["question"]) for q in questions]
 
 
 def word_errors(heard, questions):
     words = [q["question"].split() for q in questions]
-    return ratio([edit_distance(text.split(), w) for text, w in zip(heard, words)], [len(w) for w in words])
+    return ratio([edit_distance(text.split(), w) for text, w in zip(heard, words)], [len(w) for w in words], facts(questions))
 
 
 @torch.inference_mode()
@@ -127,7 +138,7 @@ def text_loss(model, vocab, questions):
         logits[:, barred.to(logits.device)] = -math.inf
         sums.append(F.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum").item())
         counts.append(len(ids) - 1)
-    return ratio(sums, counts)
+    return ratio(sums, counts, facts(questions))
 
 
 def hear(ears, folder, questions, group):

@@ -32,8 +32,8 @@ from muon import Muon
 from vocab import Document, Vocab
 
 STAGES = {     # tuned on the nano toy; a real model wants a tenth of these rates or less (README)
-    "text": dict(steps=560, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=20, length=128, mix="text=1"),
-    "chat": dict(steps=500, lr=1.5e-3, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=16, length=128, mix="chat=1"),
+    "text": dict(steps=700, lr=2e-3, layers="0:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=16, length=128, mix="text=1"),
+    "chat": dict(steps=600, lr=1.5e-3, layers="0.5:1", pace=8.0, keep_text=0.0, imitate=0.0, rows_first=0, rows=16, length=128, mix="chat=1"),
     "units": dict(steps=1000, lr=1.5e-3, layers="0:1", pace=1.0, keep_text=0.01, imitate=7.0, rows_first=50, rows=8, length=256, mix="interleave=0.35,transcribe=0.65"),
 }
 ROWS_FASTER = 10                   # new rows start from noise, the body from a trained model: they learn this much faster

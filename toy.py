@@ -275,7 +275,7 @@ def questions(world, rng, dev, test):
             items = [(fact, style) for fact in part for style in STYLES]
             for fact, style in rng.sample(items, min(len(items), round(wanted * (0.6 if seen else 0.4)))):
                 question = rng.choice(STYLES[style]).format(q=world.ask(fact, rng))
-                rows[split].append({"question": question, "answer": styled(style, *fact[:3]), "kind": style, "relation": fact[0],
+                rows[split].append({"question": question, "answer": styled(style, *fact[:3]), "kind": style, "relation": fact[0], "fact": f"{fact[0]} of {fact[1]}",
                                     "split": split, "seen": seen, "noisy": misspell(question, rng), "text": world.state(fact, rng) + "."})
     return rows["dev"] + rows["test"]
 

@@ -140,8 +140,8 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("muon.py", "average.lerp_(p.grad, 1 - group[\"momentum\"])", "average.copy_(p.grad)", MUON),
     ("muon.py", "alpha=-0.2 * shape[1] ** 0.5 * group[\"lr\"]", "alpha=-0.2 * group[\"lr\"]", MUON),
     ("muon.py", "step if p.shape[0] == shape[0] else step.T", "step if p.shape[0] == shape[0] else -step.T", MUON),
-    ("muon.py", "x, gram = x / bound.sqrt(), gram / bound", "pass", MUON),
-    ("muon.py", "(2.6586, -1.8512, 0.3888)", "(3.7146, -2.7781, 0.5429)", MUON),
+    ("muon.py", "x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)", "x", MUON),
+    ("muon.py", "ITERATIONS = 5", "ITERATIONS = 2", MUON),
 
     ("runs.py", "if half > WORTH_IT * full", "if half < WORTH_IT * full", RUNS),
     ("runs.py", 'enabled=dtype == torch.bfloat16)', "enabled=False)", RUNS),

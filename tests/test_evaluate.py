@@ -27,7 +27,7 @@ def test_wilsons_interval_by_hand():
 
 
 def test_an_answer_counts_only_whole_and_only_if_the_model_stopped():
-    questions = [{"answer": "Paris"}] * 4
+    questions = [{"question": str(n), "answer": "Paris"} for n in range(4)]
     cell = exact([" paris ", "paris.", "paris paris", None], questions)
     assert (cell["value"], cell["n"]) == (0.25, 4) and exact([], []) is None
     assert normal(None) == ""
@@ -376,4 +376,15 @@ def test_the_loss_of_a_text_is_taken_over_text_rows_alone(speedrun):
         logits = model(ids[None, :-1])[0][:, vocab.text_rows()].log_softmax(-1)
     place = {row: n for n, row in enumerate(vocab.text_rows())}
     wanted = -sum(logits[n, place[int(i)]].item() for n, i in enumerate(ids[1:])) / (len(ids) - 1)
-    assert math.isclose(evaluate.text_loss(model, vocab, [{"text": text}])["value"], wanted, abs_tol=2e-3)
+    assert math.isclose(evaluate.text_loss(model, vocab, [{"question": "?", "text": text}])["value"], wanted, abs_tol=2e-3)
+
+
+def test_four_questions_about_a_fact_say_no_more_than_one():
+    one = [{"question": f"q{n}", "answer": "a", "fact": str(n)} for n in range(20)]
+    four = [q | {"question": q["question"] + style} for q in one for style in "wxyz"]
+    said = ["a" if n % 2 else "b" for n in range(20)]
+    few, many = exact(said, one), exact([text for text in said for _ in range(4)], four)
+    assert few["value"] == many["value"] == 0.5 and (few["low"], few["high"]) == (many["low"], many["high"]) and (few["n"], many["n"]) == (20, 80)
+    alone = exact([text for text in said for _ in range(4)], [{name: q[name] for name in ("question", "answer")} for q in four])
+    assert alone["high"] - alone["low"] < 0.6 * (many["high"] - many["low"])
+    assert exact(["a"] * 80, four)["low"] == share([True] * 20)["low"] and exact([], []) is None

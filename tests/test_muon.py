@@ -16,7 +16,7 @@ def test_orthogonal_brings_all_singular_values_near_1_and_keeps_the_directions()
     x = torch.randn(3, 16, 40) * torch.logspace(0, -1, 16)[:, None]
     made = orthogonal(x)
     values = torch.linalg.svdvals(made)
-    assert torch.linalg.svdvals(x).min() < 0.5 and 0.65 < values.min() and values.max() < 1.32
+    assert torch.linalg.svdvals(x).min() < 0.5 and 0.65 < values.min() and values.max() < 1.25
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     within = u.mT @ made @ v.mT                                            # diagonal, if the directions are x's own
     assert (within - torch.diag_embed(within.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
@@ -27,8 +27,7 @@ def test_a_matrix_of_zeros_stays_zeros():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_with_its_coefficients_ten_steps_are_torchs_own_muons(monkeypatch, decay):
-    monkeypatch.setattr("muon.COEFFICIENTS", [(3.4445, -4.7750, 2.0315)] * 5)
+def test_ten_steps_are_torchs_own_muons(decay):
     ours, theirs = matrices(), matrices()
     optimizers = [Muon(ours, 0.02, decay, dtype=torch.bfloat16), torch.optim.Muon(theirs, 0.02, decay, adjust_lr_fn="match_rms_adamw")]
     for step in range(10):
@@ -37,10 +36,8 @@ def test_with_its_coefficients_ten_steps_are_torchs_own_muons(monkeypatch, decay
             q.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    # torch divides by |X| where we divide by the root of |X X^T|, so singular values end elsewhere between 0.7 and 1.2
     for begin, p, q in zip(matrices(), ours, theirs):
-        cosine = torch.nn.functional.cosine_similarity((p - begin).flatten(), (q - begin).flatten(), dim=0)
-        assert cosine > 0.97 and 0.9 < (p - begin).norm() / (q - begin).norm() < 1.2
+        assert (q - begin).norm() > 0.5 and (p - q).norm() < 0.02 * (q - begin).norm()
 
 
 @pytest.mark.parametrize("shape", [(8, 32, 96), (8, 128, 128), (2, 256, 256)])
@@ -48,7 +45,7 @@ def test_no_singular_value_is_thrown_far_by_bfloat16(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     full, half = orthogonal(x), orthogonal(x, torch.bfloat16)
     assert full.dtype == torch.float32 and half.dtype == torch.bfloat16 and not torch.equal(full, half.float())
-    assert torch.linalg.svdvals(full).max() < 1.32 and torch.linalg.svdvals(half.float()).max() < 1.35
+    assert torch.linalg.svdvals(full).max() < 1.25 and torch.linalg.svdvals(half.float()).max() < 1.3
 
 
 def test_what_has_no_gradient_stays_and_what_was_saved_goes_on():
