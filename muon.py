@@ -1,65 +1,74 @@
 """Muon: an optimizer whose step moves a matrix by the same amount in all its directions.
 
 in   gradients of matrices          out  their steps
-see  Muon (Jordan et al. 2024; arXiv:2502.16982 for the size of its steps); Newton-Schulz: Bjorck and Bowie (1971)
+see  Muon (Jordan et al. 2024; arXiv:2502.16982 for the size of its steps)
 run  python muon.py muon.png        # what the iterations make of singular values, as a picture
 
-A gradient of a matrix is mostly its few strongest directions: of its singular values some are large and hundreds are small. What is
-faint in it, like a copying head that begins to form, hardly moves under plain steps. Muon replaces all singular values of the
-averaged gradient by about 1 and keeps its singular vectors: U S V^T becomes U V^T.
+A gradient of a matrix is mostly its few strongest directions: of its singular values some are
+large and hundreds are small. What is faint in it, like a copying head that begins to form, hardly
+moves under plain steps. Muon replaces all singular values of the averaged gradient by about 1 and
+keeps its singular vectors: U S V^T becomes U V^T.
 
-A singular value decomposition would do that, slowly. Newton and Schulz need products alone: a X + b (X X^T) X + c (X X^T)^2 X has
-X's own singular vectors, and the singular values a s + b s^3 + c s^5. A polynomial that lifts small values and keeps those near 1
-where they are, applied a few times, brings all of them near 1.
+A singular value decomposition would do that, slowly. Newton and Schulz need products alone:
+a X + b (X X^T) X + c (X X^T)^2 X has X's own singular vectors, and the singular values
+a s + b s^3 + c s^5. A polynomial that lifts small values and keeps those near 1 where they are,
+applied a few times, brings all of them near 1.
 """
 import argparse
 
 import torch
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315     # a, b, c: small values are lifted 3.4 times an iteration, none ever leaves 0.7 to 1.2
+# a, b, c of the polynomial: an iteration lifts small values 3.4 times, and in the end none of those
+# that were large enough lies outside of 0.7 to 1.2.
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 
 
 def orthogonal(x, dtype=torch.float32):
-    """x (N, rows, columns), rows <= columns, with all singular values brought near 1; products in `dtype`.
+    """x (N, rows, columns), rows <= columns, with all singular values brought near 1.
 
-    Singular values must begin below 1: each matrix is divided by its Frobenius norm, which none of them exceeds.
+    `dtype` is what is multiplied in. Singular values must begin below 1, so each matrix is divided
+    by its Frobenius norm, which none of them exceeds.
     """
     a, b, c = COEFFICIENTS
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT                                                    # (N, rows, rows): X X^T
+        gram = x @ x.mT                                                     # (N, rows, rows): X X^T
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps for matrices, sized as AdamW's usual ones are (0.2 a number), so that one learning rate serves both.
+    """Steps for matrices, sized as AdamW's usual ones are, so that one learning rate serves both.
 
-    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") takes the same steps, a matrix at a time and always in bfloat16, which is a hundred
-    times slower on a processor without its instructions.
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") takes the same steps, a matrix at a time and
+    always in bfloat16: a hundred times slower on a processor without its instructions.
     """
 
     def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(parameters, settings)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}                                                     # matrices of one shape, lying or standing, go together
+            # Matrices of one shape, lying or standing, are orthogonalised together.
+            alike = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(average, group["momentum"])            # Nesterov's: where the average will be
+                ahead = p.grad.lerp(average, group["momentum"])             # Nesterov's momentum
                 alike.setdefault(tuple(sorted(p.shape)), []).append((p, ahead))
             for shape, members in alike.items():
-                lying = torch.stack([x if x.shape[0] == shape[0] else x.T for _, x in members])             # (N, rows, columns)
-                for (p, _), step in zip(members, orthogonal(lying, self.dtype)):
+                lies = [p.shape[0] == shape[0] for p, _ in members]
+                lying = torch.stack([x if lie else x.T for lie, (_, x) in zip(lies, members)])
+                size = 0.2 * shape[1] ** 0.5 * group["lr"]
+                for lie, (p, _), step in zip(lies, members, orthogonal(lying, self.dtype)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(step if p.shape[0] == shape[0] else step.T, alpha=-0.2 * shape[1] ** 0.5 * group["lr"])
+                    p.add_(step if lie else step.T, alpha=-size)
 
 
 def draw(path):
@@ -70,16 +79,16 @@ def draw(path):
     a, b, c = COEFFICIENTS
     after = before
     for n in range(ITERATIONS + 1):
-        shade = str(0.8 * (1 - n / ITERATIONS))
-        axes.plot(before, after, color=shade, linewidth=2 if n == ITERATIONS else 1, label=f"after {n}" if n else "before")
+        shade, label = str(0.8 * (1 - n / ITERATIONS)), f"after {n}" if n else "before"
+        axes.plot(before, after, color=shade, linewidth=2 if n == ITERATIONS else 1, label=label)
         after = a * after + b * after ** 3 + c * after ** 5
-    axes.set(xscale="log", yscale="log", xlabel="singular value, as a share of the matrix's norm", ylabel="becomes")
+    axes.set(xscale="log", yscale="log", xlabel="singular value / norm", ylabel="becomes")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw what Muon's iterations make of singular values.")
+    parser = argparse.ArgumentParser(description="Draw what Muon makes of singular values.")
     parser.add_argument("picture", help="a .png to write")
     draw(parser.parse_args().picture)
 

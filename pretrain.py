@@ -95,7 +95,8 @@ def imitation(states, batch, reader, first_new):
     if not batch["read"].shape[1]:                                         # a batch without speech: nothing to imitate
         return 0.0, 0.0
     theirs, place = [], batch["place"].clamp(min=0)                        # (B, R): fillers say nothing
-    position = batch["position"] if "position" in batch else torch.arange(batch["ids"].shape[1]) - batch["start"]      # (B, T)
+    at = torch.arange(batch["ids"].shape[1], device=place.device)          # (T,)
+    position = batch["position"] if "position" in batch else at - batch["start"]                                  # (B, T)
     with torch.no_grad():
         reader.model(batch["read"], start=batch["read_start"], positions=position.gather(1, place), states=theirs)
     row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each: N ids are read

@@ -276,6 +276,8 @@ def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratc
     out = Path(out)
     out = out.resolve() if out.is_symlink() else out
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    if old.exists() and not out.exists():                                  # a kill came between the two renames below
+        os.replace(old, out)
     replaceable(out, overwrite)
     partial.mkdir(parents=True, exist_ok=True)
     with owned(partial):

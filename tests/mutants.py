@@ -138,13 +138,13 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("audio.py", "features.std(0) + 1e-3", "features.std(0) + 1e3", AUDIO),
 
     ("muon.py", "average.lerp_(p.grad, 1 - group[\"momentum\"])", "average.copy_(p.grad)", MUON),
-    ("muon.py", "alpha=-0.2 * shape[1] ** 0.5 * group[\"lr\"]", "alpha=-0.2 * group[\"lr\"]", MUON),
-    ("muon.py", "step if p.shape[0] == shape[0] else step.T", "step if p.shape[0] == shape[0] else -step.T", MUON),
+    ("muon.py", "size = 0.2 * shape[1] ** 0.5 * group[\"lr\"]", "size = 0.2 * group[\"lr\"]", MUON),
+    ("muon.py", "p.add_(step if lie else step.T", "p.add_(step if lie else -step.T", MUON),
     ("muon.py", "x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)", "x", MUON),
     ("muon.py", "ITERATIONS = 5", "ITERATIONS = 2", MUON),
 
     ("runs.py", "if half > WORTH_IT * full", "if half < WORTH_IT * full", RUNS),
-    ("runs.py", 'enabled=dtype == torch.bfloat16)', "enabled=False)", RUNS),
+    ("runs.py", "enabled=dtype == half)", "enabled=False)", RUNS),
     ("runs.py", 'os.environ.setdefault("GOMP_SPINCOUNT", "1000")', 'os.environ["GOMP_SPINCOUNT"] = "1000"', RUNS),
 
     ("weights.py", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", WEIGHTS),

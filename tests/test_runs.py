@@ -38,6 +38,13 @@ def test_what_is_asked_for_is_taken(capsys):
     assert capsys.readouterr().err.count("as --dtype says") == 2
 
 
+def test_products_are_made_in_the_dtype_that_was_chosen_and_weights_keep_theirs():
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        with runs.autocast("cpu", dtype):
+            assert layer(x).dtype == dtype and layer.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["toy", "hubert", "tokenize_audio", "pretrain", "merge", "evaluate", "chat"])
 def test_openmp_is_told_how_to_wait_before_torch_is_loaded(name):
     order = list(imports(ROOT / f"{name}.py"))

@@ -175,6 +175,24 @@ def test_what_a_killed_replacement_left_behind_does_not_stop_the_next_one(tmp_pa
     assert (tmp_path / "out/x").read_text() == "2"
 
 
+def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path, monkeypatch):
+    made(tmp_path / "out", "1")
+    real, calls = weights.os.replace, []
+
+    def killed(source, target):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(source)
+        real(source, target)
+    monkeypatch.setattr(weights.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "out", "2", overwrite=True, resume=True)
+    monkeypatch.setattr(weights.os, "replace", real)
+    with pytest.raises(FileExistsError, match="pass --overwrite"):
+        made(tmp_path / "out", "3")
+    assert (tmp_path / "out/x").read_text() == "1" and (tmp_path / "out.partial/x").read_text() == "2"
+
+
 def test_where_out_is_a_link_what_it_points_to_is_replaced_as_often_as_one_likes(tmp_path):
     made(tmp_path / "disk/real", "1")
     (tmp_path / "out").symlink_to(tmp_path / "disk/real")
