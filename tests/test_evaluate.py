@@ -388,3 +388,13 @@ def test_four_questions_about_a_fact_say_no_more_than_one():
     alone = exact([text for text in said for _ in range(4)], [{name: q[name] for name in ("question", "answer")} for q in four])
     assert alone["high"] - alone["low"] < 0.6 * (many["high"] - many["low"])
     assert exact(["a"] * 80, four)["low"] == share([True] * 20)["low"] and exact([], []) is None
+
+
+def test_what_the_readme_says_of_float32_is_in_the_results():
+    (seed,) = json.loads((ROOT / "results/toy-float32.json").read_text())["seeds"]
+    value = lambda row, column: seed["rows"][row][column]["value"]
+    typed, kept, spoken = value("instruct", "typed"), value("merged", "typed"), value("merged", "spoken_near")
+    assert seed["dtype"] == ["float32"] and seed["seed"] == 0
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert f"spoken {spoken:.2f}, which is {spoken / typed:.2f} of the {typed:.2f} that instruct answers typed; typed turns keep {kept / typed:.0%}" in said
+    assert f"word error {value('speech', 'wer_near'):.2f}, cascade {value('cascade', 'spoken_near'):.2f}" in said
