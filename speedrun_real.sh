@@ -8,7 +8,7 @@
 #   hf download facebook/hubert-base-ls960 --local-dir weights/hubert       0.4 GB; without it a small HuBERT is trained on SPEECH first
 #   LibriSpeech's train-clean-100 from openslr.org/12, unpacked to LibriSpeech/ (6.3 GB); or a folder or manifest of your own, with transcripts
 #
-# A trial of the whole path in minutes, on two cores; any folder of these families will do as BASE and INSTRUCT:
+# A trial of the whole path, for two cores (not run to its end yet); any folder of these families will do as BASE and INSTRUCT:
 #   BASE=weights/SmolLM2-135M-Instruct INSTRUCT=weights/SmolLM2-135M-Instruct STEPS=20 ROWS=1 ACCUMULATE=1 bash speedrun_real.sh weights clips.jsonl out/trial
 #
 # Expect transcripts, and an instruct model that still chats. Do not expect the toy's spoken answers: LibriSpeech has no word times, and without
