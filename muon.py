@@ -15,6 +15,7 @@ a s + b s^3 + c s^5. A polynomial that lifts small values and keeps those near 1
 applied a few times, brings all of them near 1.
 """
 import argparse
+import sys
 
 import torch
 
@@ -90,7 +91,10 @@ def draw(path):
 def main():
     parser = argparse.ArgumentParser(description="Draw what Muon makes of singular values.")
     parser.add_argument("picture", help="a .png to write")
-    draw(parser.parse_args().picture)
+    try:
+        draw(parser.parse_args().picture)
+    except (OSError, ValueError) as error:      # no such folder, or no ending that means a picture
+        sys.exit(f"muon.py: {error}")
 
 
 if __name__ == "__main__":
