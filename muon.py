@@ -33,10 +33,28 @@ def orthogonal(x, dtype=torch.float32):
     """
     a, b, c = COEFFICIENTS
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    if x.dtype == torch.float32 and x.shape[2] > 2 * x.shape[1]:
+        return orthogonal_long(x)
     for _ in range(ITERATIONS):
         gram = x @ x.mT                                                     # (N, rows, rows): X X^T
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def orthogonal_long(x):
+    """The same of long matrices (N, rows, columns) in two thirds of the products.
+
+    Each iteration is x <- P x with a small symmetric P made of X X^T alone, which becomes
+    P X X^T P. So the small matrices are multiplied first and x once. In bfloat16 the faint directions would drown in X X^T's rounding.
+    """
+    a, b, c = COEFFICIENTS
+    p = product = None
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT if p is None else p @ gram @ p                      # (N, rows, rows)
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        product = p if product is None else p @ product
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):

@@ -335,6 +335,8 @@ def train(args, out, rank, world):
             group["lr"] = lr * group["faster"]
         documents.progress = step / args.steps
         model.zero_grad(set_to_none=True)
+        for p in body:                                                     # the new rows find their places first, so the body need not move for them
+            p.requires_grad_(step > args.rows_first)
         mean = torch.zeros((), device=device)
         for part in range(args.accumulate):                                # a step is so many batches, and each process takes its share of them
             batch = documents.batch(args.rows, args.length)
@@ -352,15 +354,12 @@ def train(args, out, rank, world):
             mean += loss.detach() / args.accumulate
             heard += world * int(((batch["ids"] >= first_unit) & (batch["ids"] < first_unit + k)).sum())
         if world > 1:
-            for x in [mean, *(p.grad for p in [*body, *rows])]:
+            for x in [mean, *(p.grad for p in [*body, *rows] if p.grad is not None)]:
                 torch.distributed.all_reduce(x)
         if not torch.isfinite(mean):
             raise ValueError(f"step {step}: the loss is {mean.item()}; what was saved last is kept in {out}; to begin again with a lower --lr, remove it")
         for p in rows:
             p.grad[stay] = 0
-        if step <= args.rows_first:
-            for p in body:
-                p.grad = None                                              # the new rows find their places first, so the body need not move for them
         norm = torch.nn.utils.clip_grad_norm_([*body, *rows], 1.0).item()
         for optimizer in optimizers:
             optimizer.step()

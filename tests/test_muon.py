@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from muon import Muon, orthogonal
+from muon import Muon, orthogonal, orthogonal_long
 
 
 def matrices(seed=0):
@@ -20,6 +20,13 @@ def test_orthogonal_brings_all_singular_values_near_1_and_keeps_the_directions()
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     within = u.mT @ made @ v.mT                                            # diagonal, if the directions are x's own
     assert (within - torch.diag_embed(within.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+
+
+def test_long_matrices_take_the_shorter_way_to_the_same_result():
+    x = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x /= x.norm(dim=(1, 2), keepdim=True)
+    assert torch.allclose(orthogonal_long(x), orthogonal(x, torch.float64), atol=1e-9)
+    assert torch.allclose(orthogonal(x.float()).double(), orthogonal(x, torch.float64), atol=1e-4)
 
 
 def test_a_matrix_of_zeros_stays_zeros():
