@@ -1,10 +1,14 @@
-"""Samples in: any audio file -> mono float32 at 16 kHz; lists of files with their transcripts; MFCC features.
+"""Samples in: any audio file -> mono float32 at 16 kHz; lists of audio; MFCC features.
 
-in   audio files, or a manifest / LibriSpeech / LJSpeech / plain folder     out  samples (N,), rows, frames (samples // 320, 39)
-see  polyphase resampling: Smith, "Digital Audio Resampling" (2002); MFCC: Davis & Mermelstein (1980)
-run  python audio.py question.wav                       # what a file holds, and the frames it gives
+in   audio files, or a manifest, or a LibriSpeech, LJSpeech or plain folder of them
+out  samples (N,), rows, frames (samples // 320, 39)
+see  polyphase resampling: Smith, "Digital Audio Resampling" (2002); MFCC: Davis & Mermelstein
+     (1980)
+run  python audio.py out/question.wav   # what a file holds, and the frames it gives
 
-Three nouns: *samples* (16,000 a second), *frames* (50 a second), and *units* (tokenize_audio.py makes those).
+Three nouns: *samples* (16,000 a second), *frames* (50 a second), and *units*
+(tokenize_audio.py makes those; a folder of them is read here, as training documents and
+HuBERT's training both do).
 """
 import argparse
 import json
@@ -14,44 +18,60 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import runs  # before torch: it sets how OpenMP waits
 import soundfile
 import torch
 import torch.nn.functional as F
 
-import weights
-
 SAMPLE_RATE = 16_000
-HOP = 320                                               # samples per frame: the product of HuBERT's seven strides
-FRAME_RATE = SAMPLE_RATE // HOP                         # 50 frames per second
-WINDOW = 400                                            # samples one frame sees: 25 ms
-PAD = (WINDOW - HOP) // 2                               # 40 samples on each side, so that frames = samples // HOP exactly
-RATES = 1000, 1_000_000             # samples a second that a recording may have: others are damage, and cost hours or gigabytes to resample
-SEEK = 30                                               # seconds before a stretch that are read with it: in Ogg's last page no place is found
+HOP = 320                     # samples per frame: the product of HuBERT's seven strides
+FRAME_RATE = SAMPLE_RATE // HOP     # 50 frames a second
+WINDOW = 400                        # samples one frame sees: 25 ms
+PAD = (WINDOW - HOP) // 2        # on each side, so that frames = samples // HOP exactly
+CROSSINGS = 48                      # of zero, on either side of a resampling filter
+PHASES = 512             # filters an odd rate is interpolated between: -110 dB of error
+SEEK = 30                 # seconds read before a stretch: Ogg's last page has no places
+RATES = 1000, 1_000_000        # samples a second of a recording: another rate is damage
+HOURS = 1000                        # of the longest recording: more is damage
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
-# --- samples ---------------------------------------------------------------------------------------------------------------
+
+# --- samples ------------------------------------------------------------------
 
 def load(path, begin=0, end=None):
-    """Samples of an audio file, or those from begin to end: mono, 16 kHz, float32, (N,). A part is what the whole holds there, read without
-    the rest. OSError or ValueError says in one line why a file cannot be heard."""
+    """Samples of an audio file, or those from begin to end: mono, 16 kHz, float32, (N,).
+
+    A part is what the whole file holds there, and is read without the rest. OSError or
+    ValueError says in one line why a file cannot be heard.
+    """
     path = Path(path)
     with opened(path) as file:
-        up, down = ratio(file.samplerate, SAMPLE_RATE)
-        reach = math.ceil(48 / cut_off(up, down))                          # samples that the filters see on either side
-        first = max(0, begin // up - -(-(reach + SEEK * file.samplerate) // down))     # in periods of the filters, `down` samples in and `up` out
+        rate, seconds = file.samplerate, file.frames / file.samplerate
+        up, down = ratio(rate, SAMPLE_RATE)
         if begin * down >= file.frames * up > 0:
-            raise ValueError(f"{path}: ends after {file.frames / file.samplerate:.1f} s, before the stretch that is wanted")
+            raise ValueError(f"{path}: ends after {seconds:.1f} s, before the stretch that is "
+                             "wanted")
+
+        # Counted in periods of the filters: `down` samples in, `up` out.
+        reach = math.ceil(CROSSINGS / cut_off(up, down))
+        first = max(0, begin // up - -(-(reach + SEEK * rate) // down))
+        count = -1
+        if end is not None:
+            count = max(0, -(-end * down // up) + reach - first * down)
         try:
             if first:
                 file.seek(first * down)
-            samples = file.read(-1 if end is None else max(0, -(-end * down // up) + reach - first * down), dtype="float32", always_2d=True)     # (N, channels)
-        except (soundfile.LibsndfileError, RuntimeError, ValueError, MemoryError):     # the last two: a header that promises more than memory holds
-            raise unreadable(path) from None
-        if len(samples) == 0:
-            raise ValueError(f"{path}: no samples in it" + (f" from {begin / SAMPLE_RATE:.1f} s on, though its header promises {file.frames / file.samplerate:.1f} s" if begin else ""))
-        if not np.isfinite(samples).all():
-            raise ValueError(f"{path}: holds NaN or infinite samples")
-        return resample(samples.mean(axis=1), file.samplerate)[begin - first * up:end and end - first * up]
+            samples = file.read(count, dtype="float32", always_2d=True)  # (N, channels)
+        except (soundfile.LibsndfileError, RuntimeError, ValueError, MemoryError):
+            raise unreadable(path) from None  # or its header promises more than memory holds
+
+    if len(samples) == 0:
+        where = f" from {begin / SAMPLE_RATE:.1f} s on, though its header promises {seconds:.1f} s"
+        raise ValueError(f"{path}: no samples in it" + where * (begin > 0))
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path}: holds NaN or infinite samples")
+    mono = resample(samples.mean(axis=1), rate)
+    return mono[begin - first * up:end and end - first * up]
 
 
 def opened(path):
@@ -64,29 +84,36 @@ def opened(path):
         raise ValueError(f"{path}: empty, 0 bytes")
     try:
         file = soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError):           # TypeError: a name in .raw promises no form
-        path.open("rb").close()                                            # no permission is an OSError of its own
+    except (soundfile.LibsndfileError, RuntimeError, TypeError):  # TypeError: of a name in .raw
+        path.open("rb").close()     # no permission is an OSError of its own
         raise unreadable(path) from None
     if not RATES[0] <= file.samplerate <= RATES[1]:
         file.close()
-        raise ValueError(f"{path}: its header says {file.samplerate} samples a second, wanted {RATES[0]} to {RATES[1]}; it is damaged")
+        raise ValueError(f"{path}: its header says {file.samplerate} samples a second, wanted "
+                         f"{RATES[0]} to {RATES[1]}; it is damaged")
     return file
 
 
 def unreadable(path):
-    return ValueError(f"{path}: not audio that soundfile reads; convert it first: ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav")
+    return ValueError(f"{path}: not audio that soundfile reads; convert it first: "
+                      f"ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav")
 
 
 class Recording:
-    """A file as if it were its samples: len() and slices [a:b], each read when it is asked for. Hours of sound in the memory of a stretch."""
+    """A file as if it were its samples: len() and slices [a:b], read when they are asked for.
+
+    So hours of sound need the memory of a stretch.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
         with opened(self.path) as file:
             up, down = ratio(file.samplerate, SAMPLE_RATE)
             self.length = -(-file.frames * up // down)
-        if self.length > 1000 * 3600 * SAMPLE_RATE:
-            raise ValueError(f"{path}: its header promises {self.length / SAMPLE_RATE / 3600:.0f} hours, more than any recording; it is damaged")
+        hours = self.length / SAMPLE_RATE / 3600
+        if hours > HOURS:
+            raise ValueError(f"{path}: its header promises {hours:.0f} hours, more than any "
+                             "recording; it is damaged")
 
     def __len__(self):
         return self.length
@@ -97,9 +124,12 @@ class Recording:
         begin, end, _ = part.indices(self.length)
         samples = load(self.path, begin, end)
         if len(samples) < end - begin:
-            raise ValueError(f"{self.path}: ends after {(begin + len(samples)) / SAMPLE_RATE:.1f} s, though its header promises {self.length / SAMPLE_RATE:.1f} s")
+            raise ValueError(f"{self.path}: ends after {(begin + len(samples)) / SAMPLE_RATE:.1f} "
+                             f"s, though its header promises {self.length / SAMPLE_RATE:.1f} s")
         return samples
 
+
+# --- resampling ---------------------------------------------------------------
 
 def ratio(rate, to):
     """(up, down), the reduced ratio of two rates."""
@@ -113,79 +143,131 @@ def cut_off(up, down):
 
 
 def resample(samples, rate, to=SAMPLE_RATE):
-    """Band-limited change of rate: each output sample is the input convolved with a Kaiser-windowed sinc centred on its own time.
+    """Band-limited change of rate: each output is the input convolved with a sinc at its own time.
 
-    Output n lies at input time n * rate / to; with the ratio reduced to down / up there are only `up` different fractions
-    of a sample, hence `up` filters (phases), and all outputs of one phase are one strided convolution.
+    Output n lies at input time n * rate / to. With the ratio reduced to down / up there are
+    only `up` different fractions of a sample, hence `up` filters (phases), and all outputs
+    of one phase are one strided convolution.
     """
     if rate == to:
         return samples
     up, down = ratio(rate, to)
     cut = cut_off(up, down)
-    reach = math.ceil(48 / cut)                         # 48 zero crossings on either side
-    x = torch.from_numpy(np.pad(np.ascontiguousarray(samples, dtype=np.float32), (reach, reach + down)))
+    reach = math.ceil(CROSSINGS / cut)
+    samples = np.ascontiguousarray(samples, dtype=np.float32)
+    x = np.pad(samples, (reach, reach + down))
     length = -(-len(samples) * up // down)
-    if up <= 1000:                                                         # every usual rate
-        y = F.conv1d(x[None, None], filter_table(up, down, reach, cut), stride=down)                         # (1, up, blocks)
+    if up <= 1000:      # every usual rate
+        filters = filter_table(up, down, reach, cut)                     # (up, 1, taps)
+        y = F.conv1d(torch.from_numpy(x)[None, None], filters, stride=down) # (1, up, blocks)
         return y[0].T.reshape(-1)[:length].numpy()
-    out = []                                                               # an odd rate has too many phases for a table: each output its own
+
+    # An odd rate has too many phases for a table of all: between two of PHASES a filter is
+    # a line.
+    table, rise = sparse_table(reach, cut)
+    taps, out = np.arange(2 * reach + 1), []
     for n in range(0, length, 4096):
         time = np.arange(n, min(n + 4096, length)) * down / up
         whole = time.astype(np.int64)
-        out.append((x.numpy()[whole[:, None] + np.arange(2 * reach + 1)] * phases(time - whole, 2 * reach + 1, reach, cut)).sum(1))
+        phase = (time - whole) * PHASES
+        before = phase.astype(np.int64)
+        share = (phase - before)[:, None].astype(np.float32)
+        filters = table[before] + share * rise[before]                      # (n, taps)
+        out.append((x[whole[:, None] + taps] * filters).sum(1))
     return np.concatenate(out)
 
 
 def phases(times, taps, reach, cut):
-    """Windowed-sinc filters (len(times), taps) that read the input at `times`, counted from tap `reach`."""
+    """Filters (len(times), taps) that read the input at `times`, counted from tap `reach`.
+
+    Each is a sinc in a Kaiser window.
+    """
     t = np.arange(taps) - reach - times[:, None]
-    window = np.i0(8.6 * np.sqrt(np.clip(1 - (t / reach) ** 2, 0, None))) / np.i0(8.6) * (abs(t) <= reach)
+    inside = np.clip(1 - (t / reach) ** 2, 0, None)
+    window = np.i0(8.6 * np.sqrt(inside)) / np.i0(8.6) * (abs(t) <= reach)
     return (cut * np.sinc(cut * t) * window).astype(np.float32)
 
 
 @lru_cache
 def filter_table(up, down, reach, cut):
     """All filters of a ratio, (up, 1, taps): computed once for a corpus."""
-    return torch.from_numpy(phases(np.arange(up) * down / up, 2 * reach + down, reach, cut))[:, None]
+    times = np.arange(up) * down / up
+    return torch.from_numpy(phases(times, 2 * reach + down, reach, cut))[:, None]
 
 
-# --- lists of audio --------------------------------------------------------------------------------------------------------
+@lru_cache(4)
+def sparse_table(reach, cut):
+    """Filters of PHASES + 1 fractions from 0 to 1, (PHASES + 1, taps), and the steps between."""
+    table = phases(np.arange(PHASES + 1) / PHASES, 2 * reach + 1, reach, cut)
+    return table, np.diff(table, axis=0)
+
+
+# --- lists of audio -----------------------------------------------------------
 
 def read_manifest(path):
-    """Rows {"audio": absolute path, "text"?, "speaker"?, "seconds"?, "words"?} of a .jsonl manifest (paths in it are relative
-    to it), a LibriSpeech or LJSpeech folder, or any folder of audio files. Sorted, except a manifest, which keeps its order."""
+    """Rows {"audio": absolute path, "text"?, "speaker"?, "seconds"?, "words"?} of a corpus.
+
+    A .jsonl manifest, with paths relative to it and in its order; or, sorted, a
+    LibriSpeech, an LJSpeech or any folder of audio files.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such manifest or folder")
-    if path.is_file():
-        rows = weights.read_lines(path)
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row.get("audio"), str):
-                raise ValueError(f"{path}, row {number}: got no \"audio\", wanted a path relative to the manifest")
-            if not isinstance(row.get("text", ""), str):
-                raise ValueError(f"{path}, row {number}: got text = {str(row['text'])[:40]}, wanted a string, or no text")
-            for word in row.get("words") or []:
-                if not (isinstance(word, list) and [type(part) in (int, float) for part in word] == [False, True, True] and isinstance(word[0], str)):
-                    raise ValueError(f'{path}, row {number}: got {str(word)[:40]} among "words", wanted ["the", start, end] in seconds')
-        return [row | {"audio": str((path.parent / row["audio"]).resolve())} for row in rows]
-    texts = {}
-    inside = files_under(path)
-    for file in [f for f in inside if f.name.endswith(".trans.txt")]:      # LibriSpeech: "84-121123-0000 GO DO YOU HEAR"
-        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
-            name, _, text = line.partition(" ")
-            texts[name] = text.lower()
-    if (path / "metadata.csv").exists():                                   # LJSpeech: "LJ001-0001|as written|as read"
-        for line in filter(None, (path / "metadata.csv").read_text(encoding="utf-8").split("\n")):
+    if path.is_dir():
+        return read_folder(path)
+    rows = runs.read_lines(path)
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"{path}, row {number}")
+    return [row | {"audio": str((path.parent / row["audio"]).resolve())} for row in rows]
+
+
+def check_row(row, where):
+    """A ValueError for a row of a manifest that has not the form that read_manifest says."""
+    if not isinstance(row.get("audio"), str):
+        raise ValueError(f'{where}: got no "audio", wanted a path relative to the manifest')
+    if not isinstance(row.get("text", ""), str):
+        raise ValueError(f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no "
+                         "text")
+    for word in row.get("words") or []:
+        kinds = [type(part) for part in word] if isinstance(word, list) else []
+        if len(kinds) != 3 or kinds[0] is not str or not set(kinds[1:]) <= {int, float}:
+            raise ValueError(f'{where}: got {str(word)[:40]} among "words", wanted ["the", start, '
+                             "end] in seconds")
+
+
+def read_folder(path):
+    """Rows of a folder's audio files, with the transcripts that lie beside them."""
+    texts, inside = {}, files_under(path)
+
+    # LibriSpeech: "84-121123-0000 GO DO YOU HEAR".
+    for file in inside:
+        if file.name.endswith(".trans.txt"):
+            for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
+                name, _, text = line.partition(" ")
+                texts[name] = text.lower()
+
+    # LJSpeech: "LJ001-0001|as written|as read".
+    if (path / "metadata.csv").exists():
+        lines = (path / "metadata.csv").read_text(encoding="utf-8").split("\n")
+        for line in filter(None, lines):
             name, *text = line.split("|")
             texts[name] = (text or [""])[-1]
-    files = [f for f in inside if f.suffix.lower() in AUDIO]
-    if not files:
+
+    rows = []
+    for file in inside:
+        if file.suffix.lower() in AUDIO:
+            text = {"text": texts[file.stem]} if file.stem in texts else {}
+            rows.append({"audio": str(file.resolve())} | text)
+    if not rows:
         raise ValueError(f"{path}: no audio files in it; wanted {' '.join(sorted(AUDIO))}")
-    return [{"audio": str(f.resolve())} | ({"text": texts[f.stem]} if f.stem in texts else {}) for f in files]
+    return rows
 
 
 def files_under(folder):
-    """All files of a folder, sorted, those of linked folders too; a ValueError for a link that leads back to where it stands."""
+    """All files of a folder, sorted, those of linked folders too.
+
+    A ValueError for a link that leads back to where it stands.
+    """
     files = []
     for here, folders, names in os.walk(folder, followlinks=True):
         for name in folders:
@@ -196,19 +278,30 @@ def files_under(folder):
     return sorted(files)
 
 
+# --- a folder of units --------------------------------------------------------
+
 class Units:
-    """A units folder of tokenize_audio.py: `rows` is its manifest, `corpus[i]` the (units, durations in frames) of row i,
-    `meta` how they were made. Nothing is read into memory but the manifest."""
+    """A units folder of tokenize_audio.py, read as it is needed.
+
+    rows  its manifest      corpus[i]  (units, durations in frames) of row i
+    meta  how units were made
+    """
 
     def __init__(self, folder):
         folder = Path(folder)
         if not (folder / "meta.json").exists():
-            raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with tokenize_audio.py encode")
-        self.meta, self.rows = weights.read_json(folder / "meta.json", ["features", "k", "frame_rate", "codebook_sha256"]), read_manifest(folder / "manifest.jsonl")
+            raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with "
+                                    "tokenize_audio.py encode")
+        keys = ["features", "k", "frame_rate", "codebook_sha256"]
+        self.meta = runs.read_json(folder / "meta.json", keys)
+        self.rows = read_manifest(folder / "manifest.jsonl")
         self.offsets = np.load(folder / "index.npy")
-        self.units, self.durations = (mapped(folder / name) for name in ("units.bin", "durations.bin"))
-        if len(self.offsets) != len(self.rows) + 1 or self.offsets[-1] != len(self.units) or len(self.units) != len(self.durations):
-            raise ValueError(f"{folder}: index, units and manifest disagree; encode again with --overwrite")
+        self.units = mapped(folder / "units.bin")
+        self.durations = mapped(folder / "durations.bin")
+        counts = len(self.rows) + 1, len(self.units), len(self.units)
+        if (len(self.offsets), self.offsets[-1], len(self.durations)) != counts:
+            raise ValueError(f"{folder}: index, units and manifest disagree; encode again with "
+                             "--overwrite")
 
     def __getitem__(self, i):
         a, b = self.offsets[i], self.offsets[i + 1]
@@ -217,16 +310,18 @@ class Units:
 
 def mapped(path):
     """The uint16 numbers of a file, read as they are needed. An empty file cannot be mapped."""
-    return np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else np.zeros(0, np.uint16)
+    if not path.stat().st_size:
+        return np.zeros(0, np.uint16)
+    return np.memmap(path, dtype=np.uint16, mode="r")
 
 
 def between(units, durations, begin, end, rate):
-    """The units of a stretch of time, in seconds: every run that has at least half of itself inside."""
+    """The units of a stretch of time, in seconds: every run at least half of which is inside."""
     middle = (np.cumsum(durations) - durations / 2) / rate
     return units[(middle >= begin) & (middle < end)]
 
 
-# --- MFCC ------------------------------------------------------------------------------------------------------------------
+# --- MFCC ---------------------------------------------------------------------
 
 MELS, CEPSTRA = 40, 13
 
@@ -237,26 +332,45 @@ def mel_filters():
     mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MELS + 2)
     hertz = 700 * (10 ** (mel / 2595) - 1)
     at = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE)[:, None]
-    rise, fall = (at - hertz[:-2]) / np.diff(hertz)[:-1], (hertz[2:] - at) / np.diff(hertz)[1:]
+    rise = (at - hertz[:-2]) / np.diff(hertz)[:-1]
+    fall = (hertz[2:] - at) / np.diff(hertz)[1:]
     return np.clip(np.minimum(rise, fall), 0, None)
 
 
+def slopes(y):
+    """The slope of each column of y (frames, ...) over five frames."""
+    near = np.roll(y, -1, 0) - np.roll(y, 1, 0)
+    far = np.roll(y, -2, 0) - np.roll(y, 2, 0)
+    return (near + 2 * far) / 10
+
+
 def mfcc(samples):
-    """39 features a frame, (samples // HOP, 39) float32: 13 cepstra, their slopes and the slopes' slopes, each with zero
-    mean and unit variance over the clip (which takes the speaker's and the microphone's colour out)."""
+    """39 features a frame, (samples // HOP, 39) float32: 13 cepstra, slopes, slopes of slopes.
+
+    Each has zero mean and unit variance over the clip, which takes the colour of speaker
+    and microphone out.
+    """
     frames = len(samples) // HOP
     if frames == 0:
         return np.zeros((0, 3 * CEPSTRA), dtype=np.float32)
+
+    # Loudness in each mel band, in logarithms.
     padded = np.pad(samples, (PAD, PAD + WINDOW))
-    x = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[: frames * HOP : HOP] * np.hanning(WINDOW)   # (frames, WINDOW)
-    power = abs(np.fft.rfft(x)) ** 2                                                                          # (frames, WINDOW // 2 + 1)
-    loud = np.log(power @ mel_filters() + 1e-6)                                                               # (frames, MELS)
-    cosines = np.cos(np.pi / MELS * np.outer(np.arange(MELS) + 0.5, np.arange(CEPSTRA)))                      # DCT-II
-    cepstra = loud @ cosines                                                                                  # (frames, CEPSTRA)
-    slope = lambda y: (np.roll(y, -1, 0) - np.roll(y, 1, 0) + 2 * (np.roll(y, -2, 0) - np.roll(y, 2, 0))) / 10
-    wide = np.pad(cepstra, ((4, 4), (0, 0)), mode="edge")                  # so that the slopes at the ends do not wrap around
-    features = np.concatenate([wide, slope(wide), slope(slope(wide))], axis=1)[4:-4]
-    return ((features - features.mean(0)) / (features.std(0) + 1e-3)).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)
+    x = windows[:frames * HOP:HOP] * np.hanning(WINDOW)               # (frames, WINDOW)
+    power = abs(np.fft.rfft(x)) ** 2                         # (frames, WINDOW // 2 + 1)
+    loud = np.log(power @ mel_filters() + 1e-6)                         # (frames, MELS)
+
+    # Its shape in a few cosines (DCT-II): the first say how the mouth stands, the rest is
+    # pitch.
+    mel, n = np.arange(MELS) + 0.5, np.arange(CEPSTRA)
+    cepstra = loud @ np.cos(np.pi / MELS * np.outer(mel, n))         # (frames, CEPSTRA)
+
+    # A margin, so that slopes at the ends do not wrap around.
+    wide = np.pad(cepstra, ((4, 4), (0, 0)), mode="edge")
+    features = np.concatenate([wide, slopes(wide), slopes(slopes(wide))], axis=1)[4:-4]
+    features = (features - features.mean(0)) / (features.std(0) + 1e-3)
+    return features.astype(np.float32)
 
 
 def main():
@@ -264,9 +378,10 @@ def main():
     parser.add_argument("audio", nargs="+", help="audio files")
     for path in parser.parse_args().audio:
         samples = load(path)
-        print(json.dumps({"audio": path, "seconds": round(len(samples) / SAMPLE_RATE, 3), "frames": len(mfcc(samples)),
-                          "loudest": round(float(abs(samples).max()), 3)}))
+        said = {"audio": path, "seconds": round(len(samples) / SAMPLE_RATE, 3),
+                "frames": len(mfcc(samples)), "loudest": round(float(abs(samples).max()), 3)}
+        print(json.dumps(said))
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    runs.run(main)

@@ -1,8 +1,11 @@
-"""Talk to a merged model: spoken questions (audio files, or the microphone) and typed ones, in one conversation, answered as they are written.
+"""Talk to a merged model: spoken turns (audio files, or the microphone) and typed ones.
 
-in   a model folder that hears; lines typed, paths of audio in them, or JSON lines        out  replies, streamed; --json: a JSON line a turn
-see  the spoken turn of vocab.py: <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
-run  python chat.py out/merged out/question.wav         # answers and exits; without audio it asks for lines
+in   a model folder that hears; lines typed, paths of audio in them, or JSON lines
+out  replies, streamed; with --json, a JSON line a turn
+see  the spoken turn of vocab.py:
+     <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
+run  python chat.py out/merged out/question.wav     # answers and exits
+     python chat.py out/merged                      # asks for lines
 """
 import argparse
 import codecs
@@ -19,93 +22,129 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-import weights
 from model import LM, generate
 from tokenize_audio import AudioTokenizer
 from vocab import Vocab
 
-LIMIT = 256                                             # tokens in a reply
-SLOWEST = 2                                             # units a second: no speech has fewer, so what is longer than the context is known before it is heard
-SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}      # what looks like audio in a line; the latter get the ffmpeg command
-HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces; several, and words beside them, make one turn)
-:rec           speak; Enter ends it                 :why     the last turn as the model reads it, token by token
-:system TEXT   how it should behave from here on    :reset   forget the conversation, not the system message
-:help          this                                 :quit    or Ctrl-D: end. Ctrl-C stops a reply"""
+LIMIT = 256     # tokens in a reply
+SLOWEST = 2  # units a second, at least: so what is too long for the context is known unheard
+
+# What looks like audio in a line; the latter get the ffmpeg command.
+SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
+HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces)
+:rec           speak; Enter ends it           :why     the last turn as the model reads it
+:system TEXT   how it should behave           :reset   forget the conversation
+:help          this                           :quit    or Ctrl-D: end. Ctrl-C stops a reply"""
 
 
 class Chat:
-    """A conversation with the model of a folder. `messages` is what was said, spoken turns as their units; `took` how long the last reply was in coming."""
+    """A conversation with the model of a folder.
+
+    messages   what was said, spoken turns as their units
+    took       how long the last reply was in coming
+    forgotten  how many pairs of turns had to go for the last one
+    """
 
     def __init__(self, folder, device="cpu", hubert=None, temperature=0.0):
         self.model, self.vocab = LM.load(folder, device).eval(), Vocab(folder)
-        self.vocab.markers()                                                # a ValueError now rather than at the first turn
+        self.vocab.template()   # a ValueError now rather than at the first turn
         self.ears = AudioTokenizer(folder, device, hubert) if self.vocab.speech else None
-        self.folder, self.temperature, self.messages, self.took, self.forgotten = folder, temperature, [], {}, 0
-        self.draw = random.SystemRandom()                                   # at a temperature no two replies are alike
-        self.room = self.model.config.max_position_embeddings - LIMIT       # tokens that a prompt may have
+        self.folder, self.temperature = folder, temperature
+        self.messages, self.took, self.forgotten = [], {}, 0
+        self.draw = random.SystemRandom()   # at a temperature no two replies are alike
+        self.room = self.model.config.max_position_embeddings - LIMIT  # tokens of a prompt
 
-    def listen(self, path):
-        """(units, seconds) of an audio file."""
-        return self.hear(audio.Recording(path), path)
-
-    def hear(self, samples, name):
-        """(units, seconds) of samples, or of a Recording."""
+    def hear(self, sound, name):
+        """(units, seconds) of samples, or of an audio.Recording."""
         if not self.ears:
-            raise ValueError(f"{self.folder} cannot hear (no speech.json); chat with a merged model, or type")
-        seconds = len(samples) / audio.SAMPLE_RATE
-        if len(samples) < self.ears.hop:
-            raise ValueError(f"{name}: {len(samples)} samples at 16 kHz, too short to hear anything")
+            raise ValueError(f"{self.folder} cannot hear (no speech.json); chat with a merged "
+                             "model, or type")
+        seconds = len(sound) / audio.SAMPLE_RATE
+        if len(sound) < self.ears.hop:
+            raise ValueError(f"{name}: {len(sound)} samples at 16 kHz, too short to hear anything")
         if seconds * SLOWEST > self.room:
-            raise ValueError(f"{name}: {seconds:.0f} s of sound, more than the model's context of {self.room} tokens can hold; give a part of it")
-        return self.ears(samples[:])[0], seconds
+            raise ValueError(f"{name}: {seconds:.0f} s of sound, more than the model's context of "
+                             f"{self.room} tokens can hold; give a part of it")
+        units, _ = self.ears(sound[:])
+        return units, seconds
 
-    def reply(self, content):
-        """Yield the reply to a turn (text, units, or a list of both) piece by piece; whole characters only. The turn and what was said of
-        the reply join the conversation, also when the caller stops early."""
+    def prompt(self, content):
+        """Add a turn to the conversation; the ids up to its reply. Old turns go for new ones."""
         system = [message for message in self.messages[:1] if message["role"] == "system"]
         turn = {"role": "user", "content": content}
         alone = len(self.vocab.turn([*system, turn]))
-        if alone > self.room:                                               # told before anything is forgotten for it
-            raise ValueError(f"the turn alone takes {alone} tokens, the model's context leaves {self.room}; say less at once")
+        if alone > self.room:   # told before anything is forgotten for it
+            raise ValueError(f"the turn alone takes {alone} tokens, the model's context leaves "
+                             f"{self.room}; say less at once")
+
         self.messages.append(turn)
         self.forgotten = 0
         while len(prompt := self.vocab.turn(self.messages)) > self.room:
             del self.messages[len(system):len(system) + 2]
             self.forgotten += 1
-        said, whole, began, times = "", codecs.getincrementaldecoder("utf-8")("replace"), time.perf_counter(), []
+        return prompt
+
+    def reply(self, content):
+        """Yield the reply to a turn (text, units, or a list of both), whole characters only.
+
+        The turn and what was said of the reply join the conversation, also when the caller
+        stops early.
+        """
+        prompt, vocab = self.prompt(content), self.vocab
+        characters = codecs.getincrementaldecoder("utf-8")("replace")
+        said, times, began = "", [], time.perf_counter()
         try:
-            for ids in generate(self.model, [torch.tensor(prompt)], LIMIT, self.vocab.stop, self.vocab.text_rows(), self.temperature, seed=self.draw.getrandbits(31)):
+            for ids in generate(self.model, [torch.tensor(prompt)], LIMIT, vocab.stop,
+                                vocab.text_rows(), self.temperature,
+                                seed=self.draw.getrandbits(31)):
                 times.append(time.perf_counter() - began)
-                piece = whole.decode(self.vocab.bytes_of.get(int(ids[0]), b""))
+                piece = characters.decode(vocab.bytes_of.get(int(ids[0]), b""))
                 said += piece
                 yield piece
         finally:
             self.messages.append({"role": "assistant", "content": said})
             if times:
-                self.took = {"prompt_tokens": len(prompt), "prefill_per_second": round(len(prompt) / times[0], 1), "reply_tokens": len(times),
-                             "decode_per_second": round((len(times) - 1) / max(1e-9, times[-1] - times[0]), 1), "first_token_seconds": round(times[0], 3)}
+                self.took = speeds(len(prompt), times)
 
     def heard(self, units):
         """The model's own transcript of units: what it understood."""
-        ids = [int(i[0]) for i in generate(self.model, [torch.tensor(self.vocab.heard(units))], LIMIT, self.vocab.stop, self.vocab.text_rows())]
-        return self.vocab.decode(ids).strip().removesuffix(".")
+        prompt, vocab = torch.tensor(self.vocab.heard(units)), self.vocab
+        steps = generate(self.model, [prompt], LIMIT, vocab.stop, vocab.text_rows())
+        return vocab.decode([int(ids[0]) for ids in steps]).strip().removesuffix(".")
 
     def begin(self, system=None):
-        """Forget the conversation; begin one with a system message, without any if it is empty, or with the one there was if it is None."""
-        kept = [message for message in self.messages if message["role"] == "system"]
-        self.messages = kept if system is None else [{"role": "system", "content": system}] if system else []
+        """Forget the conversation, and begin one with a system message.
 
+        None keeps the one there was; an empty one takes it away.
+        """
+        kept = [message for message in self.messages if message["role"] == "system"]
+        if system is not None:
+            kept = [{"role": "system", "content": system}] if system else []
+        self.messages = kept
+
+
+def speeds(read, times):
+    """How fast a reply came: `read` tokens of the prompt, then one at each of `times` (seconds)."""
+    writing = max(1e-9, times[-1] - times[0])
+    return {"prompt_tokens": read, "prefill_per_second": round(read / times[0], 1),
+            "reply_tokens": len(times),
+            "decode_per_second": round((len(times) - 1) / writing, 1),
+            "first_token_seconds": round(times[0], 3)}
+
+
+# --- what a turn is made of ---------------------------------------------------
 
 def parts_of(line):
     """A line as its parts, [text or Path]: a path to audio, whole or among words, is spoken."""
     path = Path(os.path.expanduser(line.strip("'\"")))
     looks = path.suffix.lower() in SOUND or line.startswith(("/", "./", "../", "~"))
-    if looks and " " not in line or os.path.isfile(path):                   # unlike path.is_file() it takes a name of any length
+    if looks and " " not in line or os.path.isfile(path):  # it takes a name of any length
         return [path]
     try:
         words = shlex.split(line)
-    except ValueError:                                                      # an apostrophe is no quote
+    except ValueError:      # an apostrophe is no quote
         return [line]
+
     parts, text = [], []
     for word in words:
         if Path(word).suffix.lower() in SOUND:
@@ -113,7 +152,9 @@ def parts_of(line):
             text = []
         else:
             text.append(word)
-    return [part for part in [*parts, " ".join(text)] if part] if parts else [line]
+    if not parts:
+        return [line]
+    return [part for part in [*parts, " ".join(text)] if part]
 
 
 def record():
@@ -121,50 +162,67 @@ def record():
     try:
         import sounddevice
     except (ImportError, OSError):
-        raise ValueError("to speak, install sounddevice (pip) and PortAudio (on Debian: libportaudio2); or give the path of a recording") from None
-    blocks = []
+        raise ValueError("to speak, install sounddevice (pip) and PortAudio (on Debian: "
+                         "libportaudio2); or give the path of a recording") from None
+    blocks = [np.zeros(0, np.float32)]
     try:
-        with sounddevice.InputStream(audio.SAMPLE_RATE, channels=1, dtype="float32", callback=lambda block, *_: blocks.append(block[:, 0].copy())):
+        with sounddevice.InputStream(audio.SAMPLE_RATE, channels=1, dtype="float32",
+                                     callback=lambda x, *_: blocks.append(x[:, 0].copy())):
             input("[speak; Enter ends it] ")
     except sounddevice.PortAudioError as error:
         raise ValueError(f"no microphone: {error}") from None
-    return np.concatenate([np.zeros(0, np.float32), *blocks])
+    return np.concatenate(blocks)
 
 
 def take(chat, parts, transcribe):
-    """(content, notes) of a turn's parts: text, paths, or samples. Notes: seconds, units, and what was heard if `transcribe`."""
+    """(content, notes) of a turn's parts: text, paths, or samples.
+
+    Notes: seconds, units, and what was heard if `transcribe`.
+    """
     content, notes = [], {"seconds": 0.0, "units": 0, "heard": []}
     for part in parts:
         if isinstance(part, str):
             content.append(f" {part}" if content else part)
             continue
-        units, seconds = chat.hear(part, "the recording") if isinstance(part, np.ndarray) else chat.listen(part)
+        if isinstance(part, Path):
+            units, seconds = chat.hear(audio.Recording(part), part)
+        else:
+            units, seconds = chat.hear(part, "the recording")
         content.append(units)
-        notes["seconds"], notes["units"] = round(notes["seconds"] + seconds, 2), notes["units"] + len(units)
+        notes["seconds"] = round(notes["seconds"] + seconds, 2)
+        notes["units"] += len(units)
         if transcribe:
             notes["heard"].append(chat.heard(units))
     return content, {name: value for name, value in notes.items() if value}
 
 
 def one_line(error):
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
+
+# --- answering: on a screen, for programs -------------------------------------
 
 def turn(chat, parts, transcribe=False):
     """Answer a turn on the screen. True if it went well; a bad input is one line on stderr."""
     try:
         content, notes = take(chat, parts, transcribe)
         if "units" in notes:
-            print(f"[{', '.join(str(p) for p in parts if isinstance(p, Path)) or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} units]")
+            paths = ", ".join(str(part) for part in parts if isinstance(part, Path))
+            print(f"[{paths or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} units]")
         for heard in notes.get("heard", []):
             print(f"heard: {heard}")
         print("model: ", end="", flush=True)
         for piece in chat.reply(content):
             print(piece, end="", flush=True)
+        print()
+        if chat.forgotten:
+            print(f"[the {chat.forgotten} oldest turns no longer fit and are forgotten]")
         took = chat.took
-        print(f"\n[the {chat.forgotten} oldest turns no longer fit and are forgotten]" if chat.forgotten else "", end="")
-        print(f"\n[{took['prompt_tokens']} tokens read at {took['prefill_per_second']:.0f} a second, {took['reply_tokens']} written at {took['decode_per_second']:.0f}, "
-              f"the first after {took['first_token_seconds']:.2f} s]")
+        print(f"[{took['prompt_tokens']} tokens read at {took['prefill_per_second']:.0f} a second, "
+              f"{took['reply_tokens']} written at {took['decode_per_second']:.0f}, the first after "
+              f"{took['first_token_seconds']:.2f} s]")
         return True
     except (ValueError, OSError) as error:
         print(f"cannot answer that: {one_line(error)}", file=sys.stderr)
@@ -174,48 +232,51 @@ def turn(chat, parts, transcribe=False):
 
 
 def for_programs(chat, lines, transcribe):
-    """JSON lines {"text"?, "audio"? (a path or several), "system"?, "reset"?} in, {"reply", ...} or {"error"} out."""
+    """JSON lines {"text"?, "audio"? (a path or several), "system"?, "reset"?} in.
+
+    {"reply", ...} or {"error"} out, a line for each.
+    """
     for line in lines:
         try:
-            line = line if isinstance(line, str) else line.decode()         # what is no UTF-8 is a ValueError
-            asked = json.loads(line)
-            if not isinstance(asked, dict) or not {"text", "audio", "system", "reset"} & asked.keys():
-                raise ValueError(f'got {line.strip()[:60]}, wanted {{"text": ..., "audio": ...}}')
-            if not isinstance(asked.get("system") or "", str):
-                raise ValueError(f"got system = {str(asked['system'])[:40]}, wanted a string")
-            if asked.get("reset") or "system" in asked:
-                chat.begin(asked["system"] or "" if "system" in asked else None)
-            sound = asked.get("audio") or []
-            parts = [Path(path) for path in ([sound] if isinstance(sound, str) else sound)] + ([str(asked["text"])] if asked.get("text") else [])
-            content, notes = take(chat, parts, transcribe)
-            said = {"reply": "".join(chat.reply(content)), **notes, **chat.took} if parts else {"reply": ""}
-            if parts and chat.forgotten:
-                said["forgotten_turns"] = chat.forgotten
+            said = answer_json(chat, line, transcribe)
         except (ValueError, OSError, TypeError, RecursionError) as error:
             said = {"error": one_line(error)}
-        print(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace").decode(), flush=True)     # half a surrogate pair cannot be printed
+
+        # Half a surrogate pair cannot be printed.
+        text = json.dumps(said, ensure_ascii=False).encode("utf-8", "replace").decode()
+        print(text, flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Talk to a model: audio files are spoken turns, lines typed ones.")
-    parser.add_argument("folder", help="a merged model folder (an instruct model can be typed to)")
-    parser.add_argument("audio", nargs="*", help="audio files to answer, one after the other; then exit")
-    parser.add_argument("--transcribe", action="store_true", help="show what the model heard before it answers")
-    parser.add_argument("--json", action="store_true", help='for programs: JSON lines {"text", "audio", "system", "reset"} in, {"reply", ...} or {"error"} out')
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 always gives the likeliest reply (default); 0.7 varies it")
-    parser.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
-    args = parser.parse_intermixed_args()                                   # so that flags may stand between the folder and the audio
-    if not args.temperature >= 0:
-        raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
-    chat = Chat(args.folder, args.device, args.hubert, args.temperature)
-    if args.json:
-        for_programs(chat, [json.dumps({"audio": path}) for path in args.audio] or sys.stdin.buffer, args.transcribe)
-        return
-    if args.audio:
-        sys.exit(not all([turn(chat, [Path(path)], args.transcribe) for path in args.audio]))
+def answer_json(chat, line, transcribe):
+    """What is printed for a JSON line, str or bytes."""
+    line = line if isinstance(line, str) else line.decode()  # not UTF-8 is a ValueError
+    asked = json.loads(line)
+    if not isinstance(asked, dict) or not {"text", "audio", "system", "reset"} & asked.keys():
+        raise ValueError(f'got {line.strip()[:60]}, wanted {{"text": ..., "audio": ...}}')
+    if not isinstance(asked.get("system") or "", str):
+        raise ValueError(f"got system = {str(asked['system'])[:40]}, wanted a string")
+    if "system" in asked:
+        chat.begin(asked["system"] or "")
+    elif asked.get("reset"):
+        chat.begin()
+
+    sound = asked.get("audio") or []
+    parts = [Path(path) for path in ([sound] if isinstance(sound, str) else sound)]
+    if asked.get("text"):
+        parts.append(str(asked["text"]))
+    if not parts:
+        return {"reply": ""}
+    content, notes = take(chat, parts, transcribe)
+    said = {"reply": "".join(chat.reply(content)), **notes, **chat.took}
+    if chat.forgotten:
+        said["forgotten_turns"] = chat.forgotten
+    return said
+
+
+def converse(chat, transcribe):
+    """Ask for lines and answer them, until :quit or the end of the input."""
     try:
-        import readline  # noqa: F401                                         history and editing, as in a shell
+        import readline  # noqa: F401       history and editing, as in a shell
     except ImportError:
         pass
     print(HELP)
@@ -228,9 +289,10 @@ def main():
         except UnicodeDecodeError:
             print("cannot answer that: not UTF-8 text", file=sys.stderr)
             continue
-        except KeyboardInterrupt:                                           # as in a shell: a fresh line
+        except KeyboardInterrupt:           # as in a shell: a fresh line
             print()
             continue
+
         command, _, rest = line.partition(" ")
         if command == ":quit":
             return
@@ -239,17 +301,48 @@ def main():
         elif command == ":system":
             chat.begin(rest.strip())
         elif command == ":why":
-            print(chat.vocab.spelled(chat.vocab.chat(chat.messages).ids) if chat.messages else "nothing was said yet")
+            ids = chat.vocab.chat(chat.messages).ids
+            print(chat.vocab.spelled(ids) if chat.messages else "nothing was said yet")
         elif command == ":rec":
             try:
-                turn(chat, [record()], args.transcribe)
+                turn(chat, [record()], transcribe)
             except (ValueError, OSError, EOFError) as error:
                 print(f"cannot answer that: {error}", file=sys.stderr)
         elif command.startswith(":"):
             print(HELP)
         elif line:
-            turn(chat, parts_of(line), args.transcribe)
+            turn(chat, parts_of(line), transcribe)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Talk to a model: audio files are spoken turns, lines typed ones.")
+    add = parser.add_argument
+    add("folder", help="a merged model folder (an instruct model can be typed to)")
+    add("audio", nargs="*", help="audio files to answer, one after the other; then exit")
+    add("--transcribe", action="store_true",
+        help="show what the model heard before it answers")
+    add("--json", action="store_true", help='for programs: JSON lines {"text", "audio", "system", '
+        '"reset"} in, {"reply", ...} or {"error"} out')
+    add("--temperature", type=float, default=0.0,
+        help="0 always gives the likeliest reply (default); 0.7 varies it")
+    add("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if there is one)")
+    args = parser.parse_intermixed_args()  # flags may stand between the folder and the audio
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
+
+    chat = Chat(args.folder, args.device, args.hubert, args.temperature)
+    if args.json:
+        lines = [json.dumps({"audio": path}) for path in args.audio]
+        for_programs(chat, lines or sys.stdin.buffer, args.transcribe)
+    elif args.audio:
+        done = [turn(chat, [Path(path)], args.transcribe) for path in args.audio]
+        sys.exit(not all(done))
+    else:
+        converse(chat, args.transcribe)
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    runs.run(main)

@@ -1,26 +1,36 @@
-"""Does the sum follow spoken instructions? The results table, the sweep of lam, the size of both deltas; a report over seeds. And any
-model on any benchmark of questions (`benchmark`) or of pairs of clips (`pairs`); several on the same questions (`compare`).
+"""Does the sum follow spoken instructions? The results table, the sweep of lam, reports.
 
-in   the recipe's four model folders and questions.jsonl; or a model and rows      out  table.json, table.png, a report of several; scores
-see  95 % intervals: the bootstrap (Efron 1979), drawing facts rather than questions; Wilson's (1927) where items are independent
-run  python evaluate.py table --base out/base --instruct out/instruct --speech out/speech --merged out/merged \\
-         --questions out/toy/questions.jsonl --out out/table.json
+in   the recipe's four model folders and questions.jsonl; or models that hear; or a units folder
+out  table.json and table.png; a report of several; a comparison
+see  95 % intervals: the bootstrap (Efron 1979), drawing facts rather than questions; Wilson's
+     (1927) where items are independent
+run  python evaluate.py table --base out/base --instruct out/instruct --speech out/speech \\
+         --merged out/merged --questions out/toy/questions.jsonl --out out/table.json
 
-rows     base, instruct; instruct_rows (instruct with the speech model's new rows: hearing by lookup alone); speech; merged;
-         cascade (the speech model writes down what it heard, instruct answers that). base hears through those same new rows.
-columns  typed, typed_unseen (facts no training asked), typed_noisy (misspelt: what a perfect ear could reach); spoken_heard
-         (voices of the training speech), spoken_near (new variants), spoken_near_unseen, spoken_far (new accents): the share
-         answered exactly after lower-casing and stripping, the model stopping by itself; wer_near: word error rate of its
-         transcripts; text_loss: nats per token of plain statements of the facts asked about.
+rows
+    base, instruct, speech, merged
+    instruct_rows       instruct with the speech model's new rows: hearing by lookup alone. base
+                        hears through those same rows.
+    cascade             the speech model writes down what it heard, instruct answers that
+columns: the share of questions answered exactly, in lower case, the model stopping by itself
+    typed               ... typed_unseen: facts that no training asked; typed_noisy: misspelt, as a
+                        good ear would hear them
+    spoken_heard        by voices of the training speech; spoken_near: by new variants of them (and
+                        spoken_near_unseen); spoken_far: with new accents
+    wer_near            word error rate of transcripts
+    text_loss           nats per token of plain statements of the facts asked about
 
-Every row writes under the same mask (text rows and ends of turn) and is asked with the better of two prompts: its chat
-template, or a plain "question: ... answer:" page; which of them is chosen on typed dev questions.
+Every row writes under the same mask (text rows and ends of turn) and is asked with the
+better of two prompts: its chat template, or a plain "question: ... answer:" page. Which of
+them is chosen on typed dev questions.
 """
 import argparse
+import functools
 import io
 import json
 import math
 import platform
+import random
 import time
 from pathlib import Path
 
@@ -30,29 +40,35 @@ import torch
 import torch.nn.functional as F
 
 import audio
-import weights
 from merge import Merge
 from model import LM, Config, generate
-from tokenize_audio import AudioTokenizer, edit_distance
+from tokenize_audio import AudioTokenizer
 from vocab import Vocab
 
 ROWS = ["base", "instruct", "instruct_rows", "speech", "merged", "cascade"]
-COLUMNS = ["typed", "typed_unseen", "typed_noisy", "spoken_heard", "spoken_near", "spoken_near_unseen", "spoken_far", "wer_near", "text_loss"]
-NEEDED = [("instruct", "typed"), ("merged", "typed"), *((name, "spoken_near") for name in ("base", "instruct_rows", "speech", "merged", "cascade"))]     # never empty
+COLUMNS = ["typed", "typed_unseen", "typed_noisy", "spoken_heard", "spoken_near",
+           "spoken_near_unseen", "spoken_far", "wer_near", "text_loss"]
+SHOWN = ["typed", "typed_unseen", "spoken_near", "spoken_near_unseen", "spoken_far", "wer_near"]
+GROUPS = ["heard", "near", "far"]                   # of voices
 LAMS = [0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3]
-LIMIT, BATCH = 40, 64              # tokens in an answer or a transcript (longer ones never ended), questions answered at once
+LIMIT = 40      # tokens in an answer or a transcript: longer ones never ended
+BATCH = 64      # questions answered at once
 
 
-# --- answering -------------------------------------------------------------------------------------------------------------
+# --- answering ----------------------------------------------------------------
 
 def replies(model, vocab, prompts, extra_stop=(), bar=None):
-    """The text a model writes after each prompt (lists of ids), or None where it did not stop by itself."""
-    stop, out = [*vocab.stop, *extra_stop], [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))       # like lengths together: less padding
+    """The text a model writes after each prompt (lists of ids); None where it did not stop."""
+    stop = [*vocab.stop, *extra_stop]
+    out = [None] * len(prompts)
+
+    # Like lengths together: less padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for a in range(0, len(order), BATCH):
         part = order[a:a + BATCH]
-        written = torch.stack(list(generate(model, [torch.tensor(prompts[i]) for i in part], LIMIT, stop, vocab.text_rows()))).T.tolist()
-        for i, ids in zip(part, written):
+        starts = [torch.tensor(prompts[i]) for i in part]
+        steps = list(generate(model, starts, LIMIT, stop, vocab.text_rows()))
+        for i, ids in zip(part, torch.stack(steps).T.tolist()):             # (B, steps)
             end = next((n for n, token in enumerate(ids) if token in stop), None)
             out[i] = None if end is None else vocab.decode(ids[:end])
         if bar:
@@ -61,59 +77,73 @@ def replies(model, vocab, prompts, extra_stop=(), bar=None):
 
 
 def normal(text):
+    """A reply as it is compared: in lower case, without space around it; "" for none."""
     return (text or "").lower().strip()
 
 
 def answers(model, vocab, contents, prompt, bar=None):
-    """Replies to questions given as text or units, asked in the "chat" template or on a plain "page"."""
+    """Replies to questions, text or units, in the "chat" template or on a plain "page"."""
     if prompt == "chat":
-        return replies(model, vocab, [vocab.turn([{"role": "user", "content": c}]) for c in contents], bar=bar)
-    return replies(model, vocab, [vocab.page(c) for c in contents], vocab.encode("\n")[:1], bar)
+        turns = [vocab.turn([{"role": "user", "content": content}]) for content in contents]
+        return replies(model, vocab, turns, bar=bar)
+    pages = [vocab.page(content) for content in contents]
+    return replies(model, vocab, pages, vocab.encode("\n")[:1], bar)
 
 
 def better_prompt(model, vocab, dev, bar=None):
-    """"chat" or "page": with which of them the model answers more of the typed dev questions; "chat" where both do as well."""
-    right = {prompt: exact(answers(model, vocab, [q["question"] for q in dev], prompt, bar), dev)["value"] for prompt in ("chat", "page")}
+    """"chat" or "page": with which the model answers more typed dev questions; "chat" of equals."""
+    texts = [q["question"] for q in dev]
+    right = {}
+    for prompt in ("chat", "page"):
+        right[prompt] = exact(answers(model, vocab, texts, prompt, bar), dev)["value"]
     return max(right, key=right.get)
 
 
 def transcripts(model, vocab, contents, bar=None):
-    return [normal(reply).removesuffix(".") for reply in replies(model, vocab, [vocab.heard(c) for c in contents], bar=bar)]
+    """What the model writes down of units, without the full stop that it ends with."""
+    written = replies(model, vocab, [vocab.heard(content) for content in contents], bar=bar)
+    return [normal(reply).removesuffix(".") for reply in written]
 
 
-# --- scoring ---------------------------------------------------------------------------------------------------------------
+def hear(ears, folder, questions, group):
+    """The units of every question, as voices of `group` say it."""
+    bar = runs.Bar(questions, desc=f"hearing {len(questions)} questions, {group}", unit="question")
+    return [ears(audio.load(folder / q["audio"][group]))[0] for q in bar]
+
+
+# --- scoring ------------------------------------------------------------------
+
+def cell(value, n, low, high):
+    """A cell of a table: a value of n items and its 95 % interval."""
+    low, high = round(float(low), 4) + 0.0, round(float(high), 4)
+    return {"value": round(float(value), 4), "n": int(n), "low": low, "high": high}
+
 
 def share(right):
-    """{"value", "n", "low", "high"} of a list of booleans, with Wilson's 95 % interval."""
+    """The cell of a list of booleans, with Wilson's interval; None of an empty list."""
     n, z = len(right), 1.96
     if not n:
         return None
     p = sum(right) / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return cell(p, n, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return cell(p, n, (middle - half) / scale, (middle + half) / scale)
 
 
 def ratio(parts, wholes, groups=None):
-    """sum(parts) / sum(wholes) over n items, with a bootstrap 95 % interval: 1,000 draws (seed 0) of the items, or of whole `groups` of
-    them. What belongs together, like four questions about one fact, is right or wrong together, and says less than four do."""
+    """The cell of sum(parts) / sum(wholes) over n items, with a bootstrap interval.
+
+    1,000 draws (seed 0) of the items, or of whole `groups` of them. What belongs together,
+    like four questions about one fact, is right or wrong together, and says less than four
+    do.
+    """
     _, group = np.unique(range(len(parts)) if groups is None else groups, return_inverse=True)
-    part, whole = (np.bincount(group, weights=np.array(values, dtype=float)) for values in (parts, wholes))         # a group each
+    part = np.bincount(group, weights=np.array(parts, dtype=float))         # (groups,)
+    whole = np.bincount(group, weights=np.array(wholes, dtype=float))
     drawn = np.random.default_rng(0).integers(len(part), size=(1000, len(part)))
     low, high = np.percentile(part[drawn].sum(1) / whole[drawn].sum(1), [2.5, 97.5])
     return cell(part.sum() / whole.sum(), len(parts), low, high)
-
-
-def cell(value, n, low, high):
-    return {"value": round(float(value), 4), "n": int(n), "low": round(float(low), 4) + 0.0, "high": round(float(high), 4)}
-
-
-def exact(said, questions):
-    """Share of questions answered exactly, with an interval by facts; None of no questions."""
-    right = [normal(text) == normal(q["answer"]) for text, q in zip(said, questions)]
-    if len(set(right)) < 2:                                                  # of all or none no draw differs: Wilson's interval of so many facts
-        each = right[:len(set(facts(questions)))]
-        return share(each) | {"n": len(right)} if each else None
-    return ratio(right, [1] * len(right), facts(questions))
 
 
 def facts(questions):
@@ -121,71 +151,111 @@ def facts(questions):
     return [q.get("fact", q["question"]) for q in questions]
 
 
-def word_errors(heard, questions):
-    words = [q["question"].split() for q in questions]
-    return ratio([edit_distance(text.split(), w) for text, w in zip(heard, words)], [len(w) for w in words], facts(questions))
-
-
-@torch.inference_mode()
-def text_loss(model, vocab, questions):
-    """Nats per token of each question's `text`, a plain statement of its fact. The first token is given: documents begin with it in
-    training too, nothing stands before."""
-    sums, counts, barred = [], [], torch.ones(model.config.vocab_size, dtype=torch.bool)
-    barred[vocab.text_rows()] = False                                        # as in decoding: text rows only
-    for q in questions:
-        ids = torch.tensor(vocab.text(q["text"])[0])
-        logits = model(ids[None, :-1].to(model.lm_head.weight.device))[0].float()
-        logits[:, barred.to(logits.device)] = -math.inf
-        sums.append(F.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum").item())
-        counts.append(len(ids) - 1)
-    return ratio(sums, counts, facts(questions))
-
-
-def hear(ears, folder, questions, group):
-    """The units of every question, as voices of `group` say it."""
-    return [ears(audio.load(folder / q["audio"][group]))[0] for q in runs.Bar(questions, desc=f"hearing {len(questions)} questions, {group}", unit="question")]
+def exact(said, questions):
+    """Share of questions answered exactly, with an interval by facts; None of no questions."""
+    right = [normal(text) == normal(q["answer"]) for text, q in zip(said, questions)]
+    if len(set(right)) < 2:
+        # Of all or none no draw differs: Wilson's interval of so many facts.
+        each = right[:len(set(facts(questions)))]
+        return share(each) | {"n": len(right)} if each else None
+    return ratio(right, [1] * len(right), facts(questions))
 
 
 def unseen(said, questions):
     """`exact` of those questions that no training asked."""
-    return exact([text for text, q in zip(said, questions) if not q["seen"]], [q for q in questions if not q["seen"]])
+    kept = [(text, q) for text, q in zip(said, questions) if not q["seen"]]
+    return exact([text for text, _ in kept], [q for _, q in kept])
+
+
+def edit_distance(a, b):
+    """Least insertions, deletions and substitutions from sequence a to b (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            least = min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+            diagonal, row[j] = row[j], least
+    return row[-1]
+
+
+def word_errors(heard, questions):
+    """Word error rate of transcripts, with an interval by facts."""
+    words = [q["question"].split() for q in questions]
+    wrong = [edit_distance(text.split(), w) for text, w in zip(heard, words)]
+    return ratio(wrong, [len(w) for w in words], facts(questions))
+
+
+@torch.inference_mode()
+def text_loss(model, vocab, questions):
+    """Nats per token of each question's `text`, a plain statement of its fact.
+
+    The first token is given: in training, too, nothing stands before it.
+    """
+    not_text = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    not_text[vocab.text_rows()] = False             # as in decoding: text rows only
+    device = model.lm_head.weight.device
+    sums, counts = [], []
+    for q in questions:
+        ids = torch.tensor(vocab.text(q["text"])[0], device=device)
+        logits = model(ids[None, :-1])[0].float()                           # (T - 1, V)
+        logits[:, not_text.to(device)] = -math.inf
+        sums.append(F.cross_entropy(logits, ids[1:], reduction="sum").item())
+        counts.append(len(ids) - 1)
+    return ratio(sums, counts, facts(questions))
 
 
 def score(model, vocab, questions, spoken, prompt, bar=None):
-    """(a model's row of the table, what it said to spoken_near). `spoken` {group: units of every question}: none for a model that cannot hear."""
+    """(a model's row of the table, what it said to spoken_near).
+
+    spoken  {group: units of every question}; empty for a model that cannot hear
+    """
     row, near = dict.fromkeys(COLUMNS), None
     said = answers(model, vocab, [q["question"] for q in questions], prompt, bar)
-    row["typed"], row["typed_unseen"] = exact(said, questions), unseen(said, questions)
-    row["typed_noisy"] = exact(answers(model, vocab, [q.get("noisy", q["question"]) for q in questions], prompt, bar), questions)
+    row["typed"] = exact(said, questions)
+    row["typed_unseen"] = unseen(said, questions)
+    misspelt = [q.get("noisy", q["question"]) for q in questions]
+    row["typed_noisy"] = exact(answers(model, vocab, misspelt, prompt, bar), questions)
     row["text_loss"] = text_loss(model, vocab, questions)
+
     for group, contents in spoken.items():
         said = answers(model, vocab, contents, prompt, bar)
         row[f"spoken_{group}"] = exact(said, questions)
         if group == "near":
-            near, row["spoken_near_unseen"], row["wer_near"] = said, unseen(said, questions), word_errors(transcripts(model, vocab, contents, bar), questions)
+            near = said
+            row["spoken_near_unseen"] = unseen(said, questions)
+            row["wer_near"] = word_errors(transcripts(model, vocab, contents, bar), questions)
     return row, near
 
 
-# --- the table -------------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------
 
 def read_questions(path):
-    rows = weights.read_lines(path)
+    """(test questions, dev questions) of a file that toy.py world writes, or of that form."""
+    rows = runs.read_lines(path)
     for number, row in enumerate(rows, 1):
-        lacking = [name for name in ("question", "answer", "audio", "split", "seen") if name not in row]
-        if lacking:
-            raise ValueError(f"{path}, row {number}: no {lacking[0]!r}; wanted question, answer, audio, split and seen")
-        if not isinstance(row["question"], str) or not isinstance(row["audio"], dict) or not {"heard", "near", "far"} <= row["audio"].keys():
-            raise ValueError(f'{path}, row {number}: wanted "question" to be text and "audio" to name heard, near and far')
-    if not {"dev", "test"} <= {row["split"] for row in rows}:
+        where = f"{path}, row {number}"
+        for name in ("question", "answer", "audio", "split", "seen"):
+            if name not in row:
+                raise ValueError(f"{where}: no {name!r}; wanted question, answer, audio, split and "
+                                 "seen")
+        voices = row["audio"]
+        if not isinstance(row["question"], str) or not isinstance(voices, dict) \
+                or not set(GROUPS) <= voices.keys():
+            raise ValueError(f'{where}: wanted "question" to be text and "audio" to name heard, '
+                             "near and far")
+    test = [row for row in rows if row["split"] == "test"]
+    dev = [row for row in rows if row["split"] == "dev"]
+    if not test or not dev:
         raise ValueError(f"{path}: wanted both splits, dev and test")
-    return rows
+    return test, dev
 
 
 def model_at(plan, config, lam, device):
-    """The merge at a lam, in memory. lam = 0 is instruct_rows."""
+    """The sum at a lam, in memory. lam = 0 is instruct_rows."""
     with torch.device("meta"):
         model = LM(config)
-    model.load_state_dict({name: plan.merged(name, lam).float() for name in plan.names}, strict=False, assign=True)
+    state = {name: plan.merged(name, lam).float() for name in plan.names}
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie()
     return model.to(device).eval()
 
@@ -193,325 +263,359 @@ def model_at(plan, config, lam, device):
 def with_new_rows(model, speech):
     """A model that never heard, given the speech model's rows after its own."""
     have, model.config.vocab_size = model.config.vocab_size, speech.config.vocab_size
-    for ours, theirs in ((model.model.embed_tokens, speech.model.embed_tokens), (model.lm_head, speech.lm_head)):
-        ours.weight = torch.nn.Parameter(torch.cat([ours.weight[:have], theirs.weight[have:]]).detach())
+    for ours, theirs in ((model.model.embed_tokens, speech.model.embed_tokens),
+                         (model.lm_head, speech.lm_head)):
+        rows = torch.cat([ours.weight[:have], theirs.weight[have:]])
+        ours.weight = torch.nn.Parameter(rows.detach())
     model.tie()
     return model
 
 
-def table(args):
-    began, folder = time.time(), Path(args.questions).parent
-    weights.free(args.out, args.overwrite)
-    weights.unchanged(args.merged, [args.base, args.instruct, args.speech])
-    questions = read_questions(args.questions)
-    test, dev = ([q for q in questions if q["split"] == split] for split in ("test", "dev"))
-    plan = Merge(args.base, args.instruct, args.speech)
-    vocab, plain, config = Vocab(args.speech), Vocab(args.instruct), Config.read(args.speech)
-    ears = AudioTokenizer(args.speech, args.device, args.hubert)
-    models = {name: LM.load(folder_, args.device, torch.float32).eval()
-              for name, folder_ in (("base", args.base), ("instruct", args.instruct), ("speech", args.speech), ("merged", args.merged))}
+def load_rows(args, plan, config):
+    """{row of the table: its model}, all but the cascade."""
+    models = {}
+    for name in ("base", "instruct", "speech", "merged"):
+        models[name] = LM.load(getattr(args, name), args.device, torch.float32).eval()
     models["base"] = with_new_rows(models["base"], models["speech"])
     models["instruct_rows"] = model_at(plan, config, 0.0, args.device)
+    return models
 
-    spoken = {group: hear(ears, folder, test, group) for group in ("heard", "near", "far")}
+
+def table(args):
+    """Ask all rows everything, and write down what share they answer."""
+    began, folder = time.time(), Path(args.questions).parent
+    runs.may_write(args.out, args.overwrite)
+    runs.unchanged(args.merged, [args.base, args.instruct, args.speech])
+    test, dev = read_questions(args.questions)
+    plan, config = Merge(args.base, args.instruct, args.speech), Config.read(args.speech)
+    vocab, plain = Vocab(args.speech), Vocab(args.instruct)
+    ears = AudioTokenizer(args.speech, args.device, args.hubert)
+    models = load_rows(args, plan, config)
+    spoken = {group: hear(ears, folder, test, group) for group in GROUPS}
     dev_near = hear(ears, folder, dev, "near")
 
-    rows, prompts, examples = {}, {}, []
-    replies_in_all = len(test) * (5 * 2 + 4 * 4 + 3) + len(dev) * (5 * 2 + 3 * len(LAMS))      # typed, noisy; spoken, transcripts; cascade; prompts, sweep
-    with runs.Bar(total=replies_in_all, desc="answering", unit="reply") as bar:
-        for name, model in models.items():                                   # instruct has no rows for units: it cannot be spoken to
+    rows, prompts, near = {}, {}, {}
+    with runs.Bar(total=replies_in_all(test, dev), desc="answering", unit="reply") as bar:
+        for name, model in models.items():
+            # instruct has no rows for units: it cannot be spoken to.
             words, sounds = (plain, {}) if name == "instruct" else (vocab, spoken)
             prompts[name] = better_prompt(model, words, dev, bar)
-            rows[name], near = score(model, words, test, sounds, prompts[name], bar)
-            if name == "merged":
-                examples = [{"question": q["question"], "answer": q["answer"], "said": text} for q, text in zip(test[:20], near)]
-        rows["cascade"] = dict.fromkeys(COLUMNS)
-        for group, contents in spoken.items():
-            heard = transcripts(models["speech"], vocab, contents)
-            said = answers(models["instruct"], plain, heard, prompts["instruct"], bar)
-            rows["cascade"][f"spoken_{group}"] = exact(said, test)
-            if group == "near":
-                rows["cascade"] |= {"spoken_near_unseen": unseen(said, test), "wer_near": word_errors(heard, test)}
-        sweep = []
-        for lam in LAMS:                                                     # on dev questions only: settings are never chosen on the test split
-            model = model_at(plan, config, lam, args.device)
-            sweep.append({"lam": lam, "typed": exact(answers(model, vocab, [q["question"] for q in dev], prompts["merged"], bar), dev)["value"],
-                          "spoken_near": exact(answers(model, vocab, dev_near, prompts["merged"], bar), dev)["value"],
-                          "wer_near": word_errors(transcripts(model, vocab, dev_near, bar), dev)["value"]})
+            rows[name], near[name] = score(model, words, test, sounds, prompts[name], bar)
+
+        ask = functools.partial(answers, models["instruct"], plain, prompt=prompts["instruct"],
+                                bar=bar)
+        rows["cascade"] = cascade(models["speech"], vocab, spoken, test, ask)
+        sweep = [swept_at(model_at(plan, config, lam, args.device), vocab, lam, dev, dev_near,
+                          prompts["merged"], bar) for lam in LAMS]
+
+    trained = [runs.read_json(Path(path) / "training.json")
+               for path in (args.base, args.instruct, args.speech)
+               if (Path(path) / "training.json").exists()]
     report = plan.run(1.0, 1.0)
-    trained = [weights.read_json(Path(f) / "training.json") for f in (args.base, args.instruct, args.speech) if (Path(f) / "training.json").exists()]
-    seconds = {"training": round(sum(t["seconds"] for t in trained), 1), "table": round(time.time() - began, 1)}
-    result = {"seed": int(trained[0]["settings"]["seed"]) if trained else None, "rows": {name: rows[name] for name in ROWS}, "lam_sweep": sweep, "rel": report["rel"],
-              "cosine": report["cosine"], "seconds": seconds, "prompts": prompts,
-              "dtype": sorted({t["settings"]["dtype"] for t in trained}),
-              "examples": examples, "made": weights.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
+    result = {
+        "seed": int(trained[0]["settings"]["seed"]) if trained else None,
+        "rows": {name: rows[name] for name in ROWS}, "lam_sweep": sweep,
+        "rel": report["rel"], "cosine": report["cosine"],
+        "seconds": {"training": round(sum(t["seconds"] for t in trained), 1),
+                    "table": round(time.time() - began, 1)},
+        "prompts": prompts, "dtype": sorted({t["settings"]["dtype"] for t in trained}),
+        "examples": [{"question": q["question"], "answer": q["answer"], "said": text}
+                     for q, text in zip(test[:20], near["merged"])],
+        "made": runs.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
     draw([result], Path(args.out).with_suffix(".png"))
-    weights.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
+    runs.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
     show(result)
 
 
+def replies_in_all(test, dev):
+    """How many replies `table` waits for, for its bar."""
+    of_test = 5 * 2 + 4 * 4 + 3    # typed, noisy; spoken and transcripts; the cascade's
+    of_dev = 5 * 2 + 3 * len(LAMS)      # two prompts; the sweep
+    return len(test) * of_test + len(dev) * of_dev
+
+
+def cascade(ears, vocab, spoken, test, ask):
+    """The row of two models in a chain: `ears` transcribe, `ask` answers the transcripts."""
+    row = dict.fromkeys(COLUMNS)
+    for group, contents in spoken.items():
+        heard = transcripts(ears, vocab, contents)
+        said = ask(contents=heard)
+        row[f"spoken_{group}"] = exact(said, test)
+        if group == "near":
+            row["spoken_near_unseen"] = unseen(said, test)
+            row["wer_near"] = word_errors(heard, test)
+    return row
+
+
+def swept_at(model, vocab, lam, dev, dev_near, prompt, bar):
+    """A row of the sweep: on dev questions, as settings are never chosen on test questions."""
+    typed = answers(model, vocab, [q["question"] for q in dev], prompt, bar)
+    spoken = answers(model, vocab, dev_near, prompt, bar)
+    heard = transcripts(model, vocab, dev_near, bar)
+    return {"lam": lam, "typed": exact(typed, dev)["value"],
+            "spoken_near": exact(spoken, dev)["value"],
+            "wer_near": word_errors(heard, dev)["value"]}
+
+
+# --- showing it ---------------------------------------------------------------
+
 def read_table(path):
-    result = weights.read_json(path, ["seed", "rows", "lam_sweep", "rel", "seconds", "dtype", "examples"])
-    cells = [result["rows"].get(name, {}).get(column) for name, column in NEEDED] if isinstance(result["rows"], dict) else [None]
-    if not all(isinstance(cell, dict) and "value" in cell for cell in cells):
-        raise ValueError(f"{path}: a cell of its rows is missing; make it again with evaluate.py table")
-    if not result["lam_sweep"] or not all(isinstance(row, dict) and {"lam", "typed", "spoken_near", "wer_near"} <= row.keys() for row in result["lam_sweep"]):
-        raise ValueError(f"{path}: its sweep of lam is empty or damaged; make it again with evaluate.py table")
+    """A table.json, found to have every cell that is shown."""
+    keys = ["seed", "rows", "lam_sweep", "rel", "seconds", "dtype", "examples"]
+    result = runs.read_json(path, keys)
+    needed = [("instruct", "typed"), ("merged", "typed")]
+    needed += [(name, "spoken_near") for name in ROWS if name != "instruct"]
+    rows = result["rows"] if isinstance(result["rows"], dict) else {}
+    for name, column in needed:
+        found = rows.get(name, {}).get(column)
+        if not isinstance(found, dict) or "value" not in found:
+            raise ValueError(f"{path}: a cell of its rows is missing; make it again with "
+                             "evaluate.py table")
+    sweep = result["lam_sweep"]
+    wanted = {"lam", "typed", "spoken_near", "wer_near"}
+    if not sweep or not all(isinstance(row, dict) and wanted <= row.keys() for row in sweep):
+        raise ValueError(f"{path}: its sweep of lam is empty or damaged; make it again with "
+                         "evaluate.py table")
     return result
 
 
 def grid(rows):
-    """Rows of the table, {name: {column: cell}}, for a human; columns that none of them has are left out."""
+    """{name: {column: cell}} for a human; columns that no row has are left out."""
     columns = [c for c in COLUMNS if any(row[c] for row in rows.values())]
     width = max(14, 2 + max(map(len, rows)))
-    lines = [" " * width + "".join(f"{c.replace('spoken_', 'sp_').replace('unseen', 'uns'):>13}" for c in columns)]
-    return "\n".join(lines + [f"{name:{width}}" + "".join(f"{'-' if row[c] is None else format(row[c]['value'], '.3f'):>13}" for c in columns) for name, row in rows.items()])
+    heads = [c.replace("spoken_", "sp_").replace("unseen", "uns") for c in columns]
+    lines = [" " * width + "".join(f"{head:>13}" for head in heads)]
+    for name, row in rows.items():
+        values = ["-" if row[c] is None else format(row[c]["value"], ".3f") for c in columns]
+        lines.append(f"{name:{width}}" + "".join(f"{value:>13}" for value in values))
+    return "\n".join(lines)
 
 
 def show(result):
     """The table for a human."""
     print("\n" + grid({name: result["rows"][name] for name in ROWS}))
-    n = result["rows"]["merged"]["typed"]["n"]
+    n, rel = result["rows"]["merged"]["typed"]["n"], result["rel"]
     print(f"\n{n} test questions; exact answers. "
-          f"|delta| / |base|: instruct {result['rel']['instruct']:.3f}, speech {result['rel']['speech']:.3f}")
-    print("lam (dev):  " + "   ".join(f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}" for row in result["lam_sweep"]))
+          f"|delta| / |base|: instruct {rel['instruct']:.3f}, speech {rel['speech']:.3f}")
+    sweep = [f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}"
+             for row in result["lam_sweep"]]
+    print("lam (dev):  " + "   ".join(sweep))
     for e in result["examples"][:4]:
         print(f'  spoken: "{e["question"]}"   wanted: "{e["answer"]}"   said: "{e["said"]}"')
 
 
 def draw(results, path):
-    """The ladder (what each row reaches, from typed to a far accent) and the lam sweep, averaged over seeds."""
+    """The README's picture: the idea, what rows answer, the sweep of lam; means over seeds."""
     from matplotlib.figure import Figure
-    mean = lambda values: float(np.mean(values)) if values else math.nan
-    figure = Figure(figsize=(11, 4), layout="tight")
-    left, right = figure.subplots(1, 2)
-    ladder = ["typed", "typed_noisy", "spoken_heard", "spoken_near", "spoken_far"]
-    for name in ROWS:
-        left.plot(ladder, [mean([r["rows"][name][c]["value"] for r in results if r["rows"][name][c]]) for c in ladder], marker="o", label=name)
-    left.set(ylabel="answered exactly", ylim=(-0.03, 1.03), title="The ladder: test questions")
-    left.tick_params(axis="x", rotation=20)
-    left.legend()
-    for column, label in (("typed", "typed"), ("spoken_near", "spoken (near voices)")):
-        right.plot(LAMS, [mean([row[column] for r in results for row in r["lam_sweep"] if row["lam"] == lam]) for lam in LAMS], marker="o", label=label)
-    right.set(xlabel="lam", ylim=(-0.03, 1.03), title="The lam sweep: dev questions")
-    right.legend()
+    figure = Figure(figsize=(13, 3.8), layout="tight")
+    idea, bars, sweep = figure.subplots(1, 3, width_ratios=(1.1, 1.2, 0.9))
+    draw_idea(idea)
+
+    def mean(name, column):
+        cells = [result["rows"][name][column] for result in results]
+        return float(np.mean([c["value"] for c in cells if c])) if any(cells) else 0.0
+
+    names = [name for name in ROWS if name != "instruct_rows"]
+    at = np.arange(len(names))
+    typed = [mean(name, "typed") for name in names]
+    spoken = [mean(name, "spoken_near") for name in names]
+    bars.bar(at - 0.2, typed, 0.38, color="0.75", label="typed")
+    bars.bar(at + 0.2, spoken, 0.38, color="tab:blue", label="spoken, unheard voices")
+    bars.set(ylim=(0, 1.19), title="Test questions answered exactly")
+    bars.set_xticks(at, names)
+    bars.legend(loc="upper left", ncols=2, frameon=False)
+
+    rows = [row for result in results for row in result["lam_sweep"]]
+    for column, label, form in (("typed", "typed", "s--"), ("spoken_near", "spoken", "o-")):
+        means = [float(np.mean([row[column] for row in rows if row["lam"] == lam]))
+                 for lam in LAMS]
+        color = "0.5" if column == "typed" else "tab:blue"
+        sweep.plot(LAMS, means, form, color=color, label=label)
+    sweep.set(xlabel="lam: how much hearing is added", ylim=(-0.03, 1.03), title="Dev questions")
+    sweep.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
-    weights.write_file(path, picture.getvalue(), overwrite=True)             # it belongs to its table, which is guarded
+    runs.write_file(path, picture.getvalue(), overwrite=True)   # its table is what is guarded
+
+
+def draw_idea(axes):
+    """Three models, a plus sign, and sound going in."""
+    axes.set(xlim=(0, 10), ylim=(0, 10), title="merged = base + hearing + behaviour")
+    axes.axis("off")
+    boxes = {"base": (1.5, 5), "speech": (4.6, 8), "instruct": (4.6, 2), "merged": (8.2, 5)}
+    for name, (x, y) in boxes.items():
+        strong = name == "merged"
+        axes.text(x, y, name, ha="center", va="center", fontsize=12,
+                  bbox={"boxstyle": "round,pad=0.5", "facecolor": "0.85" if strong else "white"})
+
+    arrows = [((2.2, 5.6), (3.7, 7.5)), ((2.2, 4.4), (3.6, 2.5)),
+              ((5.5, 7.5), (7.3, 5.7)), ((5.6, 2.5), (7.3, 4.3))]
+    for begin, end in arrows:
+        axes.annotate("", end, begin, arrowprops={"arrowstyle": "->", "color": "0.4"})
+    axes.text(1.0, 7.4, "units and text", fontsize=9, color="0.3")
+    axes.text(1.2, 2.4, "typed chats", fontsize=9, color="0.3")
+    axes.text(6.1, 5, "+", fontsize=24, ha="center", va="center")
+
+    time = np.linspace(0, 1, 80)
+    wave = np.sin(40 * time) * np.sin(np.pi * time) * (0.5 + 0.5 * np.sin(9 * time) ** 2)
+    axes.plot(7.3 + 1.8 * time, 8.3 + 0.7 * wave, color="tab:blue", linewidth=1)
+    axes.annotate("", (8.2, 5.8), (8.2, 7.4), arrowprops={"arrowstyle": "->", "color": "tab:blue"})
+    axes.annotate("", (8.2, 2.2), (8.2, 4.2), arrowprops={"arrowstyle": "->", "color": "0.4"})
+    axes.text(8.2, 1.6, '"the capital of\nfrance is paris."', fontsize=9, ha="center", va="center")
 
 
 def report(args):
+    """Join the tables of several seeds, and print the README's."""
     results = [read_table(path) for path in args.tables]
-    made = {"seeds": [{name: r[name] for name in ("seed", "rows", "lam_sweep", "rel", "seconds", "dtype")} for r in results],
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    weights.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    kept = "seed", "rows", "lam_sweep", "rel", "seconds", "dtype"
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    made = {"seeds": [{name: result[name] for name in kept} for result in results],
+            "machine": machine, "versions": versions}
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     draw(results, Path(args.out).with_suffix(".png"))
     print(markdown(made["seeds"]))
 
 
 def markdown(seeds):
-    """The README's tables: the mean over seeds of every cell; and a line per seed, with what counts most: the sum's spoken score as a share
-    of instruct's typed one, and beside it the spoken score of the best of its parents."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    """The README's tables: means over seeds, and a line per seed with what counts most."""
+    lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
     for name in ROWS:
-        cells = [[s["rows"][name][c]["value"] for s in seeds if s["rows"][name][c]] for c in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(f"{np.mean(c):.2f}" if c else "" for c in cells) + " |")
-    lines += ["", "| seed | instruct typed | merged typed | merged spoken_near | best parent's | merged spoken_near / instruct typed | instruct's delta | speech's delta |", "|---|---|---|---|---|---|---|---|"]
+        cells = [[s["rows"][name][c]["value"] for s in seeds if s["rows"][name][c]]
+                 for c in SHOWN]
+        means = [f"{np.mean(values):.2f}" if values else "" for values in cells]
+        lines.append(f"| {name} | " + " | ".join(means) + " |")
+
+    heads = ["seed", "instruct typed", "merged typed", "merged spoken", "of instruct's typed",
+             "best parent's spoken", "size of instruct's delta", "of speech's"]
+    lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for s in seeds:
-        value = lambda row, column: s["rows"][row][column]["value"]
-        typed, both, spoken = value("instruct", "typed"), value("merged", "typed"), value("merged", "spoken_near")
-        parent = max(value(row, "spoken_near") for row in ("base", "instruct_rows", "speech"))
-        lines.append(f"| {s['seed']} | {typed:.2f} | {both:.2f} | {spoken:.2f} | {parent:.2f} | {spoken / typed if typed else math.nan:.2f} | "
-                     f"{s['rel']['instruct']:.2f} | {s['rel']['speech']:.2f} |")
+        def value(row, column):
+            return s["rows"][row][column]["value"]
+
+        typed, spoken = value("instruct", "typed"), value("merged", "spoken_near")
+        parents = [value(row, "spoken_near") for row in ("base", "instruct_rows", "speech")]
+        share_of_typed = spoken / typed if typed else math.nan
+        numbers = [typed, value("merged", "typed"), spoken, share_of_typed, max(parents),
+                   s["rel"]["instruct"], s["rel"]["speech"]]
+        lines.append(f"| {s['seed']} | " + " | ".join(f"{x:.2f}" for x in numbers) + " |")
     return "\n".join(lines)
 
 
-# --- two experiments (experiments.sh) --------------------------------------------------------------------------------------
+# --- two experiments (experiments.sh) -----------------------------------------
 
 def swept(sweep):
     """How much hearing to add: a table's sweep of lam, and in a sentence what it says."""
     lines = [f"{'lam':>6}{'typed':>10}{'spoken':>10}{'word error':>12}   (dev questions)"]
-    lines += [f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}{row['wer_near']:12.2f}" for row in sweep]
+    for row in sweep:
+        lines.append(f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}"
+                     f"{row['wer_near']:12.2f}")
     best = max(sweep, key=lambda row: row["spoken_near"])
     half = next(row for row in sweep if row["spoken_near"] >= best["spoken_near"] / 2)
     if not best["spoken_near"]:
         return "\n".join([*lines, "", "No lam answers a spoken question."])
-    return "\n".join(lines) + (f"\n\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is there at lam {half['lam']:g}; "
-                               f"typed turns go from {sweep[0]['typed']:.2f} without hearing to {best['typed']:.2f} where spoken ones are best.")
+    return "\n".join(lines) + (
+        f"\n\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is "
+        f"there at lam {half['lam']:g}; typed turns go from {sweep[0]['typed']:.2f} without "
+        f"hearing to {best['typed']:.2f} where spoken ones are best.")
 
 
 def compare(args):
-    """The same test questions, typed and aloud, to several models that hear: which answers them?"""
-    weights.free(args.out, args.overwrite)
+    """The same test questions, typed and aloud, to several models that hear."""
+    runs.may_write(args.out, args.overwrite)
     if len(set(args.folders)) < 2:
         raise ValueError(f"compare: got {args.folders[0]} alone, wanted two models or more")
-    questions, rows = read_questions(args.questions), {}
-    test, dev = ([q for q in questions if q["split"] == split] for split in ("test", "dev"))
-    ears = {folder: AudioTokenizer(folder, args.device, args.hubert) for folder in args.folders}      # who cannot hear is told before the first is asked
+    test, dev = read_questions(args.questions)
+
+    # Who cannot hear is told before the first is asked.
+    ears = {folder: AudioTokenizer(folder, args.device, args.hubert) for folder in args.folders}
+    rows, right = {}, {}
     for folder in args.folders:
         model, vocab = LM.load(folder, args.device, torch.float32).eval(), Vocab(folder)
         near = hear(ears[folder], Path(args.questions).parent, test, "near")
-        with runs.Bar(total=4 * len(test) + 2 * len(dev), desc=f"answering {folder}", unit="reply") as bar:
-            rows[folder], _ = score(model, vocab, test, {"near": near}, better_prompt(model, vocab, dev, bar), bar)
-    weights.write_file(args.out, json.dumps({"rows": rows, "made": weights.recipe([*args.folders, args.questions])}, indent=1) + "\n", args.overwrite)
-    print(f"\n{grid(rows)}\n\n{finding(rows)}")
+        count = 4 * len(test) + 2 * len(dev)
+        with runs.Bar(total=count, desc=f"answering {folder}", unit="reply") as bar:
+            prompt = better_prompt(model, vocab, dev, bar)
+            rows[folder], said = score(model, vocab, test, {"near": near}, prompt, bar)
+        right[folder] = np.array([normal(text) == normal(q["answer"])
+                                  for text, q in zip(said, test)], dtype=int)
+
+    first, *others = rows
+    ahead = {other: ratio(right[first] - right[other], [1] * len(test), facts(test))
+             for other in others}
+    made = {"rows": rows, "ahead": ahead, "made": runs.recipe([*args.folders, args.questions])}
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    print(f"\n{grid(rows)}\n\n{finding(rows, ahead)}")
 
 
-def finding(rows):
-    """One sentence: what the first model answers when spoken to, what the others do and whether chance could part them from it; and all of them typed to."""
+def finding(rows, ahead):
+    """One sentence: what the first model answers when spoken to, and what the others do.
+
+    ahead {name: cell}: how much more of the same questions the first answers than that one.
+    Questions are compared one by one, as some are hard for all models: the intervals of two
+    scores would overlap long after their difference is certain.
+    """
     (name, first), *others = rows.items()
-    said = [f"{name} answers {first['spoken_near']['value']:.2f} of {first['typed']['n']} questions"]
+    n = first["typed"]["n"]
+    said = [f"{name} answers {first['spoken_near']['value']:.2f} of {n} questions"]
     for other, row in others:
-        less, more = sorted((first["spoken_near"], row["spoken_near"]), key=lambda cell: cell["value"])
-        said.append(f"{other} {row['spoken_near']['value']:.2f} ({'more than chance apart' if less['high'] < more['low'] else 'may be chance: 95 % intervals overlap'})")
-    return f"Asked aloud, {', '.join(said)}; typed, {', '.join(format(row['typed']['value'], '.2f') for row in rows.values())}."
+        chance = ahead[other]["low"] <= 0 <= ahead[other]["high"]
+        verdict = "more than chance apart"
+        if chance:
+            verdict = "may be chance: the 95 % interval of their difference holds 0"
+        said.append(f"{other} {row['spoken_near']['value']:.2f} ({verdict})")
+    typed = ", ".join(format(row["typed"]["value"], ".2f") for row in rows.values())
+    return f"Asked aloud, {', '.join(said)}; typed, {typed}."
 
 
-# --- any benchmark ---------------------------------------------------------------------------------------------------------
+# --- units --------------------------------------------------------------------
 
-METRICS = ["exact", "wer", "choice"]
+def units_report(folder):
+    """How a corpus uses its units, and how alike a word is across voices."""
+    corpus = audio.Units(folder)
+    rate, k = corpus.meta["frame_rate"], corpus.meta["k"]
+    counts = np.bincount(corpus.units, weights=corpus.durations, minlength=k)
+    p = counts[counts > 0] / counts.sum()
+    seconds = float(corpus.durations.sum() / rate)
+    said = {"clips": len(corpus.rows), "hours": round(seconds / 3600, 3),
+            "units_used": len(p), "of": k,
+            "perplexity": round(float(np.exp(-(p * np.log(p)).sum())), 1),
+            "units_per_second": round(len(corpus.units) / seconds, 2),
+            "frames_per_run": round(float(corpus.durations.mean()), 2)}
 
+    # {word: [(speaker, its units)]}, of words long enough to tell apart.
+    words = {}
+    for i, row in enumerate(corpus.rows):
+        for word, begin, end in row.get("words") or []:
+            units = audio.between(*corpus[i], begin, end, rate)
+            if len(word) > 3 and len(units):
+                spoken = words.setdefault(word.strip(".").lower(), [])
+                spoken.append((row.get("speaker"), units))
 
-def kept(args, made, items, work):
-    """work(list of items) -> list of results, for all items in batches. Every batch joins OUT.rows at once: after a stop the same command goes on there."""
-    weights.free(args.out, args.overwrite)
-    partial = Path(f"{args.out}.rows")
-    text = partial.read_text() if partial.exists() else ""
-    try:
-        lines = [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]      # a kill may have left half a line
-    except ValueError:
-        lines = [None]
-    if lines and lines[0] != made:
-        raise ValueError(f"{partial} is damaged, or was begun with another model or other rows; give what it was begun with, or remove it")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines or [made]))
-    done = lines[1:]
-    with open(partial, "a") as file, runs.Bar(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
-        while len(done) < len(items):
-            got = work(items[len(done):len(done) + BATCH])
-            file.writelines(json.dumps(result) + "\n" for result in got)
-            file.flush()
-            done += got
-            bar.update(len(got))
-    return done
-
-
-def finished(args, result):
-    weights.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
-    Path(f"{args.out}.rows").unlink()
-    print(json.dumps({name: value for name, value in result.items() if name not in ("made", "rows")}, indent=1))
-
-
-@torch.inference_mode()
-def at_every_place(model, prompts):
-    """Log-probabilities (T, V) behind every id of each prompt (lists of ids), one prompt after the other."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(model.lm_head.weight.device)      # (B, T): what is behind the end is not seen
-    hidden = model.model(ids)                                              # (B, T, C)
-    for row, prompt in zip(hidden, prompts):
-        yield model.lm_head(row[:len(prompt)]).float().log_softmax(-1)
+    # Of two voices: the same word twice, and another word in place of the second.
+    rng, same, other = random.Random(0), [], []
+    for word in sorted(words):
+        for _ in range(20):
+            speaker, a = rng.choice(words[word])
+            another, b = rng.choice(words[word])
+            _, c = rng.choice(words[rng.choice([w for w in sorted(words) if w != word] or [word])])
+            if speaker != another:
+                same.append(edit_distance(a, b) / max(len(a), len(b)))
+                other.append(edit_distance(a, c) / max(len(a), len(c)))
+    if same:
+        said["distance_same_word_other_voice"] = round(float(np.mean(same)), 3)
+        said["distance_other_word"] = round(float(np.mean(other)), 3)
+    return said
 
 
-def letters(vocab, n):
-    """The id with which a reply begins that is the letter A, B, C ... of n choices."""
-    ids = [vocab.encode(chr(65 + i))[0] for i in range(n)]
-    if n > 26 or len(set(ids)) < n:
-        raise ValueError(f"{n} choices: wanted at most 26, with letters that this tokenizer tells apart")
-    return ids
+# --- the command --------------------------------------------------------------
 
-
-def read_benchmark(path):
-    rows = weights.read_lines(path)
-    for number, row in enumerate(rows, 1):
-        row["metric"] = row.get("metric") or ("choice" if row.get("choices") else "exact")
-        wrong = (row["metric"] not in METRICS and f"metric {row['metric']!r}, wanted one of {', '.join(METRICS)}" or
-                 not (isinstance(row.get("answer"), str) and row["answer"].strip()) and "no answer, wanted a string with something in it" or
-                 not any(row.get(name) for name in ("audio", "text", "instruction")) and "nothing to ask, wanted audio, text or instruction" or
-                 next((f"got {name} = {str(row[name])[:40]}, wanted a string" for name in ("audio", "text", "instruction") if not isinstance(row.get(name) or "", str)), None) or
-                 row["metric"] == "choice" and (not isinstance(row.get("choices"), list) or not all(isinstance(c, str) for c in row["choices"]) or row["answer"] not in row["choices"] + [chr(65 + i) for i in range(len(row["choices"]))])
-                 and "answer is none of its choices nor their letters")
-        if wrong:
-            raise ValueError(f"{path}, row {number}: {wrong}")
-    return rows
-
-
-def chosen(letter, row):
-    """What a letter stands for, in the form of the row's answer: the text of a choice, or the letter where the answer is none of the texts."""
-    return row["choices"][ord(letter.upper()) - 65] if row["answer"] in row["choices"] else letter.upper()
-
-
-def benchmark(args):
-    """Score a model on JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}."""
-    rows, folder = read_benchmark(args.rows), Path(args.rows).parent
-    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder)
-    ears = AudioTokenizer(args.folder, args.device, args.hubert) if any(row.get("audio") for row in rows) else None
-
-    def content(row):
-        words = [row[name] for name in ("text", "instruction") if row.get(name)]
-        if row["metric"] == "choice":
-            words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(row["choices"])] + ["Answer with the letter."]
-        heard = [ears(audio.load(folder / row["audio"]))[0]] if row.get("audio") else []
-        return heard + ([" " * bool(heard) + "\n".join(words)] if words else [])
-
-    def work(part):
-        prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
-        open_ = [i for i, row in enumerate(part) if row["metric"] != "choice"]
-        said = dict(zip(open_, replies(model, vocab, [prompts[i] for i in open_])))
-        chosen = [i for i, row in enumerate(part) if row["metric"] == "choice"]
-        for i, places in zip(chosen, at_every_place(model, [prompts[i] for i in chosen]) if chosen else ()):
-            said[i] = chr(65 + int(places[-1, letters(vocab, len(part[i]["choices"]))].argmax()))
-        return [said[i] for i in range(len(part))]
-
-    said, result = kept(args, weights.recipe([args.folder, args.rows])["inputs"], rows, work), {}
-    for metric in METRICS:
-        pairs = [(normal(text), row) for text, row in zip(said, rows) if row["metric"] == metric]
-        if not pairs:
-            continue
-        if metric == "wer":
-            words = [normal(row["answer"]).removesuffix(".").split() for _, row in pairs]      # the full stop that transcripts end with is no word
-            result[metric] = ratio([edit_distance(text.removesuffix(".").split(), w) for (text, _), w in zip(pairs, words)], [len(w) for w in words])
-        elif metric == "exact":
-            result[metric] = share([text == normal(row["answer"]) for text, row in pairs])
-        else:
-            result[metric] = share([chosen(text, row) == row["answer"] for text, row in pairs])
-    finished(args, result | {"rows": said, "made": weights.recipe([args.folder, args.rows])})
-
-
-def pairs(args):
-    """Share of pairs of clips in which the model finds the good one likelier, per unit; ties half. (sBLIMP, sWUGGY, spoken StoryCloze, SALMon.)"""
-    if Path(args.rows).is_dir():
-        good = {path.relative_to(Path(args.rows) / "good"): path for path in sorted((Path(args.rows) / "good").rglob("*")) if path.suffix.lower() in audio.AUDIO}
-        rows, folder = [{"good": str(path), "bad": str(Path(args.rows) / "bad" / name)} for name, path in good.items()], Path()
-    else:
-        rows, folder = weights.read_lines(args.rows), Path(args.rows).parent
-    if not rows or not all(isinstance(row.get(side), str) for row in rows for side in ("good", "bad")):
-        raise ValueError(f'{args.rows}: wanted folders good/ and bad/ with files of the same names, or JSON lines {{"good": path, "bad": path}}')
-    model, vocab, ears = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder), AudioTokenizer(args.folder, args.device, args.hubert)
-    if not vocab.speech:
-        raise ValueError(f"{args.folder}: cannot hear (no speech.json); give a speech model")
-    first, k = vocab.speech["first_unit"], vocab.speech["k"]
-
-    def hear(path):
-        units, _ = ears(audio.load(path))
-        if not len(units):
-            raise ValueError(f"{path}: under one frame, nothing to compare")
-        return vocab.span(units)[:-1]
-
-    def work(part):
-        prompts = [hear(folder / row[side]) for row in part for side in ("good", "bad")]
-        mean = []
-        for prompt, places in zip(prompts, at_every_place(model, prompts)):
-            units = places[:-1, first:first + k].log_softmax(-1)           # (n, k): among units alone, as in training
-            mean.append(units.gather(1, torch.tensor(prompt[1:], device=units.device)[:, None] - first).mean().item())
-        return [[g, b] for g, b in zip(mean[::2], mean[1::2])]
-
-    scores = kept(args, weights.recipe([args.folder, args.rows])["inputs"], rows, work)
-    won = [1.0 if g > b else 0.5 if g == b else 0.0 for g, b in scores]
-    finished(args, {"pairs": share(won), "rows": scores, "made": weights.recipe([args.folder, args.rows])})
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Measure what the merged model can do, beside what it was made from.")
+def arguments():
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        description="Measure what the merged model can do, beside what it was made from.")
     commands = parser.add_subparsers(dest="action", required=True)
     one = commands.add_parser("table", help="the results table of one run")
     for name in ("base", "instruct", "speech", "merged"):
@@ -522,26 +626,44 @@ def main():
     two.add_argument("tables", nargs="+", help="table.json files")
     sweep = commands.add_parser("lam", help="the sweep of lam of a table, and what it says")
     sweep.add_argument("table", help="a table.json")
-    five = commands.add_parser("compare", help="ask several models that hear the same test questions, typed and aloud")
-    five.add_argument("folders", nargs="+", help="model folders that hear")
-    for command in (one, five):
-        command.add_argument("--questions", required=True, help="questions.jsonl of toy.py world, or of that form")
-    three = commands.add_parser("benchmark", help='score a model on JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}')
-    four = commands.add_parser("pairs", help="how often the good clip of a pair is likelier: a folder with good/ and bad/, or JSON lines")
-    for command in (three, four):
-        command.add_argument("folder", help="a model folder that hears")
-        command.add_argument("rows", help="the rows" if command is three else "a folder with good/ and bad/, or JSON lines")
-    for command in (one, three, four, five):
-        command.add_argument("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
-    for command in (one, two, three, four, five):
-        command.add_argument("--out", required=True, help=".json to write; of table and report, a picture goes beside it as .png")
+    three = commands.add_parser("compare", help="ask several models that hear the same test "
+                                                "questions, typed and aloud")
+    three.add_argument("folders", nargs="+", help="model folders that hear")
+    units = commands.add_parser("units", help="used units, perplexity, rate, and how alike a word "
+                                              "is across voices")
+    units.add_argument("folder", help="a units folder of tokenize_audio.py encode")
+
+    for command in (one, three):
+        command.add_argument("--questions", required=True,
+                             help="questions.jsonl of toy.py world, or of that form")
+        command.add_argument("--hubert",
+                             help="the HuBERT folder, if it was too big to travel with the model")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                             help="cpu or cuda (default: cuda if there is one)")
+    for command in (one, two, three):
+        command.add_argument("--out", required=True, help=".json to write; of table and report, a "
+                                                          "picture goes beside it as .png")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = arguments().parse_args()
     if hasattr(args, "out") and Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
-    {"table": table, "report": report, "show": lambda args: show(read_table(args.table)), "lam": lambda args: print(swept(read_table(args.table)["lam_sweep"])), "compare": compare, "benchmark": benchmark, "pairs": pairs}[args.action](args)
+    if args.action == "table":
+        table(args)
+    elif args.action == "report":
+        report(args)
+    elif args.action == "compare":
+        compare(args)
+    elif args.action == "show":
+        show(read_table(args.table))
+    elif args.action == "lam":
+        print(swept(read_table(args.table)["lam_sweep"]))
+    else:
+        print(json.dumps(units_report(args.folder), indent=1))
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    runs.run(main)

@@ -1,20 +1,21 @@
-"""HuBERT: samples -> convolutions -> a transformer whose middle layers sound like phones; and the training of a small one.
+"""HuBERT: samples -> convolutions -> a transformer whose middle layers tell phones apart.
 
-in   16 kHz samples, a Hugging Face HuBERT folder        out  the hidden states of a layer, 50 frames a second
+in   16 kHz samples, a Hugging Face HuBERT folder
+out  the hidden states of a layer, 50 frames a second; or a small HuBERT, trained here
 see  HuBERT (arXiv:2106.07447), wav2vec 2.0 (arXiv:2006.11477)
 run  python hubert.py train --units out/units_mfcc --out out/hubert
 
-`train` is HuBERT's first iteration in miniature: hide stretches of the sound, predict the clusters (units of any earlier
-codebook, MFCC ones to begin with) of the hidden frames from what is around them.
+`train` is HuBERT's first iteration in miniature: hide stretches of the sound, and predict
+the clusters of the hidden frames from what is around them. Clusters are the units of any
+earlier codebook, those of MFCCs to begin with.
 
-*Layer n* is the residual stream after n blocks (0: before the first), without the last norm that large models end with.
+*Layer n* is the residual stream after n blocks (0: before the first), without the last norm that
+large models end with.
 Dimension key:  B batch   N samples   T frames   C hidden_size   H heads   D head width
 """
 import argparse
 import json
 import math
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +32,12 @@ import weights
 
 @dataclass
 class Config:
-    """The part of a HuBERT `config.json` that shapes the network; defaults are the small model that `train` makes."""
+    """What of a HuBERT `config.json` shapes the network; defaults are the model of `train`."""
     conv_dim: tuple = (64,) * 7
     conv_kernel: tuple = (10, 3, 3, 3, 3, 2, 2)
     conv_stride: tuple = (5, 2, 2, 2, 2, 2, 2)
     conv_bias: bool = False
-    feat_extract_norm: str = "group"                    # "group": one norm over time in the first layer; "layer": one in each
+    feat_extract_norm: str = "group"  # over time in the first layer; "layer": a norm in each
     feat_proj_layer_norm: bool = True
     hidden_size: int = 192
     intermediate_size: int = 576
@@ -44,70 +45,81 @@ class Config:
     num_attention_heads: int = 3
     num_conv_pos_embeddings: int = 32
     num_conv_pos_embedding_groups: int = 16
-    conv_pos_batch_norm: bool = False                   # True in the 25 Hz mHuBERT: a batch norm in place of weight norm
-    do_stable_layer_norm: bool = True                   # False: norms after each sum (base); True: before each part (large)
+    conv_pos_batch_norm: bool = False  # True in the 25 Hz mHuBERT: in place of weight norm
+    do_stable_layer_norm: bool = True  # norms before each part (large), or after each sum (base)
     layer_norm_eps: float = 1e-5
-    do_normalize: bool = False                          # of preprocessor_config.json: zero mean, unit variance per clip
+    do_normalize: bool = False  # of preprocessor_config.json: mean 0, variance 1 per clip
 
     @classmethod
     def read(cls, folder):
         path = Path(folder) / "config.json"
         if not path.exists():
             raise FileNotFoundError(f"{path}: missing; wanted a Hugging Face HuBERT folder")
-        raw = weights.read_json(path)
+        raw = runs.read_json(path)
         if raw.get("model_type") != "hubert":
             raise ValueError(f"{path}: model_type {raw.get('model_type')!r}, wanted 'hubert'")
         preprocessor = Path(folder) / "preprocessor_config.json"
-        raw["do_normalize"] = weights.read_json(preprocessor).get("do_normalize", False) if preprocessor.exists() else False
+        raw["do_normalize"] = False
+        if preprocessor.exists():
+            raw["do_normalize"] = runs.read_json(preprocessor).get("do_normalize", False)
         for name in ("hidden_act", "feat_extract_activation"):
             if raw.get(name, "gelu") != "gelu":
                 raise ValueError(f"{path}: {name} {raw[name]!r} is not supported; wanted 'gelu'")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in cls.__dataclass_fields__})
+        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value
+                      for name, value in known.items()})
 
     def write(self, folder):
-        raw = {name: value for name, value in vars(self).items() if name != "do_normalize"} | {
-            "architectures": ["HubertModel"], "model_type": "hubert", "hidden_act": "gelu", "feat_extract_activation": "gelu",
-            "num_feat_extract_layers": len(self.conv_dim)}
+        raw = {name: value for name, value in vars(self).items() if name != "do_normalize"}
+        raw |= {"architectures": ["HubertModel"], "model_type": "hubert", "hidden_act": "gelu",
+                "feat_extract_activation": "gelu", "num_feat_extract_layers": len(self.conv_dim)}
+        heard = {"feature_extractor_type": "Wav2Vec2FeatureExtractor",
+                 "sampling_rate": audio.SAMPLE_RATE, "do_normalize": self.do_normalize}
         (Path(folder) / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps({
-            "feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": audio.SAMPLE_RATE, "do_normalize": self.do_normalize}) + "\n")
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(heard) + "\n")
 
 
-# --- the network, under Hugging Face's names -------------------------------------------------------------------------------
+# --- the network, under Hugging Face's names ----------------------------------
 
 class ConvLayer(nn.Module):
     def __init__(self, config, i):
         super().__init__()
-        self.kind = config.feat_extract_norm if i == 0 or config.feat_extract_norm == "layer" else None
-        width = config.conv_dim[i]
-        self.conv = nn.Conv1d(config.conv_dim[i - 1] if i else 1, width, config.conv_kernel[i], config.conv_stride[i], bias=config.conv_bias)
-        if self.kind:
-            self.layer_norm = nn.GroupNorm(width, width) if self.kind == "group" else nn.LayerNorm(width)
+        norm, width = config.feat_extract_norm, config.conv_dim[i]
+        self.kind = norm if i == 0 or norm == "layer" else None
+        self.conv = nn.Conv1d(config.conv_dim[i - 1] if i else 1, width, config.conv_kernel[i],
+                              config.conv_stride[i], bias=config.conv_bias)
+        if self.kind == "group":
+            self.layer_norm = nn.GroupNorm(width, width)
+        elif self.kind == "layer":
+            self.layer_norm = nn.LayerNorm(width)
 
-    def forward(self, x, counts=None):                                      # (B, channels, time); counts (B,): of which so many are the clip's
+    def forward(self, x, counts=None):
+        """x (B, channels, time); counts (B,): how much of the time is the clip's, if not all."""
         x = self.conv(x)
         if self.kind == "group" and counts is None:
-            x = self.layer_norm(x)                                          # each channel over all of the clip's time
-        elif self.kind == "group":                                         # over that of the clip alone: what fills up a batch says nothing
+            x = self.layer_norm(x)                      # a channel over all of its time
+        elif self.kind == "group":                          # over the clip's time alone
             for row, n in zip(x, counts.tolist()):
                 row[:, :n] = self.layer_norm(row[None, :, :n])[0]
         elif self.kind == "layer":
-            x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)          # all channels at one time
+            x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)  # all channels at one time
         return F.gelu(x)
 
 
 class FeatureExtractor(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in range(len(config.conv_dim)))
+        layers = range(len(config.conv_dim))
+        self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in layers)
 
     def forward(self, samples, counts=None):
         x = samples[:, None]                                                # (B, 1, N)
         for layer in self.conv_layers:
             if counts is not None:
-                counts = (counts - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+                kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+                counts = (counts - kernel) // stride + 1
             x = layer(x, counts)
-        return x.transpose(1, 2)                                            # (B, T, conv_dim)
+        return x.transpose(1, 2)                                      # (B, T, conv_dim)
 
 
 class FeatureProjection(nn.Module):
@@ -123,23 +135,28 @@ class FeatureProjection(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """Position from a wide grouped convolution. Its weight is stored as direction and length per tap ("weight norm"), or plain behind a
-    batch norm."""
+    """Position from a wide grouped convolution.
+
+    Its weight is stored as direction and length per tap ("weight norm"), or plain behind a
+    batch norm.
+    """
 
     def __init__(self, config):
         super().__init__()
-        C, self.width = config.hidden_size, config.num_conv_pos_embeddings
-        conv = nn.Conv1d(C, C, self.width, padding=self.width // 2, groups=config.num_conv_pos_embedding_groups)
+        C, width = config.hidden_size, config.num_conv_pos_embeddings
+        conv = nn.Conv1d(C, C, width, padding=width // 2,
+                         groups=config.num_conv_pos_embedding_groups)
         self.batch_norm = nn.BatchNorm1d(C) if config.conv_pos_batch_norm else None
         self.conv = conv if self.batch_norm else nn.utils.parametrizations.weight_norm(conv, dim=2)
 
-    def forward(self, x, real=None):                                        # (B, T, C)
+    def forward(self, x, real=None):
+        """x (B, T, C); real (B, T) bool: frames of the clip. Beyond its end there is silence."""
         x = x.transpose(1, 2)                                               # (B, C, T)
         if self.batch_norm:
             x = self.batch_norm(x)
         if real is not None:
-            x = x * real[:, None]                                           # beyond a clip's end there is silence, as if it were alone
-        y = self.conv(x)                                                    # (B, C, T), one more if the width is even
+            x = x * real[:, None]
+        y = self.conv(x)                      # (B, C, T), one more if the width is even
         return F.gelu(y[:, :, :x.shape[2]]).transpose(1, 2)                 # (B, T, C)
 
 
@@ -147,12 +164,21 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.H = config.hidden_size, config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(C, C) for _ in range(4))
+        self.q_proj = nn.Linear(C, C)
+        self.k_proj = nn.Linear(C, C)
+        self.v_proj = nn.Linear(C, C)
+        self.out_proj = nn.Linear(C, C)
 
     def forward(self, x, real=None):
+        """Every frame of a clip, (B, T, C), sees every other."""
         B, T, C = x.shape
-        q, k, v = (p(x).view(B, T, self.H, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))   # (B, H, T, D) each
-        y = F.scaled_dot_product_attention(q, k, v, None if real is None else real[:, None, None])     # every frame of a clip sees every other
+
+        def heads(y):
+            return y.view(B, T, self.H, -1).transpose(1, 2)               # (B, H, T, D)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        mask = None if real is None else real[:, None, None]              # (B, 1, 1, T)
+        y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))            # (B, T, C)
 
 
@@ -169,7 +195,8 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.norm_first = config.do_stable_layer_norm
@@ -215,21 +242,29 @@ class Hubert(nn.Module):
     def forward(self, samples, layer, hidden=None, lengths=None):
         """Layer `layer`'s residual stream, (B, T, C), of samples (B, N); T = N // hop exactly.
 
-        `lengths` (B,) int: clips of unequal length, filled up; the first lengths // hop frames of each are what it gives alone.
-        `hidden` (B, T) bool: frames replaced by the mask vector before the encoder.
+        lengths  (B,) int: clips of unequal length, filled up; the first lengths // hop frames of
+                 each are what it gives alone
+        hidden   (B, T) bool: frames replaced by the mask vector before the encoder
         """
-        counts = real = None
-        T, pad = samples.shape[1] // self.hop(), (self.receptive_field() - self.hop()) // 2        # 40 samples for 320 a frame: 50 frames a second, not 49
+        # 40 samples more on each side, for 320 a frame: 50 frames a second, not 49.
+        hop, pad = self.hop(), (self.receptive_field() - self.hop()) // 2
+        T, device = samples.shape[1] // hop, samples.device
+
+        counts = real = inside = None
+        n = samples.shape[1]
         if lengths is not None:
-            inside = torch.arange(samples.shape[1], device=samples.device) < lengths[:, None]                  # (B, N)
-            real = torch.arange(T, device=samples.device) < (lengths // self.hop())[:, None]                   # (B, T)
-            counts, samples = lengths + 2 * pad, samples * inside
+            n = lengths[:, None]                                            # (B, 1)
+            inside = torch.arange(samples.shape[1], device=device) < n      # (B, N)
+            real = torch.arange(T, device=device) < n // hop                # (B, T)
+            counts = lengths + 2 * pad                                      # (B,)
+            samples = samples * inside
         if self.config.do_normalize:
-            n = samples.shape[1] if lengths is None else lengths[:, None]
             samples = samples - samples.sum(-1, keepdim=True) / n
             samples = samples if lengths is None else samples * inside
             samples = samples * torch.rsqrt(samples.pow(2).sum(-1, keepdim=True) / n + 1e-7)
-        x = self.feature_projection(self.feature_extractor(F.pad(samples, (pad, pad)), counts))[:, :T]          # (B, T, C)
+
+        x = self.feature_extractor(F.pad(samples, (pad, pad)), counts)  # (B, T or more, ...)
+        x = self.feature_projection(x)[:, :T]                               # (B, T, C)
         if hidden is not None:
             x = torch.where(hidden[:, :, None], self.masked_spec_embed, x)
         return self.encoder(x, layer, real)
@@ -243,11 +278,14 @@ class Hubert(nn.Module):
 
     @classmethod
     def fresh(cls, config, seed):
-        """Random weights: convolutions that keep the sound's scale (PyTorch's own would shrink it to nothing in seven layers), normal 0.02 else."""
+        """Random weights: normal 0.02, and convolutions that keep the sound's scale.
+
+        PyTorch's own would shrink it to nothing in seven layers.
+        """
         torch.manual_seed(seed)
         model = cls(config)
         for name, module in model.named_modules():
-            if name.startswith("feature_extractor") and isinstance(module, nn.Conv1d):
+            if isinstance(module, nn.Conv1d) and name.startswith("feature_extractor"):
                 nn.init.kaiming_normal_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -256,7 +294,7 @@ class Hubert(nn.Module):
 
     @classmethod
     def load(cls, folder, device="cpu"):
-        """A HuBERT from a Hugging Face folder, whether saved as HubertModel or under a head (its tensors are dropped)."""
+        """A HuBERT from a Hugging Face folder, saved bare or under a head, which is dropped."""
         with torch.device("meta"):
             model = cls(Config.read(folder))
         stored = weights.Tensors(folder)
@@ -264,12 +302,15 @@ class Hubert(nn.Module):
 
         def ours(name):
             if headed and not name.startswith("hubert."):
-                return None                                                 # a CTC or classification head
+                return None                     # of a CTC or classification head
             name = name.removeprefix("hubert.")
-            return (name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
-                        .replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1"))
+            for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+                name = name.replace(f"pos_conv_embed.conv.{old}",
+                                    f"pos_conv_embed.conv.parametrizations.weight.{new}")
+            return name
+
         weights.load_into(model, folder, ours, optional=["masked_spec_embed"])
-        if model.masked_spec_embed.is_meta:                                 # some folders lack it, and only training hides frames
+        if model.masked_spec_embed.is_meta:  # some folders lack it; only training hides frames
             model.masked_spec_embed = nn.Parameter(torch.zeros(model.config.hidden_size))
         return model.to(device, torch.float32).eval()
 
@@ -278,11 +319,11 @@ class Hubert(nn.Module):
         weights.save(folder, self.state_dict())
 
 
-# --- masked prediction -----------------------------------------------------------------------------------------------------
+# --- masked prediction --------------------------------------------------------
 
-CROP = 2 * audio.FRAME_RATE                              # frames of a training clip: 2 seconds
-SPAN, HIDDEN = 10, 0.065                                 # a hidden stretch is 10 frames (200 ms); the share of frames at which one begins
-SAVE_EVERY = 100
+CROP = 2 * audio.FRAME_RATE     # frames of a training clip: 2 seconds
+SPAN, HIDDEN = 10, 0.065  # frames of a hidden stretch (200 ms); the share where one begins
+SAVE_EVERY, LOG_EVERY = 100, 50                             # steps
 
 
 def hide(shape, rng):
@@ -295,92 +336,124 @@ def hide(shape, rng):
 
 
 def crops(clips, labels, batch, rng):
-    """Random clips of CROP frames: samples (B, CROP * HOP) float32 and their labels (B, CROP), -100 where a short clip was filled up."""
-    samples, targets = np.zeros((batch, CROP * audio.HOP), np.float32), np.full((batch, CROP), -100)
+    """Random clips of CROP frames: samples (B, CROP * HOP) float32 and their labels (B, CROP).
+
+    Labels are -100 where a short clip was filled up.
+    """
+    samples = np.zeros((batch, CROP * audio.HOP), np.float32)
+    targets = np.full((batch, CROP), -100)
     seconds = np.array([len(label) for label in labels], dtype=float)
     for b, i in enumerate(rng.choice(len(clips), batch, p=seconds / seconds.sum())):
         at = int(rng.integers(max(1, len(labels[i]) - CROP + 1)))
-        sound, label = clips[i][at * audio.HOP:(at + CROP) * audio.HOP], labels[i][at:at + CROP]
-        samples[b, :len(sound)], targets[b, :len(label)] = sound, label
+        sound = clips[i][at * audio.HOP:(at + CROP) * audio.HOP]
+        label = labels[i][at:at + CROP]
+        samples[b, :len(sound)] = sound
+        targets[b, :len(label)] = label
     return torch.from_numpy(samples), torch.from_numpy(targets)
 
 
 def masked_loss(logits, targets, hidden):
-    """(loss, which frames count as hidden) of logits (B, T, K), targets (B, T), -100 where a clip was filled up, and hidden (B, T) bool.
+    """(loss, which frames count as hidden, (B, T) bool).
 
-    HuBERT's loss is on hidden frames alone; on a budget of minutes the seen ones, easier, give the convolutions their start.
+    logits (B, T, K), targets (B, T), -100 where a clip was filled up, hidden (B, T) bool.
+    HuBERT's loss is on hidden frames alone. On a budget of minutes the seen ones, easier,
+    give the convolutions their start.
     """
     real = targets >= 0                                                     # (B, T)
-    at, seen = hidden & real, ~hidden & real                                # (B, T) each
-    return F.cross_entropy(logits[at], targets[at]) + F.cross_entropy(logits[seen], targets[seen]), at
+    at, seen = hidden & real, ~hidden & real                               # (B, T) each
+    loss = F.cross_entropy(logits[at], targets[at]) + F.cross_entropy(logits[seen], targets[seen])
+    return loss, at
 
 
 def train(args, out):
+    """Train a small HuBERT on a units folder's audio, with its units as the targets."""
     corpus = audio.Units(args.units)
     if corpus.meta["frame_rate"] != audio.FRAME_RATE:
-        raise ValueError(f"{args.units}: {corpus.meta['frame_rate']} frames per second, wanted {audio.FRAME_RATE}")
+        raise ValueError(f"{args.units}: {corpus.meta['frame_rate']} frames per second, wanted "
+                         f"{audio.FRAME_RATE}")
     labels = [np.repeat(*corpus[i]).astype(np.int64) for i in range(len(corpus.rows))]
-    clips = [audio.load(row["audio"]) for row in runs.Bar(corpus.rows, desc="reading audio", unit="clip")]
+    reading = runs.Bar(corpus.rows, desc="reading audio", unit="clip")
+    clips = [audio.load(row["audio"]) for row in reading]
+
     model = Hubert.fresh(Config(), args.seed)
-    head = nn.Linear(model.config.hidden_size, corpus.meta["k"])            # thrown away after training
-    model.to(args.device), head.to(args.device)
-    learner = nn.ModuleDict({"model": model, "head": head})
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    step, checkpoint = 0, out / "checkpoint.pt"
-    settings = {name: str(getattr(args, name)) for name in ("steps", "lr", "batch", "seed", "dtype")} | {"units": weights.fingerprint(args.units)}
-    if checkpoint.exists():
-        saved = weights.read_checkpoint(checkpoint, args.device, ["learner", "optimizer", "step", "settings"])
-        if saved["settings"] != settings:
-            raise ValueError(f"{out} holds a run with other settings ({saved['settings']}); give those, or remove that folder")
-        learner.load_state_dict(saved["learner"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+    head = nn.Linear(model.config.hidden_size, corpus.meta["k"])            # not kept
+    learner = nn.ModuleDict({"model": model, "head": head}).to(args.device)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.98),
+                                  weight_decay=0.01)
+
+    flags = "steps", "lr", "batch", "seed", "dtype"
+    settings = {name: str(getattr(args, name)) for name in flags}
+    settings["units"] = runs.fingerprint(args.units)
+    checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
+    step, saved = 0, checkpoint.read("learner", "optimizer", "step")
+    if saved:
+        learner.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        step = saved[2]
         tqdm.write(f"resuming at step {step} of {args.steps}")
-    began = time.time()
-    for step in runs.Bar(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step", initial=step, total=args.steps, smoothing=0.05):
-        for group in optimizer.param_groups:                                # warm-up over a tenth, then a straight line to zero
-            group["lr"] = args.lr * min(step / (0.1 * args.steps), (args.steps - step + 1) / (0.9 * args.steps))
+    runs.keep_log(out / "log.jsonl", step)
+
+    for step in runs.Bar(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step",
+                         initial=step, total=args.steps, smoothing=0.05):
+        # Warm-up over a tenth, then a straight line to zero.
+        rate = min(step / (0.1 * args.steps), (args.steps - step + 1) / (0.9 * args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * rate
+
         rng = np.random.default_rng([args.seed, step])
-        samples, targets = (t.to(args.device) for t in crops(clips, labels, args.batch, rng))
+        samples, targets = (x.to(args.device) for x in crops(clips, labels, args.batch, rng))
         hidden = torch.from_numpy(hide(targets.shape, rng)).to(args.device)
         with runs.autocast(args.device, runs.DTYPES[args.dtype]):
-            logits = head(model(samples, model.config.num_hidden_layers, hidden)).float()                     # (B, T, K)
+            states = model(samples, model.config.num_hidden_layers, hidden)
+            logits = head(states).float()                                   # (B, T, K)
         loss, at = masked_loss(logits, targets, hidden)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0 or step == args.steps:
-            right = (logits[at].argmax(-1) == targets[at]).float().mean().item()
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, "loss": round(loss.item(), 4), "right": round(right, 4)}) + "\n")
-            tqdm.write(f"step {step}/{args.steps} | loss {loss.item():.3f} | hidden frames right {right:.1%} | "
-                       f"{step * args.batch * CROP / audio.FRAME_RATE / 3600:.2f} h heard | {time.time() - began:.0f} s")
+
+        if step % LOG_EVERY == 0 or step == args.steps:
+            write_log(args, out / "log.jsonl", step, loss.item(), logits[at], targets[at])
         if step % SAVE_EVERY == 0:
-            with open(checkpoint.with_suffix(".tmp"), "wb") as file:
-                torch.save({"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings}, file)
-                weights.settle(file)
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            checkpoint.write(learner=learner.state_dict(), optimizer=optimizer.state_dict(),
+                             step=step)
     model.save(out)
 
 
+def write_log(args, path, step, loss, logits, targets):
+    """A line of the log, and one on the screen, from hidden frames: logits (n, K), targets (n,)."""
+    right = (logits.argmax(-1) == targets).float().mean().item()
+    row = {"step": step, "loss": round(loss, 4), "right": round(right, 4)}
+    with open(path, "a") as log:
+        log.write(json.dumps(row) + "\n")
+    hours = step * args.batch * CROP / audio.FRAME_RATE / 3600
+    tqdm.write(f"step {step}/{args.steps} | loss {loss:.3f} | hidden frames right {right:.1%} | "
+               f"{hours:.2f} h heard")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Train a small HuBERT to predict the units of hidden frames.")
-    parser.add_argument("action", choices=["train"])
-    parser.add_argument("--units", required=True, help="a units folder (tokenize_audio.py encode): its units are the targets")
-    parser.add_argument("--out", required=True, help="HuBERT folder to write")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default 600)")
-    parser.add_argument("--batch", type=int, default=16, help="two-second clips in a batch (default 16)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if there is one)")
+    parser = argparse.ArgumentParser(
+        description="Train a small HuBERT to predict the units of hidden frames.")
+    add = parser.add_argument
+    add("action", choices=["train"])
+    add("--units", required=True, help="a units folder (tokenize_audio.py encode): the targets")
+    add("--out", required=True, help="HuBERT folder to write")
+    add("--steps", type=int, default=600, help="optimizer steps (default 600)")
+    add("--batch", type=int, default=16, help="two-second clips in a batch (default 16)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
+    add("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if there is one)")
     runs.add_dtype(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when the run ends well")
+    add("--overwrite", action="store_true",
+        help="replace an existing --out when the run ends well")
     args = parser.parse_args()
+
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
-    with weights.new_folder(args.out, [args.units], args.overwrite, resume=True, scratch=["checkpoint.pt"]) as out:
+    with runs.new_folder(args.out, [args.units], args.overwrite, resume=True,
+                         scratch=["checkpoint.pt"]) as out:
         train(args, out)
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    runs.run(main)

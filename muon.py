@@ -4,14 +4,14 @@ in   gradients of matrices          out  their steps
 see  Muon (Jordan et al. 2024; arXiv:2502.16982 for the size of its steps)
 run  python muon.py muon.png        # what the iterations make of singular values, as a picture
 
-A gradient of a matrix is mostly its few strongest directions: of its singular values some are
-large and hundreds are small. What is faint in it, like a copying head that begins to form, hardly
-moves under plain steps. Muon replaces all singular values of the averaged gradient by about 1 and
-keeps its singular vectors: U S V^T becomes U V^T.
+A gradient of a matrix is mostly its few strongest directions: of its singular values some
+are large and hundreds are small. What is faint in it, like a copying head that begins to
+form, hardly moves under plain steps. Muon replaces all singular values of the averaged
+gradient by about 1 and keeps its singular vectors: U S V^T becomes U V^T.
 
 A singular value decomposition would do that, slowly. Newton and Schulz need products alone:
-a X + b (X X^T) X + c (X X^T)^2 X has X's own singular vectors, and the singular values
-a s + b s^3 + c s^5. A polynomial that lifts small values and keeps those near 1 where they are,
+a X + b (X X^T) X + c (X X^T)^2 X has X's own singular vectors, and the singular values a s
++ b s^3 + c s^5. A polynomial that lifts small values and keeps those near 1 where they are,
 applied a few times, brings all of them near 1.
 """
 import argparse
@@ -19,8 +19,8 @@ import sys
 
 import torch
 
-# a, b, c of the polynomial: an iteration lifts small values 3.4 times, and in the end none of those
-# that were large enough lies outside of 0.7 to 1.2.
+# a, b, c of the polynomial: an iteration lifts small values 3.4 times, and in the end none
+# of those that were large enough lies outside of 0.7 to 1.2.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 
@@ -28,15 +28,15 @@ ITERATIONS = 5
 def orthogonal(x, dtype=torch.float32):
     """x (N, rows, columns), rows <= columns, with all singular values brought near 1.
 
-    `dtype` is what is multiplied in. Singular values must begin below 1, so each matrix is divided
-    by its Frobenius norm, which none of them exceeds.
+    `dtype` is what is multiplied in. Singular values must begin below 1, so each matrix is
+    divided by its Frobenius norm, which none of them exceeds.
     """
     a, b, c = COEFFICIENTS
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     if x.dtype == torch.float32 and x.shape[2] > 2 * x.shape[1]:
         return orthogonal_long(x)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT                                                     # (N, rows, rows): X X^T
+        gram = x @ x.mT                                         # (N, rows, rows): X X^T
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
@@ -44,13 +44,14 @@ def orthogonal(x, dtype=torch.float32):
 def orthogonal_long(x):
     """The same of long matrices (N, rows, columns) in two thirds of the products.
 
-    Each iteration is x <- P x with a small symmetric P made of X X^T alone, which becomes
-    P X X^T P. So the small matrices are multiplied first and x once. In bfloat16 the faint directions would drown in X X^T's rounding.
+    Each iteration is x <- P x with a small symmetric P made of X X^T alone, which becomes P
+    X X^T P. So the small matrices are multiplied first and x once. In bfloat16 faint
+    directions would drown in the rounding of X X^T.
     """
     a, b, c = COEFFICIENTS
     p = product = None
     for _ in range(ITERATIONS):
-        gram = x @ x.mT if p is None else p @ gram @ p                      # (N, rows, rows)
+        gram = x @ x.mT if p is None else p @ gram @ p                 # (N, rows, rows)
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=1, dim2=2).add_(a)
         product = p if product is None else p @ product
@@ -60,8 +61,9 @@ def orthogonal_long(x):
 class Muon(torch.optim.Optimizer):
     """Steps for matrices, sized as AdamW's usual ones are, so that one learning rate serves both.
 
-    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") takes the same steps, a matrix at a time and
-    always in bfloat16: a hundred times slower on a processor without its instructions.
+    torch.optim.Muon(adjust_lr_fn="match_rms_adamw") takes the same steps, a matrix at a
+    time and always in bfloat16: a hundred times slower on a processor without its
+    instructions.
     """
 
     def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
@@ -79,7 +81,7 @@ class Muon(torch.optim.Optimizer):
                     continue
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(average, group["momentum"])             # Nesterov's momentum
+                ahead = p.grad.lerp(average, group["momentum"])    # Nesterov's momentum
                 alike.setdefault(tuple(sorted(p.shape)), []).append((p, ahead))
             for shape, members in alike.items():
                 lies = [p.shape[0] == shape[0] for p, _ in members]
@@ -111,7 +113,7 @@ def main():
     parser.add_argument("picture", help="a .png to write")
     try:
         draw(parser.parse_args().picture)
-    except (OSError, ValueError) as error:      # no such folder, or no ending that means a picture
+    except (OSError, ValueError) as error:  # no such folder, or no ending that means a picture
         sys.exit(f"muon.py: {error}")
 
 

@@ -1,33 +1,327 @@
-"""A command's run on this machine: which arithmetic it is fast at, and how far the work is.
+"""What every command does around its work: files in, one-line errors, whole folders out, a resume.
 
-in   a device and what --dtype says; work to count      out  a torch dtype; a bar, or lines in a log
+in   JSON files; a device and what --dtype says; work to count
+out  output folders that are whole or not there, each with a recipe.json; a bar, or lines in a log
 see  bfloat16 (arXiv:1905.12322); mixed precision (arXiv:1710.03740)
 run  python runs.py                     # what this machine multiplies in, and how fast
+
+A command is stopped at any moment, by Ctrl-C, a full disk or a power cut, and started
+again. So an output is written under another name and renamed when it is whole, and long
+work keeps a Checkpoint.
 
 Scripts import this file before torch: OpenMP reads its settings when torch is loaded.
 """
 import os
 
-# OpenMP's threads meet at the end of every product, and whoever comes first spins: it waits at full
-# speed. With another program on one of the cores, it spins for that program's whole turn. After
-# 1,000 rounds, some microseconds, it had better sleep.
+# OpenMP's threads meet at the end of every product, and whoever comes first spins: it waits
+# at full speed. With another program on one of the cores, it spins for that program's whole
+# turn. After 1,000 rounds, some microseconds, it had better sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse  # noqa: E402
+import fcntl  # noqa: E402
 import functools  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import pickle  # noqa: E402
+import platform  # noqa: E402
+import shlex  # noqa: E402
+import shutil  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WORTH_IT = 1.2      # bfloat16 keeps three digits: it is taken where it is this much faster
-TRIES = 10          # products that are timed; the fastest counts: a busy machine slows the others
-LINE_EVERY = 30     # seconds between two lines about progress where there is no terminal
+WORTH_IT = 1.2   # bfloat16 keeps three digits: it is taken where it is this much faster
+TRIES = 10  # products that are timed; the fastest counts: a busy machine slows the others
+LINE_EVERY = 30    # seconds between two lines about progress where there is no terminal
+SAMPLED = 1 << 26   # bytes; a larger file is fingerprinted by samples of it
 
 
-# --- arithmetic --------------------------------------------------------------------------------
+# --- a command ----------------------------------------------------------------
+
+def run(main):
+    """Run a script's main(). A bad input or a full disk ends in one line and exit status 1.
+
+    Ctrl-C ends in another line and 130. `python -X dev SCRIPT ...` shows the traceback
+    instead.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        named = isinstance(error, OSError) and error.filename
+        sys.exit(f"{name}: {error.filename}: {error.strerror}" if named else f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; the same command starts or resumes it", file=sys.stderr)
+        sys.exit(130)
+
+
+def processes():
+    """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {world}: wanted whole numbers, ranks from 0; "
+                         "start with torchrun, or unset both")
+    return int(rank), int(world)
+
+
+def device_of_rank(device, world):
+    """Under torchrun "cuda" becomes this process's own card, "cuda:1"; else the device itself."""
+    if world > 1 and device == "cuda":
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device
+
+
+# --- JSON in ------------------------------------------------------------------
+
+def read_json(path, keys=()):
+    """The JSON object of a file. A ValueError names the file if it is none, or lacks a key."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got {str(value)[:40]!r}, wanted a JSON object {{...}}")
+    lacking = [key for key in keys if key not in value]
+    if lacking:
+        raise ValueError(f"{path}: has no {lacking[0]!r}; wanted {', '.join(keys)}")
+    return value
+
+
+def read_lines(path):
+    """The objects of a JSON-lines file. A ValueError names the first line that is not one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: got {line.strip()[:40]!r}, "
+                             "wanted a JSON object {...}")
+        rows.append(row)
+    return rows
+
+
+# --- files out ----------------------------------------------------------------
+
+def may_write(path, overwrite):
+    """A FileExistsError if a file is there and may not be replaced: ask before hours of work."""
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+
+
+def write_file(path, data, overwrite=False):
+    """Write text or bytes beside `path`, then rename: a reader never sees half a file."""
+    path = Path(path)
+    may_write(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        settle(file)
+    os.replace(partial, path)
+
+
+def settle(file):
+    """Put what was written to an open file on the disk, before anything says that it is there."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# --- folders out --------------------------------------------------------------
+
+@contextmanager
+def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratch=()):
+    """Yield OUT.partial to write into; when the block ends well, rename it to OUT.
+
+    inputs    files and folders it is made from: their hashes go into OUT/recipe.json, with `notes`
+    overwrite replace OUT, at the very end, and only if this project made it (it has a recipe.json)
+    resume    keep an earlier OUT.partial, for its owner to go on from; else it is emptied
+    scratch   files that only a resume needs: they go after the rename, so a stop costs nothing
+    Where OUT is a link, what it points to is replaced.
+    """
+    out = Path(out)
+    out = out.resolve() if out.is_symlink() else out
+    partial = out.with_name(out.name + ".partial")
+    old = out.with_name(out.name + ".old")
+    if old.exists() and not out.exists():    # a kill came between the two renames below
+        os.replace(old, out)
+    replaceable(out, overwrite)
+    partial.mkdir(parents=True, exist_ok=True)
+
+    with owned(partial):
+        replaceable(out, overwrite)      # another process may have written it meanwhile
+        if old.exists():            # a run was killed while it removed what it replaced
+            replaceable(old, overwrite=True)
+            shutil.rmtree(old)
+        if not resume:
+            for path in partial.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+        # Inputs are hashed before the work: as they were when they were read.
+        made = recipe(inputs) | (notes or {})
+        yield partial
+
+        (partial / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
+        os.sync()                             # after a power cut a folder is whole, too
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+        for name in scratch:
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def replaceable(out, overwrite):
+    """A FileExistsError for a folder that is there and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or another --out")
+    if out.exists() and not (out / "recipe.json").exists():
+        raise FileExistsError(f"{out} was not made by this project (it has no recipe.json); "
+                              "remove it yourself, or pass another --out")
+
+
+@contextmanager
+def owned(folder):
+    """One process at a time writes into a folder. Whatever ends the process releases the lock."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or os.stat(folder).st_ino != os.fstat(handle).st_ino:
+            raise BlockingIOError               # its last owner has just renamed it
+    except BlockingIOError:
+        os.close(handle)
+        raise FileExistsError(f"{folder}: another process is writing it; wait for its end, "
+                              "or pass another --out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+# --- what made an output ------------------------------------------------------
+
+def recipe(inputs=()):
+    """What made an output: the command, the versions, a fingerprint of each input."""
+    return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "inputs": {str(path): fingerprint(path) for path in inputs if path}}
+
+
+def unchanged(folder, inputs):
+    """Refuse a folder that was made from another state of one of `inputs`, as its recipe says."""
+    file = Path(folder) / "recipe.json"
+    made = read_json(file).get("inputs", {}) if file.exists() else {}
+    made = {Path(path).resolve(): digest for path, digest in made.items()}
+    for path in inputs:
+        before = made.get(Path(path).resolve())  # "out/base" and "./out/base/" are one folder
+        if before not in (None, fingerprint(path)):
+            raise ValueError(f"{path} has changed since {folder} was made from it; make {folder} "
+                             f"again with --overwrite ({file} has the command)")
+
+
+def fingerprint(path):
+    """sha256 of a file; of a folder, that of the names and fingerprints of its files.
+
+    A folder's recipe.json (it tells how, not what) and hidden files are left out. A file
+    over 64 MB is known by its size and 64 samples of 64 KB: enough to notice other weights,
+    in no time.
+    """
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            within = file.relative_to(path)
+            hidden = any(part.startswith(".") for part in within.parts)
+            if file.is_file() and file.name != "recipe.json" and not hidden:
+                digest.update(f"{within} {fingerprint(file)}\n".encode())
+    elif (size := path.stat().st_size) > SAMPLED:
+        digest.update(f"{size}\n".encode())
+        with open(path, "rb") as file:
+            for n in range(64):
+                file.seek((size - (1 << 16)) * n // 63)
+                digest.update(file.read(1 << 16))
+    else:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- a resume -----------------------------------------------------------------
+
+class Checkpoint:
+    """All that a stopped run needs to go on, in one file that is replaced whole.
+
+    `settings` {name: text} tell one run from another: who goes on must have been started
+    alike.
+    """
+
+    def __init__(self, path, settings):
+        self.path, self.settings = Path(path), settings
+
+    def read(self, *names):
+        """The values saved under `names`, on the CPU; None if nothing was saved.
+
+        A ValueError if the file is damaged, of another version, or of a run with other
+        settings.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            saved = {}
+        lacking = [n for n in (*names, "settings") if not isinstance(saved, dict) or n not in saved]
+        if lacking:
+            raise ValueError(f"{self.path}: no checkpoint of this version, or a damaged one "
+                             f"(no {lacking[0]!r} in it); remove it to start anew")
+
+        before, now = saved["settings"], self.settings
+        differs = [name for name in now if before.get(name) != now[name]]
+        if differs:
+            name = differs[0]
+            raise ValueError(f"{self.path} is of a run with another {name} ({before.get(name)}, "
+                             f"now {now[name]}); give what it was started with, or remove it")
+        return [saved[name] for name in names]
+
+    def write(self, **state):
+        """Save values by name. A full disk is an OSError, and what was saved before stays."""
+        partial = self.path.with_suffix(".tmp")
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state | {"settings": self.settings}, file)
+                settle(file)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
+            partial.unlink(missing_ok=True)
+            why = str(error).splitlines()[0]
+            raise OSError(f"{partial} could not be written, is the disk full? ({why}) "
+                          "What was saved before is kept") from None
+        os.replace(partial, self.path)
+
+
+def keep_log(path, step):
+    """Of a log, JSON lines with a "step", keep the steps that are done; a kill may have left more,
+    and half a line at the end."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    done = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(done))
+
+
+# --- arithmetic ---------------------------------------------------------------
 
 def product_rate(dtype, shape=(256, 256, 256), enough=0.0):
     """Operations a second of the CPU's product (m, k) @ (k, n) in `dtype`, the best of TRIES.
@@ -51,9 +345,9 @@ def product_rate(dtype, shape=(256, 256, 256), enough=0.0):
 def fast_dtype(kind):
     """(dtype, why): the arithmetic that a "cpu" or a "cuda" device multiplies fast in.
 
-    A processor without instructions for bfloat16 (AVX512_BF16, AMX, Arm's BF16) emulates it, a
-    hundred times slower than float32. Asking the processor is not enough, as the library may not
-    use what it has; so a small product is timed in both.
+    A processor without instructions for bfloat16 (AVX512_BF16, AMX, Arm's BF16) emulates
+    it, a hundred times slower than float32. Asking the processor is not enough, as the
+    library may not use what it has; so a small product is timed in both.
     """
     if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU multiplies it"
@@ -75,7 +369,8 @@ def arithmetic(asked, device):
     else:
         dtype, why = DTYPES[asked], "as --dtype says"
 
-    # By default a GPU's convolutions round to 11 bits (TF32), and are called float32 all the same.
+    # By default a GPU's convolutions round to 11 bits (TF32), and are called float32 all
+    # the same.
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     tqdm.write(f"{device}: products in {name_of(dtype)} ({why})", file=sys.stderr)
     return dtype
@@ -98,7 +393,7 @@ def autocast(device, dtype):
     return torch.autocast(kind, half, enabled=dtype == half)
 
 
-# --- progress ----------------------------------------------------------------------------------
+# --- progress -----------------------------------------------------------------
 
 class Bar(tqdm):
     """A tqdm bar on a terminal. Elsewhere, as in a log, a notebook or CI, a line every LINE_EVERY
@@ -122,12 +417,12 @@ class Bar(tqdm):
             super().clear(nolock)
 
     def refresh(self, nolock=False, lock_args=None):
-        if not (self.lines and nolock):     # tqdm.write redraws bars; a line stays where it is
+        if not (self.lines and nolock):  # tqdm.write redraws bars; a line stays where it is
             return super().refresh(nolock, lock_args)
 
     def close(self):
         if self.lines and not self.disable:
-            self.disable = True             # a last line would say what the command says anyway
+            self.disable = True     # a last line would say what the command says anyway
             self._decr_instances(self)
         else:
             super().close()
@@ -145,4 +440,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,7 +21,7 @@ from bench import ROOT, median, record
 
 sys.path.insert(0, str(ROOT))
 import audio
-import weights
+import runs
 from hubert import Config, Hubert
 from tokenize_audio import AudioTokenizer, collapse, nearest
 
@@ -50,8 +50,8 @@ def main():
             some = Hubert.load(hubert, args.device)(torch.from_numpy(clips[0])[None].to(args.device), LAYER)[0]
         centroids = (some - some.mean(0))[torch.randperm(len(some), generator=torch.Generator().manual_seed(0))[:K]].clone()
         save_file({"centroids": centroids.cpu()}, Path(folder) / "codebook.safetensors")
-        recipe = {"features": {"kind": "hubert", "path": str(hubert), "layer": LAYER, "sha256": weights.fingerprint(hubert)}, "k": len(centroids), "frame_rate": 50,
-                  "collapse": True, "switch": 0, "sha256": weights.fingerprint(Path(folder) / "codebook.safetensors")}
+        recipe = {"features": {"kind": "hubert", "path": str(hubert), "layer": LAYER, "sha256": runs.fingerprint(hubert)}, "k": len(centroids), "frame_rate": 50,
+                  "collapse": True, "switch": 0, "sha256": runs.fingerprint(Path(folder) / "codebook.safetensors")}
         (Path(folder) / "codebook.json").write_text(json.dumps(recipe))
         ears = {bf16: AudioTokenizer(folder, args.device, dtype=torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
     hear = lambda bf16: [units for units, _ in ears[bf16].many(clips)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import audio
 from chat import Chat, parts_of, take, turn
 from conftest import ROOT
 
@@ -22,7 +23,7 @@ def chat(speedrun):
 
 
 def test_spoken_and_typed_turns_share_one_conversation(chat, speedrun):
-    units, seconds = chat.listen(speedrun / "question.wav")
+    units, seconds = chat.hear(audio.Recording(speedrun / "question.wav"), "question.wav")
     assert 1 < seconds < 4 and len(units) > 10
     said = "".join(chat.reply(units))
     list(chat.reply("in one word"))
@@ -127,7 +128,7 @@ def test_sound_too_long_for_the_context_is_refused_before_it_is_heard(chat, tmp_
         for _ in range(180):
             file.write(np.zeros(60 * 8000, np.float32))                     # three hours
     with pytest.raises(ValueError, match="10800 s of sound, more than the model's context"):
-        chat.listen(tmp_path / "long.wav")
+        chat.hear(audio.Recording(tmp_path / "long.wav"), "long.wav")
 
 
 def test_programs_write_and_read_json_lines(speedrun, tmp_path):
@@ -154,9 +155,9 @@ class Terminal:
             os.execvpe(sys.executable, [sys.executable, "chat.py", *map(str, words)], os.environ | {"TERM": "dumb", "TQDM_DISABLE": "1"})
         self.seen = self.until("you: ")
 
-    def until(self, wanted, seconds=60):
-        """What is shown up to `wanted`."""
-        said, end = "", time.monotonic() + seconds
+    def until(self, wanted, seconds=60, said=""):
+        """What is shown up to `wanted`, after what was seen before."""
+        end = time.monotonic() + seconds
         while wanted not in said:
             assert time.monotonic() < end, f"waited for {wanted!r}, saw {said[-2000:]!r}"
             if select.select([self.fd], [], [], 0.2)[0]:
@@ -168,8 +169,7 @@ class Terminal:
 
     def type(self, line, wanted="you: "):
         os.write(self.fd, (line + "\r").encode())
-        echoed = self.until("\n")
-        return echoed.partition("\n")[2] + (self.until(wanted) if wanted not in echoed.partition("\n")[2] else "")
+        return self.until(wanted, said=self.until("\n").partition("\n")[2])
 
 
 def test_a_whole_conversation_in_a_terminal_with_every_bad_input(speedrun, tmp_path):

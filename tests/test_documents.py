@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-import pretrain
+import align
 import toy
 from conftest import call
 from documents import GROWTH, HELD_OUT, cut, interleaved, pack, read_chats, spoken, transcribed
@@ -15,9 +15,9 @@ def test_packing_by_hand():
     assert batch["ids"].tolist() == [[6, 7, 8, 9, 1, 2, 3, 0]] and left == [(short, 1)]
     assert batch["read"].tolist() == [[6, 5]] and batch["read_start"].tolist() == [[0, 0]] and batch["place"].tolist() == [[0, 2]]
     assert batch["start"].tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
-    assert pretrain.imitated(batch).tolist() == [[True] * 4 + [False] * 4], "only what was spoken is read in writing too"
+    assert align.taught(batch).tolist() == [[True] * 4 + [False] * 4], "only what was spoken is read in writing too"
     pieces, _ = pack([(part, 0) for part in cut(spoken, 3)], rows=1, length=8, filler=0)
-    assert not pretrain.imitated(pieces).any(), "what was cut is not, and keeps a loss of its own"
+    assert not align.taught(pieces).any(), "what was cut is not, and keeps a loss of its own"
     assert batch["target"].tolist() == [[7, 8, 9, 0, 2, 3, 0, 0]] and batch["loss"].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
 
 

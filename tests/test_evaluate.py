@@ -15,6 +15,7 @@ import soundfile
 import torch
 
 import audio
+import benchmark
 import evaluate
 from conftest import ROOT, call, shrink
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
@@ -120,24 +121,22 @@ def rows_for(speedrun, tmp_path):
 
 
 def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(speedrun, tmp_path, monkeypatch):
-    words = ["evaluate.py", "benchmark", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)), "--device", "cpu"]
+    words = ["benchmark.py", "rows", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)), "--device", "cpu"]
     call([*words, "--out", str(tmp_path / "straight.json")], monkeypatch)
     straight = json.loads((tmp_path / "straight.json").read_text())
     assert [straight[metric]["n"] for metric in ("exact", "wer", "choice")] == [2, 1, 2] and len(straight["rows"]) == 5 and set(straight["rows"][3:]) <= set("ABC")
     assert straight["choice"]["value"] == ((straight["rows"][3] == "B") + (straight["rows"][4] == "A")) / 2
-    monkeypatch.setattr(evaluate, "BATCH", 2)
-    real, calls = evaluate.replies, []
+    monkeypatch.setattr(benchmark, "BATCH", 2)
+    real, calls = benchmark.replies, []
 
     def dying(*rest, **named):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*rest, **named)
-    monkeypatch.setattr(evaluate, "replies", dying)
+    monkeypatch.setattr(benchmark, "replies", dying)
     with pytest.raises(KeyboardInterrupt):
         call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
-    with open(tmp_path / "again.json.rows", "a") as file:
-        file.write('"half a li')
     call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
     assert json.loads((tmp_path / "again.json").read_text())["rows"] == straight["rows"] and len(calls) == 4 and not (tmp_path / "again.json.rows").exists()
 
@@ -148,7 +147,7 @@ def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(speedrun,
 def test_a_row_that_cannot_be_scored_is_named(row, said, speedrun, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"row 1: .*{said}"):
-        call(["evaluate.py", "benchmark", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "o.json")], monkeypatch)
+        call(["benchmark.py", "rows", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "o.json")], monkeypatch)
 
 
 def test_pairs_of_known_order_are_all_right_shuffled_ones_half_and_ties_half(speedrun, tmp_path, monkeypatch):
@@ -163,7 +162,7 @@ def test_pairs_of_known_order_are_all_right_shuffled_ones_half_and_ties_half(spe
         soundfile.write(tmp_path / f"pairs/bad/{i}.wav", 0.3 * noise.standard_normal(len(samples)), 16000)
 
     def run(rows, out, model="model"):
-        call(["evaluate.py", "pairs", str(tmp_path / model), str(rows), "--device", "cpu", "--out", str(tmp_path / out)], monkeypatch)
+        call(["benchmark.py", "pairs", str(tmp_path / model), str(rows), "--device", "cpu", "--out", str(tmp_path / out)], monkeypatch)
         return json.loads((tmp_path / out).read_text())["pairs"]["value"]
     assert run(tmp_path / "pairs", "known.json") == 1.0
     shuffled = [{"good": f"pairs/{a}/{i}.wav", "bad": f"pairs/{b}/{i}.wav"} for i in range(6) for a, b in [("good", "bad") if i % 2 else ("bad", "good")]]
@@ -202,7 +201,8 @@ def test_comparing_models_asks_them_what_the_table_asks(speedrun, tmp_path, monk
     rows, table = json.loads((tmp_path / "start.json").read_text())["rows"], json.loads((speedrun / "table.json").read_text())["rows"]
     for column in ("typed", "typed_unseen", "typed_noisy", "spoken_near", "spoken_near_unseen", "wer_near", "text_loss"):
         assert rows[merged][column] == table["merged"][column] and rows[str(speedrun / "speech")][column] == table["speech"][column]
-    assert evaluate.finding(rows) in capsys.readouterr().out
+    made = json.loads((tmp_path / "start.json").read_text())
+    assert evaluate.finding(rows, made["ahead"]) in capsys.readouterr().out
 
 
 def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
@@ -210,19 +210,39 @@ def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
     (tmp_path / "deaf/speech.json").unlink()
     (tmp_path / "p.jsonl").write_text(json.dumps({"good": "a.wav", "bad": "b.wav"}) + "\n")
     with pytest.raises(ValueError, match="cannot hear"):
-        call(["evaluate.py", "pairs", str(tmp_path / "deaf"), str(tmp_path / "p.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
+        call(["benchmark.py", "pairs", str(tmp_path / "deaf"), str(tmp_path / "p.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
 
 
 def test_the_teachers_page_shows_the_experiments_of_the_results():
-    page, rows = (ROOT / "TEACHING.md").read_text(), json.loads((ROOT / "results/start.json").read_text())["rows"]
+    page, start = (ROOT / "TEACHING.md").read_text(), json.loads((ROOT / "results/start.json").read_text())
     assert evaluate.swept(json.loads((ROOT / "results/toy.json").read_text())["seeds"][0]["lam_sweep"]) in page
-    assert f"{evaluate.grid(rows)}\n\n{evaluate.finding(rows)}" in page
+    assert evaluate.grid(start["rows"]) in page
 
 
-def test_a_finding_claims_no_more_than_the_intervals_allow():
+def test_a_finding_claims_no_more_than_the_questions_compared_one_by_one_allow():
     row = lambda right, n: {"spoken_near": share([True] * right + [False] * (n - right)), "typed": share([True] * n)}
-    said = evaluate.finding({"a": row(80, 100), "b": row(50, 100), "c": row(75, 100)})
-    assert said == "Asked aloud, a answers 0.80 of 100 questions, b 0.50 (more than chance apart), c 0.75 (may be chance: 95 % intervals overlap); typed, 1.00, 1.00, 1.00."
+    ahead = {"b": {"value": 0.3, "n": 100, "low": 0.2, "high": 0.4}, "c": {"value": 0.05, "n": 100, "low": 0.0, "high": 0.1}}
+    said = evaluate.finding({"a": row(80, 100), "b": row(50, 100), "c": row(75, 100)}, ahead)
+    assert said == ("Asked aloud, a answers 0.80 of 100 questions, b 0.50 (more than chance apart), "
+                    "c 0.75 (may be chance: the 95 % interval of their difference holds 0); typed, 1.00, 1.00, 1.00.")
+
+
+def test_two_models_are_compared_question_by_question_and_fact_by_fact(speedrun, tmp_path, monkeypatch):
+    """Of 40 facts with two questions each, one model answers 30 and the other 22 of the same: 0.2 more, and no draw of facts says less than 0."""
+    questions = [{"question": f"q {n} {style}", "fact": n, "answer": "yes", "split": "test"} for n in range(40) for style in "ab"]
+    said = {"one": ["yes" if q["fact"] < 30 else "no" for q in questions], "two": ["yes" if q["fact"] < 22 else "no" for q in questions]}
+    cell = evaluate.share([True, False])
+    monkeypatch.setattr(evaluate, "read_questions", lambda path: (questions, [questions[0]]))
+    monkeypatch.setattr(evaluate, "AudioTokenizer", lambda *_: None)
+    monkeypatch.setattr(evaluate.LM, "load", lambda folder, *_: type("M", (), {"eval": lambda self: folder})())
+    monkeypatch.setattr(evaluate, "Vocab", lambda folder: None)
+    monkeypatch.setattr(evaluate, "hear", lambda *_: [])
+    monkeypatch.setattr(evaluate, "better_prompt", lambda *_: "chat")
+    monkeypatch.setattr(evaluate, "score", lambda model, *_: (dict.fromkeys(evaluate.COLUMNS) | {"spoken_near": cell, "typed": cell}, said[model]))
+    monkeypatch.setattr(evaluate.runs, "recipe", lambda *_: {})
+    call(["evaluate.py", "compare", "one", "two", "--questions", "q", "--device", "cpu", "--out", str(tmp_path / "c.json")], monkeypatch)
+    ahead = json.loads((tmp_path / "c.json").read_text())["ahead"]["two"]
+    assert ahead["value"] == 0.2 and ahead["n"] == 80 and 0.05 <= ahead["low"] <= 0.125 and 0.275 <= ahead["high"] <= 0.35
 
 
 def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path, monkeypatch):
@@ -246,14 +266,14 @@ def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path,
 
 @pytest.mark.parametrize("answer, said, right", [("A", "A", False), ("A", "B", True), ("B", "A", True), ("A", "C", False)])
 def test_choices_that_are_letters_are_told_from_the_letters_that_name_them(answer, said, right):
-    assert (evaluate.chosen(said, {"choices": ["B", "A", "x"], "answer": answer}) == answer) is right
-    assert evaluate.chosen("b", {"choices": ["fox", "red"], "answer": "B"}) == "B" and evaluate.chosen("b", {"choices": ["fox", "red"], "answer": "red"}) == "red"
+    assert (benchmark.meaning(said, {"choices": ["B", "A", "x"], "answer": answer}) == answer) is right
+    assert benchmark.meaning("b", {"choices": ["fox", "red"], "answer": "B"}) == "B" and benchmark.meaning("b", {"choices": ["fox", "red"], "answer": "red"}) == "red"
 
 
 def test_an_answer_of_nothing_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "say nothing", "answer": " "}\n')
     with pytest.raises(ValueError, match="row 1: no answer"):
-        evaluate.read_benchmark(tmp_path / "rows.jsonl")
+        benchmark.read_rows(tmp_path / "rows.jsonl")
 
 
 def test_a_result_that_its_picture_would_replace_is_refused_before_any_work(monkeypatch):
@@ -391,10 +411,9 @@ def test_four_questions_about_a_fact_say_no_more_than_one():
 
 
 def test_what_the_readme_says_of_float32_is_in_the_results():
-    (seed,) = json.loads((ROOT / "results/toy-float32.json").read_text())["seeds"]
-    value = lambda row, column: seed["rows"][row][column]["value"]
-    typed, kept, spoken = value("instruct", "typed"), value("merged", "typed"), value("merged", "spoken_near")
-    assert seed["dtype"] == ["float32"] and seed["seed"] == 0
+    seeds = json.loads((ROOT / "results/toy-float32.json").read_text())["seeds"]
+    mean = lambda row, column: sum(seed["rows"][row][column]["value"] for seed in seeds) / len(seeds)
+    typed, kept, spoken = mean("instruct", "typed"), mean("merged", "typed"), mean("merged", "spoken_near")
+    assert all(seed["dtype"] == ["float32"] for seed in seeds)
     said = " ".join((ROOT / "README.md").read_text().split())
-    assert f"spoken {spoken:.2f}, which is {spoken / typed:.2f} of the {typed:.2f} that instruct answers typed; typed turns keep {round(100 * kept / typed)} %" in said
-    assert f"word error {value('speech', 'wer_near'):.2f}, cascade {value('cascade', 'spoken_near'):.2f}" in said
+    assert f"seeds {' and '.join(str(seed['seed']) for seed in seeds)} (`results/toy-float32.json`): spoken {spoken:.2f}, which is {spoken / typed:.2f} of the {typed:.2f} that instruct answers typed; typed turns keep {round(100 * kept / typed)} %" in said

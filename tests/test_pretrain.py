@@ -11,11 +11,13 @@ import sys
 import pytest
 import torch
 
+import align
 import pretrain
+import runs
 import weights
 from conftest import ROOT, call
 from model import LM, add_lora, merge_lora
-from pretrain import learning_rate, losses
+from pretrain import learning_rate, next_token_loss
 from vocab import Vocab
 
 
@@ -26,7 +28,7 @@ def test_the_rate_warms_up_then_falls_to_a_tenth():
 
 def test_every_document_is_read_at_its_own_pace_from_position_0_on():
     start = torch.tensor([[0] * 100 + [100] * 156] * 8)
-    even, uneven = (pretrain.paced(start, most, torch.Generator().manual_seed(0)) for most in (1, 8))
+    even, uneven = (align.position_gaps(start, most, torch.Generator().manual_seed(0)) for most in (1, 8))
     assert torch.equal(even, torch.arange(256) - start)
     assert (uneven.gather(1, start) == 0).all() and (uneven >= even).all() and 1.3 < uneven[:, 255].float().mean() / 155 < 2.8
     gaps = uneven.diff(dim=1)[:, 100:]
@@ -37,7 +39,7 @@ def test_a_difference_counts_by_how_much_texts_differ_there():
     torch.manual_seed(0)
     loud = torch.cat([5 * torch.randn(4000, 4), 0.2 * torch.randn(4000, 60)], dim=1)
     states = torch.nn.functional.rms_norm(loud, (64,))
-    M, a, b = pretrain.measure(states[:2000]), states[:2000], states[2000:]
+    M, a, b = align.whitening(states[:2000]), states[:2000], states[2000:]
     assert abs((((a - b) @ M) * (a - b)).mean() - 2) < 0.05, "unrelated states are 2 apart"
     first, last = torch.eye(64)[0], torch.eye(64)[63]
     assert last @ M @ last > 10 * (first @ M @ first) > 0
@@ -51,7 +53,7 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
         states = []
         with torch.no_grad():
             model.model(batch["ids"], start=batch["start"], states=states)
-        return [part.item() for part in pretrain.imitation(states, batch, model, first_new)]
+        return [part.item() for part in align.distillation(states, batch, model, first_new)]
     named, unlike = apart(batch)
     assert named > 1 and unlike > 0.1
     text = stream({"text": 1}).batch(2, 256)
@@ -59,32 +61,34 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
     assert max(apart(same)) < 1e-9, "its own states are alike, and nothing spoken wants a name"
 
 
-@pytest.mark.parametrize("layers, first_new", [((0, 1), 0), ((0.5, 1), 0), ((0, 1), 700)])
-def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, layers, first_new):
+@pytest.mark.parametrize("layers, embeddings", [((0, 1), "all"), ((0.5, 1), "markers"), ((0, 1), "new")])
+def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, layers, embeddings):
     model = LM.load(speedrun / "base")
-    body, rows = pretrain.parameter_groups(model, layers, first_new)
+    body, rows = pretrain.trained(model, layers, embeddings)
     muon, adamw = pretrain.two_optimizers(body, rows, 1e-3, 0.0, 10, torch.float32)
     of = lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]]
     assert all(p.dim() == 2 for p in of(muon)) and {id(p) for p in of(muon)} == {id(p) for p in body if p.dim() == 2}
     trained = [id(p) for p in of(muon) + of(adamw)]
     assert len(trained) == len(set(trained)) and set(trained) == {id(p) for p in model.parameters() if p.requires_grad}
     with pytest.raises(ValueError, match="none of 2 blocks"):
-        pretrain.parameter_groups(model, (0.6, 0.9), 0)
+        pretrain.trained(model, (0.6, 0.9), "all")
 
 
 # --- the loop ---
 
+def rows_of_units(vocab):
+    return range(vocab.speech["first_unit"], vocab.speech["first_unit"] + vocab.speech["k"])
+
+
 def test_text_targets_compete_with_text_rows_only_and_units_with_units(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"interleave": 1})
-    speech = documents.vocab.speech
-    batch = documents.batch(2, 256)
+    units, batch = rows_of_units(documents.vocab), documents.batch(2, 256)
     with torch.no_grad():
-        _, ce, is_unit, _ = losses(model, batch, speech["first_unit"], speech["k"])
+        _, ce, is_unit, _ = next_token_loss(model, batch, units)
         logits = model(batch["ids"], start=batch["start"])[batch["loss"] > 0]
     target = batch["target"][batch["loss"] > 0]
-    units = slice(speech["first_unit"], speech["first_unit"] + speech["k"])
     n = int(is_unit.nonzero()[0])
-    assert math.isclose(ce[n], -logits[n, units].log_softmax(-1)[target[n] - speech["first_unit"]], rel_tol=1e-4)
+    assert math.isclose(ce[n], -logits[n, units.start:units.stop].log_softmax(-1)[target[n] - units.start], rel_tol=1e-4)
     n = int((~is_unit).nonzero()[0])
     text = torch.cat([logits[n, :units.start], logits[n, units.stop:]])
     assert target[n] < units.start and math.isclose(ce[n], -text.log_softmax(-1)[target[n]], rel_tol=1e-4)
@@ -102,17 +106,18 @@ def test_behaviour_in_the_upper_blocks_moves_no_word_but_the_chat_markers_and_fu
     moved = lambda folder: {int(i) for i in (weights.Tensors(folder)["model.embed_tokens.weight"] != base).any(1).nonzero()}
     upper = moved(speedrun / "instruct")
     assert {vocab.special["<|im_start|>"], vocab.special["<|im_end|>"]} <= upper <= set(vocab.special.values())
-    call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--layers", "0:1", "--steps", "2", "--rows", "2", "--out", str(tmp_path / "all")], monkeypatch)
+    call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--layers", "0:1", "--embeddings", "all",
+          "--steps", "2", "--rows", "2", "--out", str(tmp_path / "all")], monkeypatch)
     assert len(moved(tmp_path / "all")) > len(upper)
 
 
 def test_targets_that_are_silent_or_worth_nothing_bear_no_loss(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"interleave": 1, "transcribe": 1})
-    speech, batch = documents.vocab.speech, documents.batch(2, 256)
+    units, batch = rows_of_units(documents.vocab), documents.batch(2, 256)
     with torch.no_grad():
-        whole, ce, is_unit, kind = losses(model, batch, speech["first_unit"], speech["k"], unit_worth=0.5)
-        text, ce_text, none, _ = losses(model, batch, speech["first_unit"], speech["k"], unit_worth=0.0)
-        _, _, _, left = losses(model, batch, speech["first_unit"], speech["k"], silent=batch["kind"] == 0)
+        whole, ce, is_unit, kind = next_token_loss(model, batch, units, unit_weight=0.5)
+        text, ce_text, none, _ = next_token_loss(model, batch, units, unit_weight=0.0)
+        _, _, _, left = next_token_loss(model, batch, units, masked=batch["kind"] == 0)
     assert is_unit.any() and not none.any() and torch.allclose(ce_text, ce[~is_unit], atol=1e-5) and set(kind.tolist()) == {0, 1} and set(left.tolist()) == {1}
     worth = torch.where(is_unit, 0.5, 1.0)
     assert torch.allclose(whole, (ce * worth).sum() / worth.sum(), rtol=1e-4) and torch.allclose(text, ce_text.mean(), rtol=1e-4)
@@ -120,8 +125,8 @@ def test_targets_that_are_silent_or_worth_nothing_bear_no_loss(speedrun, stream)
 
 def test_filtered_changes_are_not_felt_by_text_and_are_by_what_text_never_sends(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
-    body, _ = pretrain.parameter_groups(model, (0, 1), first_new=1)
-    filters = pretrain.text_filters(model, body, documents, 1e6, "cpu", batches=1)
+    body, _ = pretrain.trained(model, (0, 1), "new")
+    filters = align.text_filters(model, body, [documents.batch(8, 256)], 1e6)
     assert filters.keys() == set(body)
     inputs, hook = [], model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, x: inputs.append(x[0].detach().flatten(0, -2)))
     model.model(documents.batch(1, 64)["ids"])
@@ -132,7 +137,7 @@ def test_filtered_changes_are_not_felt_by_text_and_are_by_what_text_never_sends(
     felt = lambda d, x: (x @ d.T).norm().item()
     assert felt(change @ filters[weight], text) < 0.05 * felt(change, text), "text hardly feels what is left of a change"
     silent = torch.linalg.eigh((text.T @ text).double())[1][:, :8].T.float()          # directions that text uses least
-    weak = pretrain.text_filters(model, body, stream({"text": 1}), 1e-3, "cpu", batches=1)[weight]
+    weak = align.text_filters(model, body, [stream({"text": 1}).batch(8, 256)], 1e-3)[weight]
     assert felt(change @ weak, silent) > 0.9 * felt(change, silent), "and what text leaves silent stays"
 
 
@@ -157,7 +162,7 @@ def test_keeping_text_wants_text(speedrun, tmp_path, monkeypatch):
 
 def test_speech_without_text_says_that_there_is_nothing_to_predict(speedrun, tmp_path, monkeypatch):
     shutil.copytree(speedrun / "units", tmp_path / "units")
-    rows = [{name: row[name] for name in ("audio", "seconds")} for row in weights.read_lines(tmp_path / "units/manifest.jsonl")]
+    rows = [{name: row[name] for name in ("audio", "seconds")} for row in runs.read_lines(tmp_path / "units/manifest.jsonl")]
     (tmp_path / "units/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="no text to predict.*--unit-loss above 0"):
         call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(tmp_path / "units"), "--mix", "interleave=1", "--keep-text", "0", "--unit-loss", "0",
@@ -170,16 +175,6 @@ def test_chats_too_can_keep_text(speedrun, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--keep-text -1.0: wanted 0 or more"):
         call(["pretrain.py", "--init", str(speedrun / "base"), "--text", str(speedrun / "toy/base.jsonl"), "--keep-text", "-1", "--device", "cpu",
               "--out", str(tmp_path / "y")], monkeypatch)
-
-
-def test_a_pull_keeps_the_weights_nearer_to_where_they_began(speedrun, tmp_path, monkeypatch):
-    base, far = weights.Tensors(speedrun / "base"), {}
-    for pull in (0, 100):
-        call(["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "6", "--rows", "2",
-              "--pull", str(pull), "--lr", "3e-3", "--device", "cpu", "--out", str(tmp_path / str(pull))], monkeypatch)
-        tuned = weights.Tensors(tmp_path / str(pull))
-        far[pull] = sum((tuned[name] - base[name]).pow(2).sum().item() for name in base if "layers" in name)
-    assert far[100] < 0.8 * far[0]
 
 
 @pytest.mark.parametrize("stage", ["base", "speech"])
@@ -382,13 +377,13 @@ def test_a_flag_with_another_value_leaves_other_weights_and_with_the_same_the_sa
 
 
 def test_while_new_rows_go_first_the_body_stays_and_rows_move_ten_times_the_rate(speedrun, tmp_path, monkeypatch):
-    _, vocab, first_unit, k = pretrain.start_model(argparse.Namespace(init=str(speedrun / "base"), units=str(speedrun / "units"), seed=0))
+    _, _, units_ = pretrain.start_model(argparse.Namespace(init=str(speedrun / "base"), units=str(speedrun / "units"), seed=0))
     model, *_ = pretrain.start_model(argparse.Namespace(init=str(speedrun / "base"), units=str(speedrun / "units"), seed=0))
     base, lr = dict(model.state_dict()), 1e-3
     after, _, _ = trained(speedrun, tmp_path, monkeypatch, "units", "--rows-first", "1", "--lr", str(lr), "--keep-text", "0")
     moved = {name for name in after if not torch.equal(after[name], base[name])}
     assert moved == {"model.embed_tokens.weight"}
-    units = (after["model.embed_tokens.weight"] - base["model.embed_tokens.weight"])[first_unit:first_unit + k]
+    units = (after["model.embed_tokens.weight"] - base["model.embed_tokens.weight"])[units_.start:units_.stop]
     rate = 10 * learning_rate(0, 1, lr)                                     # AdamW's first step is the rate itself, in every number that has a gradient
     assert math.isclose(units.abs().max().item(), rate, rel_tol=1e-2)
     free, _, _ = trained(speedrun, tmp_path, monkeypatch, "units", "--keep-text", "0")
@@ -407,17 +402,17 @@ def test_the_reader_reads_every_word_at_the_position_where_it_is_said(speedrun, 
     states = []
     with torch.no_grad():
         model.model(batch["ids"], start=batch["start"], positions=batch["position"], states=states)
-        _, unlike = pretrain.imitation(states, batch, model, documents.vocab.speech["speech"])
+        _, unlike = align.distillation(states, batch, model, documents.vocab.speech["speech"])
         del batch["position"]
-        _, elsewhere = pretrain.imitation(states, batch, model, documents.vocab.speech["speech"])
+        _, elsewhere = align.distillation(states, batch, model, documents.vocab.speech["speech"])
     assert unlike < 1e-9 and elsewhere > 1e-6, "the same ids at the same positions are alike"
 
 
 def test_the_covariance_of_text_is_summed_in_float32_under_autocast_too(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
-    body, _ = pretrain.parameter_groups(model, (0, 1), first_new=1)
+    body, _ = pretrain.trained(model, (0, 1), "new")
     with torch.autocast("cpu", torch.bfloat16):
-        filters = pretrain.text_filters(model, body, documents, 1.0, "cpu", batches=2)
+        filters = align.text_filters(model, body, [documents.batch(8, 256) for _ in range(2)], 1.0)
     for filter_ in filters.values():
         values = torch.linalg.eigvalsh(filter_)
         assert filter_.dtype == torch.float32 and values.min() > 0 and values.max() < 1 + 1e-4, "none amplifies a change"
@@ -434,7 +429,7 @@ def test_the_arithmetic_is_kept_with_the_run_and_a_resume_in_another_is_refused(
     _, _, out = trained(speedrun, tmp_path, monkeypatch, "chat")
     assert json.loads((out / "training.json").read_text())["settings"]["dtype"] == "float32"
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
-    monkeypatch.setattr(pretrain, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pretrain.Log, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     words = ["pretrain.py", "--init", str(speedrun / "base"), "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "2", "--rows", "2", "--device", "cpu", "--out", str(tmp_path / "x")]
     with pytest.raises(KeyboardInterrupt):
         call([*words, "--dtype", "float32"], monkeypatch)

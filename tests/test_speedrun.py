@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import weights
+import runs
 from conftest import ROOT, call, shared
 from hubert import Config as HubertConfig
 from hubert import Hubert
@@ -81,7 +81,7 @@ def test_the_real_recipes_commands_run_on_the_real_shape_and_tokenizer_of_qwen2_
     with pytest.raises(SystemExit) as end:
         call(["chat.py", at("merged"), str(next(speech.iterdir()).with_suffix(".flac")), "--device", "cpu"], monkeypatch)
     assert not end.value.code and "units]" in capsys.readouterr().out
-    vocab, heard = Vocab(at("merged")), weights.read_json(tmp_path / "merged/speech.json")
+    vocab, heard = Vocab(at("merged")), runs.read_json(tmp_path / "merged/speech.json")
     assert heard["speech"] == 151936 and vocab.size == 152064 and vocab.span([0]) == [151936, 151938, 151937], "new rows come after the padded embedding"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(at("merged"), dtype=torch.float32).eval()
     ids = torch.tensor([vocab.turn([{"role": "user", "content": np.array([3, 1, 4])}])])

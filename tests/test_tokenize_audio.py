@@ -10,9 +10,11 @@ import soundfile
 import torch
 
 import audio
+import runs
 import tokenize_audio
 from conftest import ROOT, call, shared
-from tokenize_audio import AudioTokenizer, collapse, edit_distance, kmeans, nearest, steady
+from evaluate import edit_distance
+from tokenize_audio import AudioTokenizer, collapse, kmeans, nearest, steady
 
 
 def test_collapse_keeps_one_of_each_run_and_its_length():
@@ -42,8 +44,11 @@ def test_steady_units_are_the_cheapest_path_of_all(switch):
     d = torch.cdist(x.double(), c.double()) ** 2
     price = lambda path: sum(d[t, u].item() for t, u in enumerate(path)) + switch * sum(a != b for a, b in zip(path, path[1:]))
     best = min(itertools.product(range(3), repeat=6), key=price)
-    assert tuple(steady(x, c, switch)) == best
-    assert len(steady(x[:0], c, switch)) == 0
+    assert tuple(steady([x], c, switch)[0]) == best
+    assert len(steady([x[:0]], c, switch)[0]) == 0
+    among = steady([x[:0], torch.randn(9, 2, generator=generator), x, x[:4]], c, switch)
+    assert [len(path) for path in among] == [0, 9, 6, 4] and tuple(among[2]) == best, "a clip's path is its own in any company"
+    assert np.array_equal(among[3], steady([x[:4]], c, switch)[0])
     assert switch < 1e6 or len(set(best)) == 1, "what costs too much never changes"
 
 
@@ -238,7 +243,7 @@ def test_a_long_file_of_any_length_is_encoded_in_the_memory_of_its_windows(speed
 
 
 def test_two_encodes_of_one_folder_do_not_mix(speedrun, tmp_path):
-    code = f"import weights, time\nwith weights.new_folder({str(tmp_path / 'u')!r}, resume=True):\n    print('mine', flush=True)\n    time.sleep(60)"
+    code = f"import runs, time\nwith runs.new_folder({str(tmp_path / 'u')!r}, resume=True):\n    print('mine', flush=True)\n    time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"mine\n"
     done = subprocess.run([sys.executable, ROOT / "tokenize_audio.py", *words_of(speedrun, tmp_path / "u")[1:]], capture_output=True, text=True)
@@ -267,16 +272,16 @@ def test_a_stopped_encode_notices_that_the_folder_of_audio_has_changed(speedrun,
     monkeypatch.setattr(tokenize_audio, "ahead", real)
     soundfile.write(tmp_path / "audio/0.wav", np.zeros(8000), 16000)
     (tmp_path / "audio/d.wav").unlink()
-    with pytest.raises(ValueError, match="holds a run on other audio"):
+    with pytest.raises(ValueError, match="is of a run with another audio"):
         call(words, monkeypatch)
 
 
 def test_a_file_shorter_than_its_mark_is_refused_and_not_filled_with_zeros(tmp_path):
     (tmp_path / "units.bin").write_bytes(b"12")
     with pytest.raises(ValueError, match="2 bytes, its mark says 4"):
-        tokenize_audio.marked(tmp_path / "units.bin", 4)
+        tokenize_audio.reopened(tmp_path / "units.bin", 4)
     assert (tmp_path / "units.bin").read_bytes() == b"12"
-    with tokenize_audio.marked(tmp_path / "units.bin", 1) as file:
+    with tokenize_audio.reopened(tmp_path / "units.bin", 1) as file:
         assert file.tell() == 1
     assert (tmp_path / "units.bin").read_bytes() == b"1"
 
@@ -294,4 +299,4 @@ def test_features_have_the_mean_of_their_clip_taken_out_and_units_the_price_of_a
     assert len(x) == len(clip) // audio.HOP and x.mean(0).abs().max() < 1e-4 < x.abs().max()
     assert ears.recipe["switch"] > 0
     units, durations = ears(clip)
-    assert np.repeat(units, durations).tolist() == steady(x, ears.centroids, ears.recipe["switch"]).tolist() != nearest(x, ears.centroids).tolist()
+    assert np.repeat(units, durations).tolist() == steady([x], ears.centroids, ears.recipe["switch"])[0].tolist() != nearest(x, ears.centroids).tolist()

@@ -5,9 +5,10 @@ import sys
 import pytest
 
 import audio
+import runs
 import toy
 import vocab
-import weights
+import voices
 from conftest import ROOT, call
 
 
@@ -67,7 +68,7 @@ def test_every_word_of_the_world_and_every_letter_is_one_token(seed, tmp_path, m
 
 
 def test_misspelling_changes_about_as_many_letters_as_asked():
-    from tokenize_audio import edit_distance
+    from evaluate import edit_distance
     text = "the capital of france is paris " * 20
     slips = edit_distance(text, toy.misspell(text, random.Random(0), 0.1)) / len(text)
     assert 0.05 < slips < 0.2 and toy.misspell(text, random.Random(0), 0.0) == text
@@ -75,13 +76,13 @@ def test_misspelling_changes_about_as_many_letters_as_asked():
 
 @pytest.fixture(scope="module")
 def speaker():
-    return toy.Speaker()
+    return voices.Speaker()
 
 
 def test_every_voice_exists_and_groups_do_not_overlap(speaker):
-    names = [name for group in toy.VOICES.values() for name in group]
-    assert len(toy.VOICES["heard"]) >= 6 and len(names) == len(set(names))
-    accents = lambda group: {name.partition("+")[0] for name in toy.VOICES[group]}
+    names = [name for group in voices.VOICES.values() for name in group]
+    assert len(voices.VOICES["heard"]) >= 6 and len(names) == len(set(names))
+    accents = lambda group: {name.partition("+")[0] for name in voices.VOICES[group]}
     assert accents("near") <= accents("heard") and not accents("far") & accents("heard")
     spoken = {name: tuple(speaker.say("hello", name)[0][:4000]) for name in names}
     assert len(set(spoken.values())) == len(names), "no name silently keeps the last voice"
@@ -105,7 +106,7 @@ def test_a_world_made_again_is_the_same_to_the_byte(tmp_path):
     for name in "ab":
         subprocess.run([sys.executable, ROOT / "toy.py", "world", "--hours", "0.01", "--documents", "20", "--dev", "2", "--test", "2", "--out", tmp_path / name],
                        check=True, capture_output=True)
-    assert weights.fingerprint(tmp_path / "a") == weights.fingerprint(tmp_path / "b")
+    assert runs.fingerprint(tmp_path / "a") == runs.fingerprint(tmp_path / "b")
 
 
 def test_say_writes_a_file_that_can_be_heard_and_refuses_to_replace_it(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-import weights
+import runs
 from conftest import shared
 from vocab import LETTERS, LLAMA3, Vocab, tokenizer_json
 
@@ -138,7 +138,7 @@ def test_layouts_are_literally_what_the_docstring_says(hearing):
 def test_the_layout_equals_the_jinja_of_qwen2_5():
     transformers = pytest.importorskip("transformers")
     folder = shared("tokenizers/qwen2.5")
-    template = weights.read_json(folder / "tokenizer_config.json")["chat_template"]
+    template = runs.read_json(folder / "tokenizer_config.json")["chat_template"]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|im_end|>?"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "So?"}]
     messages[1]["content"] = "Hi?"

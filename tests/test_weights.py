@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import runs
 import weights
 from conftest import ROOT
 
@@ -83,45 +84,45 @@ def test_loading_is_strict_both_ways_and_names_tensor_and_both_shapes(folder):
 
 def test_a_folder_appears_whole_or_not_at_all_and_is_never_overwritten_unasked(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), weights.new_folder(out) as partial:
+    with pytest.raises(RuntimeError), runs.new_folder(out) as partial:
         (partial / "half").write_text("x")
         raise RuntimeError("killed")
     assert not out.exists()
-    with weights.new_folder(out) as partial:
+    with runs.new_folder(out) as partial:
         assert not (partial / "half").exists()
         (partial / "whole").write_text("1")
     assert (out / "whole").exists() and "command" in json.loads((out / "recipe.json").read_text())
-    with pytest.raises(FileExistsError, match="--overwrite"), weights.new_folder(out):
+    with pytest.raises(FileExistsError, match="--overwrite"), runs.new_folder(out):
         pass
-    with weights.new_folder(out, overwrite=True) as partial:
+    with runs.new_folder(out, overwrite=True) as partial:
         assert (out / "whole").exists(), "the old folder stays until the new one is whole"
     assert not (out / "whole").exists()
 
 
 def test_overwrite_never_replaces_a_folder_this_project_did_not_make(tmp_path):
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(FileExistsError, match="not made by this project"), weights.new_folder(tmp_path / "thesis", overwrite=True):
+    with pytest.raises(FileExistsError, match="not made by this project"), runs.new_folder(tmp_path / "thesis", overwrite=True):
         pass
 
 
 def test_a_recipe_holds_the_fingerprint_of_every_input(tmp_path):
     (tmp_path / "in.txt").write_text("a")
-    before = weights.recipe([tmp_path / "in.txt"])["inputs"]
+    before = runs.recipe([tmp_path / "in.txt"])["inputs"]
     (tmp_path / "in.txt").write_text("b")
-    assert before != weights.recipe([tmp_path / "in.txt"])["inputs"]
+    assert before != runs.recipe([tmp_path / "in.txt"])["inputs"]
 
 
 def test_a_large_file_is_known_by_samples_that_notice_other_weights_and_another_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "SAMPLED", 1 << 20)
+    monkeypatch.setattr(runs, "SAMPLED", 1 << 20)
     file = tmp_path / "w"
     file.write_bytes(torch.randn(1 << 20).numpy().tobytes())
-    first = weights.fingerprint(file)
-    assert weights.fingerprint(file) == first
+    first = runs.fingerprint(file)
+    assert runs.fingerprint(file) == first
     with open(file, "ab") as f:
         f.write(b"x")
-    longer = weights.fingerprint(file)
+    longer = runs.fingerprint(file)
     file.write_bytes((torch.frombuffer(bytearray(file.read_bytes()[:1 << 22]), dtype=torch.float32) * 1.001).numpy().tobytes() + b"x")
-    assert len({first, longer, weights.fingerprint(file)}) == 3
+    assert len({first, longer, runs.fingerprint(file)}) == 3
 
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
@@ -142,25 +143,25 @@ def test_a_block_of_a_tensor_is_its_elements_and_a_written_one_comes_back(tmp_pa
 def test_bad_json_lines_name_their_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n[1]\n')
     with pytest.raises(ValueError, match="line 2"):
-        weights.read_lines(tmp_path / "x.jsonl")
+        runs.read_lines(tmp_path / "x.jsonl")
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": "one\u2028line\u0085still"}\r\n{"a": 2}\n', encoding="utf-8")
-    assert weights.read_lines(tmp_path / "x.jsonl") == [{"a": "one\u2028line\u0085still"}, {"a": 2}]
+    assert runs.read_lines(tmp_path / "x.jsonl") == [{"a": "one\u2028line\u0085still"}, {"a": 2}]
 
 
 def test_a_json_file_that_is_no_object_or_lacks_a_key_is_named(tmp_path):
     for text, wanted in (("[]", "wanted a JSON object"), ('{"a": 1}', "has no 'b'"), ("{", "not valid JSON")):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=f"x.json.*{wanted}"):
-            weights.read_json(tmp_path / "x.json", ["a", "b"])
+            runs.read_json(tmp_path / "x.json", ["a", "b"])
 
 
 # --- one owner, and nothing lost ---
 
 def made(out, text, **given):
-    with weights.new_folder(out, **given) as partial:
+    with runs.new_folder(out, **given) as partial:
         (partial / "x").write_text(text)
 
 
@@ -177,17 +178,17 @@ def test_what_a_killed_replacement_left_behind_does_not_stop_the_next_one(tmp_pa
 
 def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path, monkeypatch):
     made(tmp_path / "out", "1")
-    real, calls = weights.os.replace, []
+    real, calls = runs.os.replace, []
 
     def killed(source, target):
         if calls:
             raise KeyboardInterrupt
         calls.append(source)
         real(source, target)
-    monkeypatch.setattr(weights.os, "replace", killed)
+    monkeypatch.setattr(runs.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path / "out", "2", overwrite=True, resume=True)
-    monkeypatch.setattr(weights.os, "replace", real)
+    monkeypatch.setattr(runs.os, "replace", real)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         made(tmp_path / "out", "3")
     assert (tmp_path / "out/x").read_text() == "1" and (tmp_path / "out.partial/x").read_text() == "2"
@@ -204,19 +205,19 @@ def test_where_out_is_a_link_what_it_points_to_is_replaced_as_often_as_one_likes
 def test_what_a_resume_needs_goes_only_after_the_rename(tmp_path, monkeypatch):
     def no(*_):
         raise OSError("full")
-    real = weights.os.replace
-    monkeypatch.setattr(weights.os, "replace", no)
+    real = runs.os.replace
+    monkeypatch.setattr(runs.os, "replace", no)
     with pytest.raises(OSError):
         made(tmp_path / "out", "1", resume=True, scratch=["x"])
     assert (tmp_path / "out.partial/x").exists()
-    monkeypatch.setattr(weights.os, "replace", real)
+    monkeypatch.setattr(runs.os, "replace", real)
     made(tmp_path / "out", "1", resume=True, scratch=["x"])
     assert (tmp_path / "out/recipe.json").exists() and not (tmp_path / "out/x").exists()
 
 
 def test_one_process_at_a_time_writes_a_folder_and_a_kill_releases_it(tmp_path):
     out = tmp_path / "out"
-    code = f"import weights, time\nwith weights.new_folder({str(out)!r}, resume=True):\n    print('mine', flush=True)\n    time.sleep(60)"
+    code = f"import runs, time\nwith runs.new_folder({str(out)!r}, resume=True):\n    print('mine', flush=True)\n    time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"mine\n"
     with pytest.raises(FileExistsError, match="another process is writing it"):
@@ -231,24 +232,24 @@ def test_one_process_at_a_time_writes_a_folder_and_a_kill_releases_it(tmp_path):
 def test_a_changed_input_is_noticed_however_its_path_is_spelled(tmp_path, spelling):
     made(tmp_path / "base", "1")
     made(tmp_path / "speech", "2", inputs=[str(tmp_path / "base")])
-    weights.unchanged(tmp_path / "speech", [spelling.format(tmp_path / "base")])
+    runs.unchanged(tmp_path / "speech", [spelling.format(tmp_path / "base")])
     (tmp_path / "base/x").write_text("other")
     with pytest.raises(ValueError, match="has changed since"):
-        weights.unchanged(tmp_path / "speech", [spelling.format(tmp_path / "base")])
+        runs.unchanged(tmp_path / "speech", [spelling.format(tmp_path / "base")])
 
 
 def test_a_downloaders_cache_is_no_part_of_a_folder(tmp_path):
     made(tmp_path / "m", "1")
-    before = weights.fingerprint(tmp_path / "m")
+    before = runs.fingerprint(tmp_path / "m")
     (tmp_path / "m/.cache").mkdir()
     (tmp_path / "m/.cache/metadata").write_text("now")
-    assert weights.fingerprint(tmp_path / "m") == before
+    assert runs.fingerprint(tmp_path / "m") == before
 
 
 def test_json_nested_without_end_and_a_weight_map_of_numbers_are_one_line(tmp_path):
     (tmp_path / "x.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="not valid JSON"):
-        weights.read_json(tmp_path / "x.json")
+        runs.read_json(tmp_path / "x.json")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
     with pytest.raises(ValueError, match="wanted a weight_map"):
         weights.Tensors(tmp_path)

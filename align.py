@@ -1,0 +1,223 @@
+"""What a small model needs beyond the plain loss before its two deltas add. `--plain` does without.
+
+in   the model, a batch, its hidden states      out  positions, a loss mask, one more loss, a filter
+see  hidden-state distillation: FitNets (arXiv:1412.6550), in speech DiVA (arXiv:2410.02678);
+     randomised positions (arXiv:2305.16843); Adam-NSCL (arXiv:2103.07113)
+run  python pretrain.py --init out/base --units out/units --plain --out out/speech_plain
+
+The sum adds a behaviour that was learnt on text to a model that hears. The behaviour acts
+on speech only if a spoken word looks like the written word inside the network. Large models
+get there by themselves; one of five million parameters does not. Three things help it:
+
+position gaps   Speech takes several units for a word, so words stand further apart than in text. A
+                model that has only met neighbours forgets the question. So base and instruct are
+                trained with gaps between positions (`--pace`).
+distillation    A frozen copy of the base, the teacher, reads the transcript. Where a word's last
+                unit stands, our hidden state has to be the teacher's on that word (`--imitate`).
+a filter        What text uses of a matrix is damped in every step, so that the speech delta leaves
+                text as it was (`--keep-text`).
+"""
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from fused import linear_cross_entropy
+
+NAMING = 6  # the first sixth of the blocks turns units into words: no word to match yet
+RIDGE = 0.1     # of the mean eigenvalue, added before a covariance is inverted
+
+
+class Align:
+    """The three of them for one run, as the settings of pretrain.py say.
+
+    pace, imitate, keep_text   their strengths; 1, 0 and 0 turn them off
+    by_turns                   the number of the interleaved layout in the batches, or -1
+    first_new                  row of the first token that the teacher does not know
+    """
+
+    def __init__(self, args, model, by_turns, first_new):
+        self.pace, self.weight, self.seed = args.pace, args.imitate, args.seed
+        self.by_turns, self.first_new = by_turns, first_new
+        self.teacher = copy.deepcopy(model).requires_grad_(False) if args.imitate else None
+        self.filters, self.before = {}, {}
+
+    def keep_text(self, model, body, batches, strength):
+        """Filter every step of the matrices of `body` by what text sends into them."""
+        self.filters = text_filters(model, body, batches, strength)
+        self.before = {p: p.detach().clone() for p in self.filters}
+
+    def positions(self, start, step, part):
+        """{"position": (B, T)} of a batch, or {} where positions are the plain ones."""
+        if self.pace == 1:
+            return {}
+        rng = torch.Generator().manual_seed(self.seed << 32 | part << 24 | step)
+        return {"position": position_gaps(start, self.pace, rng)}
+
+    def loss_mask(self, batch):
+        """(B, T): targets that bear no loss; None if all do.
+
+        Of an interleaved document the teacher's states say all. A loss on what follows
+        speech would teach the sum to write on, whatever it hears.
+        """
+        if self.teacher is None:
+            return None
+        return (batch["kind"] == self.by_turns) & taught(batch)
+
+    def loss(self, states, batch):
+        """The distillation of a batch whose hidden states are `states`; 0 without a teacher."""
+        if self.teacher is None:
+            return 0.0
+        return self.weight * sum(distillation(states, batch, self.teacher, self.first_new))
+
+    @torch.no_grad()
+    def after_step(self):
+        """Take out of every change what text would feel of it."""
+        for p, keep in self.filters.items():
+            p.copy_(self.before[p] + (p - self.before[p]) @ keep)
+
+
+# --- position gaps ------------------------------------------------------------
+
+def position_gaps(start, widest, rng):
+    """Positions (B, T) of documents that begin at `start` (B, T), with gaps in half of them.
+
+    the cat sat on the mat  ->  0 1 2 3 4 5  in one half, and say  0 1 2 9 14 22  in the other
+
+    Gaps come in stretches of about eight ids. `widest` is the largest mean gap of a
+    stretch.
+    """
+    place = torch.arange(start.shape[1]).expand_as(start)                   # (B, T)
+
+    def draw():
+        return torch.rand(start.shape, generator=rng)
+
+    # One draw counts for a whole document: the one where it begins.
+    plain = (draw() < 0.5).gather(1, start)                                 # (B, T)
+
+    # Where the stretch of each id began, and the mean gap of that stretch: 1 for half of
+    # them.
+    stretch = torch.where(draw() < 1 / 8, place, 0).cummax(1).values        # (B, T)
+    gap = (widest * (2 * draw() - 1)).clamp(min=1).gather(1, stretch)       # (B, T)
+    gap = gap.masked_fill(plain, 1)
+
+    # A step of 1 to 2 * gap - 1 positions, from the id before.
+    step = 1 + ((2 * gap - 1) * draw()).long()                              # (B, T)
+    position = step.cumsum(1)
+    return position - position.gather(1, start)
+
+
+# --- distillation -------------------------------------------------------------
+
+def distillation(states, batch, teacher, first_new):
+    """(word loss, state loss): how far the model is from hearing as the teacher reads.
+
+    states  what each block hands on, (B, T, C) each
+    batch   `read` (B, R) are the documents' ids in writing, `place` (B, R) where each was said
+
+    word loss    behind the first blocks, the state at a word's last unit predicts the word's last
+                 token: cross-entropy over the teacher's rows
+    state loss   behind every later block it is the teacher's state on that token, and on text
+                 beside speech too: whitened square distance, 0 alike, 2 unrelated
+    """
+    if not batch["read"].shape[1]:                              # a batch without speech
+        return 0.0, 0.0
+
+    # The teacher reads every word at the position where it has been said.
+    place = batch["place"].clamp(min=0)                                     # (B, R)
+    position = batch.get("position")                                        # (B, T)
+    if position is None:
+        position = torch.arange(batch["ids"].shape[1], device=place.device) - batch["start"]
+    theirs = []
+    with torch.no_grad():
+        teacher.model(batch["read"], start=batch["read_start"],
+                      positions=position.gather(1, place), states=theirs)
+
+    # N ids are read: (row, at) in the teacher's batch, (row, place) in ours.
+    row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each
+    place = place[row, at]                                                  # (N,)
+    spoken = (batch["ids"][row, place] >= first_new).float()                # (N,)
+    speech = spoken / spoken.sum().clamp(min=1)                 # (N,): a mean's weights
+    text = (1 - spoken) / (1 - spoken).sum().clamp(min=1)                   # (N,)
+
+    naming = max(1, len(states) // NAMING)
+    state_loss = 0.0
+    for n, (student, target) in enumerate(zip(states, theirs)):
+        student, target = unit_scale(student[row, place]), unit_scale(target[row, at])  # (N, C)
+        apart = student - target
+        distance = (apart @ whitening(target) * apart).mean(-1)             # (N,)
+        weight = speech + text if n >= naming else text
+        state_loss = state_loss + (distance * weight).sum() / max(1, len(states) - naming)
+
+    heard = spoken > 0                                                      # (N,)
+    words = unit_scale(states[naming - 1][row, place][heard])               # (words, C)
+    rows = teacher.model.embed_tokens.weight[:first_new]
+    word_loss, _ = linear_cross_entropy(words, rows, batch["read"][row, at][heard], speech[heard])
+    return word_loss, state_loss
+
+
+def unit_scale(states):
+    """States (..., C) in float32, of mean square 1: their scale differs from block to block."""
+    return F.rms_norm(states.float(), states.shape[-1:])
+
+
+@torch.no_grad()
+def whitening(states):
+    """The matrix M (C, C) of a distance d' M d, of states (N, C): inverse to their second moment.
+
+    A few directions of a transformer's states are loud, and what tells one word from
+    another is not among them. M counts a difference by how unusual it is there
+    (Mahalanobis).
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        moment = states.T @ states / len(states)                            # (C, C)
+        ridge = RIDGE * torch.eye(len(moment), device=states.device)  # mean eigenvalue is 1
+        inverse = torch.linalg.inv(moment + ridge)
+        return inverse * len(moment) / (inverse * moment).sum()
+
+
+def taught(batch):
+    """(B, T): does the teacher read the document of this id? Not if it was cut into pieces."""
+    row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each
+    begin = batch["start"][row, batch["place"][row, at]]                    # (N,)
+    read = torch.zeros_like(batch["start"], dtype=torch.bool)               # (B, T)
+    read[row, begin] = True
+    return read.gather(1, batch["start"])
+
+
+# --- the filter ---------------------------------------------------------------
+
+@torch.no_grad()
+def text_filters(model, body, batches, strength):
+    """{weight (out, in): matrix (in, in)} that takes out of its change what text would feel.
+
+    Let C be the mean of x x' over the inputs x that text sends into a weight, scaled to a
+    mean eigenvalue of 1. A change D of the weight adds D x to what the next layer gets:
+    tr(D C D') on average, squared. D (I + strength * C)^-1 is an implicit step down that.
+    Applied after every step, it damps what text uses. What text leaves silent stays, and
+    there the units find room.
+    """
+    sums, hooks = {}, []
+
+    def listen(module, inputs):
+        x = inputs[0].flatten(0, -2).float()                               # (B * T, in)
+        # In bfloat16 a sum of squares could fall below a part of it.
+        with torch.autocast(x.device.type, enabled=False):
+            sums[module.weight] = sums.get(module.weight, 0) + x.T @ x
+
+    wanted = {id(p) for p in body}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and id(module.weight) in wanted:
+            hooks.append(module.register_forward_pre_hook(listen))
+    for batch in batches:
+        model.model(batch["ids"], start=batch["start"])
+    for hook in hooks:
+        hook.remove()
+
+    # I + strength * C is symmetric and has no eigenvalue below 1.
+    filters = {}
+    for p, C in sums.items():
+        C = C * len(C) / C.trace()
+        damped = torch.eye(len(C), device=C.device) + strength * C
+        filters[p] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return filters

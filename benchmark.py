@@ -1,0 +1,252 @@
+"""Any model that hears on any benchmark: rows of questions, or pairs of clips.
+
+in   a model folder; JSON lines of questions, or of pairs, or two folders of clips
+out  a .json with the score, its 95 % interval and every answer
+see  sBLIMP and sWUGGY (arXiv:2011.11588), spoken StoryCloze (arXiv:2305.13009), SALMon
+     (arXiv:2409.07437) for pairs
+run  python benchmark.py rows out/merged questions.jsonl --out scores.json
+
+A row is {"audio", "text", "instruction", "choices", "answer", "metric"}: at least one of
+the first three, and the answer. Metrics: "exact" (in lower case), "wer" (word error rate),
+"choice" (by the likeliest letter).
+
+Every batch is kept at once in OUT.rows: after a stop the same command goes on there.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import runs  # before torch: it sets how OpenMP waits
+import torch
+
+import audio
+from evaluate import BATCH, edit_distance, normal, ratio, replies, share
+from model import LM
+from tokenize_audio import AudioTokenizer
+from vocab import Vocab
+
+METRICS = ["exact", "wer", "choice"]
+READ = 16       # prompts read at once for the likelihood of all their ids
+
+
+# --- work that goes on after a stop -------------------------------------------
+
+def in_batches(args, items, work):
+    """work(list of items) -> list of results, for all items, batch by batch."""
+    runs.may_write(args.out, args.overwrite)
+    made_from = runs.recipe([args.folder, args.rows])["inputs"]
+    checkpoint = runs.Checkpoint(f"{args.out}.rows", made_from)
+    checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
+    (done,) = checkpoint.read("done") or ([],)
+    with runs.Bar(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
+        while len(done) < len(items):
+            results = work(items[len(done):len(done) + BATCH])
+            done += results
+            checkpoint.write(done=done)
+            bar.update(len(results))
+    return done
+
+
+def finish(args, scores, answers):
+    """Write the scores and every answer, print the scores, and forget the checkpoint."""
+    made = scores | {"rows": answers, "made": runs.recipe([args.folder, args.rows])}
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    Path(f"{args.out}.rows").unlink()
+    print(json.dumps(scores, indent=1))
+
+
+@torch.inference_mode()
+def log_probabilities(model, prompts):
+    """Yield (T, V) for each prompt (a list of ids): behind every id, those of the next."""
+    device = model.lm_head.weight.device
+    for a in range(0, len(prompts), READ):
+        part = [torch.tensor(prompt) for prompt in prompts[a:a + READ]]
+        # What fills up a batch stands behind the prompts, where they do not see it.
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)  # (B, T)
+        for hidden, prompt in zip(model.model(ids), part):                      # (T, C)
+            yield model.lm_head(hidden[:len(prompt)]).float().log_softmax(-1)
+
+
+# --- rows of questions --------------------------------------------------------
+
+def read_rows(path):
+    """The rows of a benchmark, each with a metric, checked."""
+    rows = runs.read_lines(path)
+    for number, row in enumerate(rows, 1):
+        row["metric"] = row.get("metric") or ("choice" if row.get("choices") else "exact")
+        wrong = what_is_wrong(row)
+        if wrong:
+            raise ValueError(f"{path}, row {number}: {wrong}")
+    return rows
+
+
+def what_is_wrong(row):
+    """Why a row cannot be scored, or None."""
+    if row["metric"] not in METRICS:
+        return f"metric {row['metric']!r}, wanted one of {', '.join(METRICS)}"
+    answer = row.get("answer")
+    if not isinstance(answer, str) or not answer.strip():
+        return "no answer, wanted a string with something in it"
+    asked = "audio", "text", "instruction"
+    if not any(row.get(name) for name in asked):
+        return "nothing to ask, wanted audio, text or instruction"
+    for name in asked:
+        if not isinstance(row.get(name) or "", str):
+            return f"got {name} = {str(row[name])[:40]}, wanted a string"
+    if row["metric"] == "choice":
+        choices = row.get("choices")
+        texts = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
+        if not texts or answer not in choices + [chr(65 + i) for i in range(len(choices))]:
+            return "answer is none of its choices nor their letters"
+    return None
+
+
+def letter_ids(vocab, n):
+    """The ids with which replies begin that are the letters A, B, C ... of n choices."""
+    ids = [vocab.encode(chr(65 + i))[0] for i in range(n)]
+    if n > 26 or len(set(ids)) < n:
+        raise ValueError(f"{n} choices: wanted at most 26, with letters that this tokenizer tells "
+                         "apart")
+    return ids
+
+
+def meaning(letter, row):
+    """What a letter stands for, in the form of the row's answer: a choice's text, or itself."""
+    letter = letter.upper()
+    return row["choices"][ord(letter) - 65] if row["answer"] in row["choices"] else letter
+
+
+def score_rows(args):
+    """Score a model on rows of questions."""
+    rows, folder = read_rows(args.rows), Path(args.rows).parent
+    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder)
+    ears = None
+    if any(row.get("audio") for row in rows):
+        ears = AudioTokenizer(args.folder, args.device, args.hubert)
+
+    def content(row):
+        """A user's turn: units, if there are any, then what is written."""
+        words = [row[name] for name in ("text", "instruction") if row.get(name)]
+        if row["metric"] == "choice":
+            words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(row["choices"])]
+            words.append("Answer with the letter.")
+        text = "\n".join(words)
+        if not row.get("audio"):
+            return [text]
+        units, _ = ears(audio.load(folder / row["audio"]))
+        return [units] + ([" " + text] if text else [])
+
+    def work(part):
+        """The replies to some rows; to a choice, its letter."""
+        prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
+        written = [i for i, row in enumerate(part) if row["metric"] != "choice"]
+        said = dict(zip(written, replies(model, vocab, [prompts[i] for i in written])))
+        chosen = [i for i in range(len(part)) if i not in said]
+        for i, likely in zip(chosen, log_probabilities(model, [prompts[i] for i in chosen])):
+            ids = letter_ids(vocab, len(part[i]["choices"]))
+            said[i] = chr(65 + int(likely[-1, ids].argmax()))
+        return [said[i] for i in range(len(part))]
+
+    said = in_batches(args, rows, work)
+    finish(args, scores_by_metric(rows, said), said)
+
+
+def scores_by_metric(rows, said):
+    """{metric: cell} of what was said to rows."""
+    scores = {}
+    for metric in METRICS:
+        asked = [(normal(text), row) for text, row in zip(said, rows) if row["metric"] == metric]
+        if not asked:
+            continue
+        if metric == "exact":
+            scores[metric] = share([text == normal(row["answer"]) for text, row in asked])
+        elif metric == "choice":
+            scores[metric] = share([meaning(text, row) == row["answer"] for text, row in asked])
+        else:       # the full stop that transcripts end with is no word
+            heard = [text.removesuffix(".").split() for text, _ in asked]
+            words = [normal(row["answer"]).removesuffix(".").split() for _, row in asked]
+            wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
+            scores[metric] = ratio(wrong, [len(w) for w in words])
+    return scores
+
+
+# --- pairs of clips -----------------------------------------------------------
+
+def read_pairs(path):
+    """([{"good": path, "bad": path}], the folder that the paths are relative to)."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in (path / "good").rglob("*")
+                       if file.suffix.lower() in audio.AUDIO)
+        pairs = [{"good": str(file), "bad": str(path / "bad" / file.relative_to(path / "good"))}
+                 for file in files]
+        folder = Path()
+    else:
+        pairs, folder = runs.read_lines(path), path.parent
+    if not pairs or not all(isinstance(pair.get(side), str)
+                            for pair in pairs for side in ("good", "bad")):
+        raise ValueError(f"{path}: wanted folders good/ and bad/ with files of the same names, or "
+                         'JSON lines {"good": path, "bad": path}')
+    return pairs, folder
+
+
+def score_pairs(args):
+    """Share of pairs in which the model finds the good clip likelier, per unit; ties half."""
+    pairs, folder = read_pairs(args.rows)
+    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder)
+    ears = AudioTokenizer(args.folder, args.device, args.hubert)
+    if not vocab.speech:
+        raise ValueError(f"{args.folder}: cannot hear (no speech.json); give a speech model")
+    first, k = vocab.speech["first_unit"], vocab.speech["k"]
+
+    def span(path):
+        """The ids of a clip: the marker of speech, then units."""
+        units, _ = ears(audio.load(path))
+        if not len(units):
+            raise ValueError(f"{path}: under one frame, nothing to compare")
+        return vocab.span(units)[:-1]
+
+    def work(part):
+        """Mean log-probability of the units of [good, bad], of some pairs."""
+        prompts = [span(folder / pair[side]) for pair in part for side in ("good", "bad")]
+        means = []
+        for prompt, likely in zip(prompts, log_probabilities(model, prompts)):
+            among = likely[:-1, first:first + k].log_softmax(-1)  # (n, k): as in training
+            unit = torch.tensor(prompt[1:], device=among.device)[:, None] - first
+            means.append(among.gather(1, unit).mean().item())
+        return [[good, bad] for good, bad in zip(means[::2], means[1::2])]
+
+    means = in_batches(args, pairs, work)
+    won = [1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in means]
+    finish(args, {"pairs": share(won)}, means)
+
+
+# --- the command --------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description="Score a model that hears on any benchmark.")
+    commands = parser.add_subparsers(dest="action", required=True)
+    one = commands.add_parser("rows", help='JSON lines {"audio", "text", "instruction", '
+                                           '"choices", "answer", "metric"}')
+    two = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
+    for command in (one, two):
+        add = command.add_argument
+        add("folder", help="a model folder that hears")
+        add("rows", help="the rows" if command is one else
+            "a folder with good/ and bad/, or JSON lines")
+        add("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+            help="cpu or cuda (default: cuda if there is one)")
+        add("--out", required=True, help=".json to write")
+        add("--overwrite", action="store_true", help="replace an existing --out")
+    args = parser.parse_args()
+    if Path(args.out).suffix != ".json":
+        raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
+    if args.action == "rows":
+        score_rows(args)
+    else:
+        score_pairs(args)
+
+
+if __name__ == "__main__":
+    runs.run(main)
