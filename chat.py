@@ -136,7 +136,7 @@ def speeds(read, times):
 
 def parts_of(line):
     """A line as its parts, [text or Path]: a path to audio, whole or among words, is spoken."""
-    path = Path(os.path.expanduser(line.strip("'\"")))
+    path = expanded(line.strip("'\""))
     looks = path.suffix.lower() in SOUND or line.startswith(("/", "./", "../", "~"))
     if looks and " " not in line or os.path.isfile(path):  # it takes a name of any length
         return [path]
@@ -148,13 +148,21 @@ def parts_of(line):
     parts, text = [], []
     for word in words:
         if Path(word).suffix.lower() in SOUND:
-            parts += [" ".join(text), Path(os.path.expanduser(word))]
+            parts += [" ".join(text), expanded(word)]
             text = []
         else:
             text.append(word)
     if not parts:
         return [line]
     return [part for part in [*parts, " ".join(text)] if part]
+
+
+def expanded(text):
+    """The path that a text is, "~" being home; it may hold what no path can, like a zero byte."""
+    try:
+        return Path(os.path.expanduser(text))
+    except ValueError:
+        return Path(text)
 
 
 def record():

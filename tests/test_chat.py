@@ -143,6 +143,11 @@ def test_programs_write_and_read_json_lines(speedrun, tmp_path):
     assert said[1]["units"] > 10 and said[1]["heard"] and said[2]["first_token_seconds"] > 0 and "gone.wav" in said[4]["error"]
 
 
+@pytest.mark.parametrize("line", ["~\x00", "~\ud800", "~nobody-of-this-name/\ud800.wav say"])
+def test_a_line_that_no_path_can_be_does_not_end_the_chat(chat, line):
+    assert turn(chat, parts_of(line)) in (True, False)
+
+
 # --- a real terminal ---
 
 class Terminal:
