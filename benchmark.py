@@ -77,6 +77,8 @@ def read_rows(path):
         wrong = what_is_wrong(row)
         if wrong:
             raise ValueError(f"{path}, row {number}: {wrong}")
+    if not rows:
+        raise ValueError(f"{path}: empty; wanted at least one row")
     return rows
 
 

@@ -543,17 +543,26 @@ def compare(args):
                                   for text, q in zip(said, test)], dtype=int)
 
     first, *others = rows
-    ahead = {other: ratio(right[first] - right[other], [1] * len(test), facts(test))
-             for other in others}
+    ahead = {other: lead(right[first] - right[other], test) for other in others}
     made = {"rows": rows, "ahead": ahead, "made": runs.recipe([*args.folders, args.questions])}
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(f"\n{grid(rows)}\n\n{finding(rows, ahead)}")
+
+
+def lead(more, questions):
+    """A cell of `more` (1, 0 or -1 a question): what share more one model answers than another.
+
+    "differ" counts the facts on which they differ.
+    """
+    differ = {fact for fact, one in zip(facts(questions), more) if one}
+    return ratio(more, [1] * len(more), facts(questions)) | {"differ": len(differ)}
 
 
 def finding(rows, ahead):
     """One sentence: what the first model answers when spoken to, and what the others do.
 
     ahead {name: cell}: how much more of the same questions the first answers than that one.
+    Where they differ on fewer than six facts, chance could decide all of them (a sign test).
     Questions are compared one by one, as some are hard for all models: the intervals of two
     scores would overlap long after their difference is certain.
     """
@@ -561,9 +570,11 @@ def finding(rows, ahead):
     n = first["typed"]["n"]
     said = [f"{name} answers {first['spoken_near']['value']:.2f} of {n} questions"]
     for other, row in others:
-        chance = ahead[other]["low"] <= 0 <= ahead[other]["high"]
+        apart = ahead[other]
         verdict = "more than chance apart"
-        if chance:
+        if apart["differ"] < 6:
+            verdict = f"may be chance: they differ on {apart['differ']} facts"
+        elif apart["low"] <= 0 <= apart["high"]:
             verdict = "may be chance: the 95 % interval of their difference holds 0"
         said.append(f"{other} {row['spoken_near']['value']:.2f} ({verdict})")
     typed = ", ".join(format(row["typed"]["value"], ".2f") for row in rows.values())

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import runs  # before torch: it sets how OpenMP waits
@@ -43,7 +44,7 @@ def add(folders, name, lam, mu):
 
     folders  `Folders`: the three of them
     rows     (n, width) in speech's dtype
-    sizes    of `measure`; None for rows that base lacks
+    sizes    what `measure` says of the block; None for rows that base lacks
     """
     for a, b in folders.blocks(name):
         speech = folders.rows("speech", name, a, b)                         # (n, width)
@@ -57,19 +58,20 @@ def add(folders, name, lam, mu):
         behaviour = instruct - base
         merged = base + lam * hearing + mu * behaviour
 
+        if not torch.isfinite(merged).all():
+            folders.blame(name, a, b)
         if name in TABLES:
             markers = [row - a for row in folders.markers if a <= row < b]
             merged[markers] = instruct[markers]
-        if not torch.isfinite(merged).all():
-            folders.blame(name, a, b)
         yield a, merged.to(speech.dtype), measure(base, hearing, behaviour)
 
 
 def measure(base, hearing, behaviour):
-    """Squared norms, the deltas' product, signs against each other, count: (6,), to be summed."""
-    against = (hearing * behaviour < 0).sum()
-    squares = [x.square().sum() for x in (base, hearing, behaviour)]
-    return torch.stack([*squares, (hearing * behaviour).sum(), against, against * 0 + base.numel()])
+    """What the report needs of a block, to be summed: squared norms, and how the deltas agree."""
+    product = hearing * behaviour
+    return Counter(base=base.square().sum().item(), speech=hearing.square().sum().item(),
+                   instruct=behaviour.square().sum().item(), product=product.sum().item(),
+                   against=(product < 0).sum().item(), count=base.numel())
 
 
 class Merge:
@@ -90,8 +92,8 @@ class Merge:
         sizes = {}
         for name in runs.Bar(self.names, desc="merging", unit="tensor"):
             for first, rows, part in add(self.folders, name, lam, mu):
-                if part is not None:
-                    sizes[name] = sizes.get(name, 0) + part
+                if part:
+                    sizes.setdefault(name, Counter()).update(part)
                 if file:
                     file.write(name, first, rows)
         if file:
@@ -119,9 +121,11 @@ class Folders:
         self.names = self.same_names()
         self.same_shapes()
         self.same_tokens(vocabs)
-        family = CHATS.get(vocabs["instruct"].family, ())
+
+        # Chat markers: the special tokens that instruct's chat template spells.
+        template = "".join(CHATS.get(vocabs["instruct"].family, ()))
         special = vocabs["instruct"].special
-        self.markers = sorted(i for token, i in special.items() if token in "".join(family))
+        self.markers = sorted(i for token, i in special.items() if token in template)
         if any(row >= self.count(TABLES[0]) for row in self.markers):
             raise ValueError(f"{instruct}: has chat markers in rows that {base} lacks; instruct "
                              "must come from this base")
@@ -150,7 +154,7 @@ class Folders:
         return names["speech"]
 
     def same_shapes(self):
-        """All shapes must be speech's, but that tables may have fewer rows: as many as base's."""
+        """All shapes must be speech's, except that tables have as many rows as base's."""
         rows = self.count(TABLES[0])
         for which in ("base", "instruct"):
             for name in self.names:
@@ -244,7 +248,7 @@ def report(sizes):
         block = re.search(r"layers\.(\d+)\.", name)
         keys = ["rows"] if name in TABLES else [int(block[1]) if block else "norm", "all"]
         for key in keys:
-            groups[key] = groups.get(key, 0) + part
+            groups.setdefault(key, Counter()).update(part)
     table = {key: relations(part) for key, part in groups.items()}
     total = table.pop("all")
     in_order = sorted(table, key=lambda key: (isinstance(key, str), key))
@@ -256,11 +260,11 @@ def report(sizes):
 
 def relations(part):
     """A row of the report from a sum of `measure`."""
-    base, speech, instruct, product, against, count = part.tolist()
-    lengths = math.sqrt(speech * instruct)
-    return {"instruct": math.sqrt(instruct / base) if base else 0.0,
-            "speech": math.sqrt(speech / base) if base else 0.0,
-            "cosine": product / lengths if lengths else 0.0, "against": against / count}
+    base, lengths = part["base"], math.sqrt(part["speech"] * part["instruct"])
+    return {"instruct": math.sqrt(part["instruct"] / base) if base else 0.0,
+            "speech": math.sqrt(part["speech"] / base) if base else 0.0,
+            "cosine": part["product"] / lengths if lengths else 0.0,
+            "against": part["against"] / part["count"]}
 
 
 def show(report):
@@ -320,7 +324,7 @@ def main():
     for name in ("lam", "mu"):
         if not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} {getattr(args, name)}: wanted a finite number")
-    for folder in (args.instruct, args.speech):
+    for folder in (args.instruct, args.speech):     # base must be what these were trained from
         runs.unchanged(folder, [args.base])
     plan = Merge(args.base, args.instruct, args.speech)
     for rule, what in RULES.items():
@@ -338,8 +342,8 @@ def main():
 
         # Config, tokenizer, speech.json: what the rows mean.
         for file in Path(args.speech).glob("*.json"):
-            ours = file.name in ("recipe.json", "training.json", "codebook.json")
-            if not ours and not file.name.endswith(".index.json"):
+            speechs_own = file.name in ("recipe.json", "training.json", "codebook.json")
+            if not speechs_own and not file.name.endswith(".index.json"):
                 shutil.copy(file, out / file.name)
         weights.copy_ears(args.speech, out)
     show(made)

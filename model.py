@@ -326,10 +326,12 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x):
-        threads = torch.get_num_threads()
         single = x.numel() == x.shape[-1] and x.dtype == torch.float32 and not x.is_cuda
         learning = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        if not single or learning or len(self.weight) % threads:
+        if not single or learning:
+            return F.linear(x, self.weight, self.bias)
+        threads = torch.get_num_threads()
+        if len(self.weight) % threads:
             return F.linear(x, self.weight, self.bias)
         parts = self.weight.view(threads, -1, self.in_features).mT    # (n, in, out / n)
         y = torch.bmm(x.view(1, 1, -1).expand(threads, 1, -1), parts)  # (n, 1, out / n)

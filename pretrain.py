@@ -11,8 +11,8 @@ settings: text alone trains a base, chats an instruct model, units a speech mode
 is in `train`. What a small model needs beyond it is in align.py, and `--plain` turns that
 off.
 
-A stop costs at most the steps since the last checkpoint: on a CPU the same command goes on
-from there to the same bits.
+A stop costs at most the steps since the last checkpoint. The same command resumes there; on
+a CPU the result is then bit-identical.
 """
 import argparse
 import datetime
@@ -165,7 +165,7 @@ def add_units(model, vocab, corpus, args):
                              f"learnt; encode with the codebook in {args.init}")
         return
 
-    # The two markers of speech start as what a pause is in text.
+    # The two markers of speech start as copies of the space token's row.
     space = vocab.encode(" ")[0]
     texts = [row.get("text", "") for row in corpus.rows[:1000]]
     used = {i for text in texts for i in vocab.encode(text)} or set(vocab.bytes_of)
@@ -257,7 +257,7 @@ def frozen_rows(embeddings, vocab, first_new, count):
 
 
 def two_optimizers(body, tables, lr, decay, faster, dtype):
-    """[Muon for the matrices of the blocks, AdamW for norms and for rows, these `faster` times].
+    """[Muon for the matrices of the blocks, AdamW for norms and, at `faster` times the rate, rows].
 
     `dtype` is what Muon multiplies in.
     """
@@ -283,7 +283,7 @@ class Run:
     frozen: torch.Tensor        # (V,) bool: rows of the tables that stay
     align: Align                # what a small model needs beyond the loss
     optimizers: list
-    streams: dict               # of batch number `part` in a step, its documents
+    streams: dict               # {number of a batch in a step: where its documents come from}
     log: "Log"
     checkpoint: runs.Checkpoint
 
@@ -292,7 +292,7 @@ def set_up(args, out, rank, world):
     """The `Run` that the arguments describe; process `rank` of `world`."""
     torch.manual_seed(args.seed)
     model, vocab, units = start_model(args)
-    first_new = units.start - 2 if args.units else 0
+    first_new = units.start - 2 if args.units else 0        # two markers stand before the units
     if args.lora:
         add_lora(model, args.lora, args.lora_alpha or 2 * args.lora)
     model.to(args.device)
@@ -311,12 +311,13 @@ def set_up(args, out, rank, world):
     by_turns = list(mix).index("interleave") if "interleave" in mix else -1
     align = Align(args, model, by_turns, first_new)
     if args.keep_text:
-        align.keep_text(model, body, text_batches(vocab, sources, args), args.keep_text)
+        with on_gpu(args):
+            align.keep_text(model, body, text_batches(vocab, sources, args), args.keep_text)
     if args.compile:
         for block in [*model.model.layers, *(align.teacher.model.layers if align.teacher else ())]:
             block.compile()
 
-    decay = 0.0 if args.init else 0.1       # a model that goes on is not pulled to zero
+    decay = 0.0 if args.init else 0.1       # a model that goes on gets no weight decay
     faster = NEW_FASTER if args.embeddings == "new" else 1
     dtype = runs.DTYPES[args.dtype]
     optimizers = two_optimizers(body, tables, args.lr, decay, faster, dtype)
@@ -331,7 +332,7 @@ def train(args, out, rank, world):
     run = set_up(args, out, rank, world)
     first = resume(run, world) + 1
     batches = batches_ahead(run.streams.values(), args.rows, args.length, first, args.steps)
-    behind = {}                  # part -> the state of its stream behind its last batch
+    behind = {}                  # part -> the state of its stream after its last batch
     for step in runs.Bar(range(first, args.steps + 1), desc=f"training {args.out}", unit="step",
                          initial=first - 1, total=args.steps, smoothing=0.05, disable=rank > 0):
         # The learning rate. New rows go first, while the blocks stand still.
@@ -387,6 +388,15 @@ def forward(run, batch, step, part):
         minimised = loss.mean + run.align.loss(states, batch)
     run.log.hear(batch["ids"])
     return minimised, loss
+
+
+def on_gpu(args):
+    """Inside, a GPU multiplies in the run's dtype, as float32 would miss the fused attention.
+
+    On a CPU products without a gradient are made in float32.
+    """
+    dtype = runs.DTYPES[args.dtype] if "cuda" in args.device else torch.float32
+    return runs.autocast(args.device, dtype)
 
 
 def text_batches(vocab, sources, args):
@@ -447,7 +457,7 @@ def resume(run, world):
 
 
 def save_checkpoint(run, step, behind, rank, world):
-    """Write all that `resume` needs. Every process tells the first of its streams."""
+    """Write all that `resume` needs. Every process sends the states of its streams to the first."""
     of_all = [behind]
     if world > 1:
         of_all = [None] * world
@@ -469,7 +479,7 @@ class Log:
         self.held_out, self.filler = held_out, vocab.eos
         self.path, self.picture = out / "log.jsonl", out / "loss.png"
         self.rank, self.world = runs.processes()
-        self.first, self.spent, self.began = 0, 0.0, time.time()
+        self.spent = 0.0    # seconds before a stop
         self.heard = 0  # units trained on; where processes share, an estimate from one of them
         corpus = sources["interleave"]
         if corpus:
@@ -486,7 +496,7 @@ class Log:
 
     def resume(self, step):
         """Go on behind a step."""
-        self.first = step
+        self.first, self.began = step, time.time()
         if self.rank == 0:
             runs.keep_log(self.path, step)
             if step:
@@ -523,10 +533,9 @@ class Log:
         return next((peak for name, peak in PEAKS.items() if name in card), None)
 
     def validate(self):
-        """Held-out losses. On a GPU in the run's dtype: float32 would miss the fused attention."""
+        """Held-out losses."""
         args = self.args
-        dtype = runs.DTYPES[args.dtype] if "cuda" in args.device else torch.float32
-        with runs.autocast(args.device, dtype):
+        with on_gpu(args):
             means = validate(self.model, self.held_out, args.length, self.filler, self.units,
                              args.device)
         return {name: round(mean, 4) for name, mean in means.items()}
@@ -641,8 +650,8 @@ def arguments():
 
 def add_align_flags(add, default):
     """The flags of what a small model needs beyond the plain recipe (align.py)."""
-    add("--plain", action="store_true", help="none of what follows up to --embeddings: every "
-        "parameter is trained, by the loss of the next token alone")
+    add("--plain", action="store_true", help="nothing of --pace to --embeddings: every parameter "
+        "is trained, by the loss of the next token alone")
     add("--pace", type=float, help="mean gap between positions, up to this, as words are apart in "
         f"speech; 1: none ({default('pace')})")
     add("--imitate", type=float, help="weight of the distance to the hidden states of the starting "
@@ -656,7 +665,7 @@ def add_align_flags(add, default):
         help=f"train only the blocks between two shares of the depth ({default('layers')})")
     add("--embeddings", choices=["all", "markers", "new"], help="embedding rows that are trained: "
         f"all, special tokens, or units and markers of speech ({default('embeddings')}; with "
-        "--lora never all)")
+        "--lora markers for text and chats)")
 
 
 def settled(parser, world):
@@ -669,12 +678,15 @@ def settled(parser, world):
         parser.error("nothing to train on: give --text, --chat or --units")
 
     defaults = dict(STAGES[stage], accumulate=world)
+    if args.plain:
+        given = [name for name in PLAIN if getattr(args, name) is not None]
+        if given:
+            parser.error(f"--plain turns --{given[0].replace('_', '-')} off; give one of the two")
+        defaults |= PLAIN
     if args.lora:
         defaults["keep_text"] = 0.0         # it filters matrices, and those are frozen
         if stage != "units":
             defaults["embeddings"] = "markers"
-    if args.plain:
-        defaults |= PLAIN
     for name, value in defaults.items():
         if getattr(args, name) is None:
             kind = {"mix": layout_weights, "layers": depth_shares}.get(name)

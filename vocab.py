@@ -249,8 +249,8 @@ class Vocab:
     def __init__(self, folder):
         self.name = Path(folder).name
         self.json, self.config = read_tokenizer(folder)
-        self.pattern = pattern_of(self.json, folder)
         self._read_bpe(folder)
+        self.pattern = pattern_of(self.json, folder)
         self._read_special(folder)
         known = self.pattern in (GPT2, QWEN2, LLAMA3, SMOLLM2)
         if not known and self.decode(self.encode(SAMPLE)) != self.normalize(SAMPLE):

@@ -214,8 +214,8 @@ def write_index(folder, home):
 
 
 def write_block(handle, at, tensor):
-    """Write a flat tensor at a byte of the file, whole: a full disk is an OSError."""
-    data = memoryview(tensor.contiguous().view(torch.uint8).numpy())
+    """Write a tensor at a byte of the file, whole: a full disk is an OSError."""
+    data = memoryview(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
     while data:
         done = os.pwrite(handle, data, at)
         data, at = data[done:], at + done

@@ -41,8 +41,8 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("evaluate.py", 'q.get("noisy", q["question"])', 'q["question"]', EVALUATE),
     ("evaluate.py", "out[i] = None if end is None else", "out[i] = vocab.decode(ids) if end is None else", EVALUATE),
     ("evaluate.py", 'Path(args.questions).parent, test, "near")', 'Path(args.questions).parent, dev, "near")', EVALUATE),
-    ("evaluate.py", "ratio(right[first] - right[other]", "ratio(right[first]", EVALUATE),
-    ("evaluate.py", '["low"] <= 0 <= ahead', '["low"] <= 1 <= ahead', EVALUATE),
+    ("evaluate.py", "lead(right[first] - right[other]", "lead(right[first]", EVALUATE),
+    ("evaluate.py", 'apart["low"] <= 0 <= apart', 'apart["low"] <= 1 <= apart', EVALUATE),
     ("evaluate.py", "return ratio(right, [1] * len(right), facts(questions))", "return ratio(right, [1] * len(right))", EVALUATE),
     ("evaluate.py", "diagonal + (x != y)", "diagonal + 2 * (x != y)", TOKENIZE),
 
@@ -143,7 +143,7 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("merge.py", "base = folders.rows(\"base\", name, a, b).double()", "base = folders.rows(\"base\", name, a, b)", MERGE),
     ("merge.py", "merged[markers] = instruct[markers]", "pass", MERGE),
     ("merge.py", "yield a, speech, None", "yield a, speech * 0, None", MERGE),
-    ("merge.py", '"instruct": math.sqrt(instruct / base)', '"instruct": instruct / base', MERGE),
+    ("merge.py", '"instruct": math.sqrt(part["instruct"] / base)', '"instruct": (part["instruct"] / base)', MERGE),
     ("merge.py", "self.begin[name] + first * rows.shape[1]", "self.begin[name] + 0 * rows.shape[1]", MERGE),
 
     ("hubert.py", "loss = F.cross_entropy(logits[at], targets[at]) + F.cross", "loss = F.cross", HUBERT),

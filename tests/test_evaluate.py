@@ -221,10 +221,11 @@ def test_the_teachers_page_shows_the_experiments_of_the_results():
 
 def test_a_finding_claims_no_more_than_the_questions_compared_one_by_one_allow():
     row = lambda right, n: {"spoken_near": share([True] * right + [False] * (n - right)), "typed": share([True] * n)}
-    ahead = {"b": {"value": 0.3, "n": 100, "low": 0.2, "high": 0.4}, "c": {"value": 0.05, "n": 100, "low": 0.0, "high": 0.1}}
-    said = evaluate.finding({"a": row(80, 100), "b": row(50, 100), "c": row(75, 100)}, ahead)
+    ahead = {"b": {"value": 0.3, "n": 100, "low": 0.2, "high": 0.4, "differ": 30}, "c": {"value": 0.05, "n": 100, "low": 0.0, "high": 0.1, "differ": 12},
+             "d": {"value": 1.0, "n": 3, "low": 1.0, "high": 1.0, "differ": 3}}
+    said = evaluate.finding({"a": row(80, 100), "b": row(50, 100), "c": row(75, 100), "d": row(0, 3)}, ahead)
     assert said == ("Asked aloud, a answers 0.80 of 100 questions, b 0.50 (more than chance apart), "
-                    "c 0.75 (may be chance: the 95 % interval of their difference holds 0); typed, 1.00, 1.00, 1.00.")
+                    "c 0.75 (may be chance: the 95 % interval of their difference holds 0), d 0.00 (may be chance: they differ on 3 facts); typed, 1.00, 1.00, 1.00, 1.00.")
 
 
 def test_two_models_are_compared_question_by_question_and_fact_by_fact(speedrun, tmp_path, monkeypatch):
@@ -242,7 +243,7 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(speedrun,
     monkeypatch.setattr(evaluate.runs, "recipe", lambda *_: {})
     call(["evaluate.py", "compare", "one", "two", "--questions", "q", "--device", "cpu", "--out", str(tmp_path / "c.json")], monkeypatch)
     ahead = json.loads((tmp_path / "c.json").read_text())["ahead"]["two"]
-    assert ahead["value"] == 0.2 and ahead["n"] == 80 and 0.05 <= ahead["low"] <= 0.125 and 0.275 <= ahead["high"] <= 0.35
+    assert ahead["value"] == 0.2 and ahead["n"] == 80 and ahead["differ"] == 8 and 0.05 <= ahead["low"] <= 0.125 and 0.275 <= ahead["high"] <= 0.35
 
 
 def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path, monkeypatch):
@@ -273,6 +274,12 @@ def test_choices_that_are_letters_are_told_from_the_letters_that_name_them(answe
 def test_an_answer_of_nothing_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "say nothing", "answer": " "}\n')
     with pytest.raises(ValueError, match="row 1: no answer"):
+        benchmark.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_benchmark_without_rows_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="rows.jsonl: empty"):
         benchmark.read_rows(tmp_path / "rows.jsonl")
 
 

@@ -167,6 +167,14 @@ def test_nan_is_refused_by_the_name_of_the_folder_that_holds_it(speedrun, tmp_pa
         Merge(bare, instruct, speech)
 
 
+def test_nan_in_a_row_that_instruct_replaces_is_refused_too(speedrun, tmp_path, monkeypatch):
+    base, instruct, speech = folders(speedrun)
+    row = Vocab(instruct).special["<|im_start|>"]
+    ill = copied(base, tmp_path / "ill", lambda name, tensor: tensor.index_fill(0, torch.tensor([row]), float("nan")) if "embed" in name else tensor)
+    with pytest.raises(ValueError, match="ill/model.safetensors: model.embed_tokens.weight holds NaN"):
+        Merge(ill, instruct, speech).merged("model.embed_tokens.weight", 1.0)
+
+
 def test_the_report_measures_both_deltas(speedrun):
     base, instruct, speech = folders(speedrun)
     report, b, s, i = Merge(base, instruct, speech).run(1.0, 1.0), *map(made, (base, speech, instruct))

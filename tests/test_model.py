@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import shared
-from model import LM, Config, Linear, add_rows, generate, sample
+from model import LM, Config, Linear, add_rows, generate, rope, sample
 
 transformers = pytest.importorskip("transformers")
 LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
@@ -188,3 +188,10 @@ def test_a_nucleus_of_almost_nothing_is_greedy_at_any_temperature(pair):
     _, ours, _ = pair
     write = lambda **given: [int(i[0]) for i in generate(ours, [torch.tensor([1, 2, 3])], 8, stop=[300], **given)]
     assert write(temperature=5.0, top_p=1e-6) == write() != write(temperature=5.0)
+
+
+def test_a_block_compiles_to_one_graph():
+    block = LM.fresh(Config(vocab_size=32, hidden_size=64, num_attention_heads=1, num_key_value_heads=1, intermediate_size=96, num_hidden_layers=1), 0).model.layers[0]
+    x, (cos, sin) = torch.randn(1, 8, 64), rope(Config(head_dim=64), torch.arange(8)[None])
+    whole = torch.compile(block, fullgraph=True, backend="eager")
+    assert torch.allclose(whole(x, cos, sin, None, None), block(x, cos, sin, None, None))

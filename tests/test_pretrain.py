@@ -376,6 +376,20 @@ def test_a_flag_with_another_value_leaves_other_weights_and_with_the_same_the_sa
     assert not differ(first, again) and any("_proj" in name for name in differ(first, second))
 
 
+def test_plain_is_the_recipe_without_what_a_small_model_needs(speedrun, tmp_path, monkeypatch, capsys):
+    off = ["--pace", "1", "--imitate", "0", "--keep-text", "0", "--rows-first", "0", "--layers", "0:1", "--embeddings", "all"]
+    data = ["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--steps", "1", "--rows", "2", "--device", "cpu"]
+    for name, flags in (("plain", ["--plain"]), ("off", off)):
+        call([*data, *flags, "--out", str(tmp_path / name)], monkeypatch)
+    plain, other = weights.Tensors(tmp_path / "plain"), weights.Tensors(tmp_path / "off")
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+    base = weights.Tensors(speedrun / "base")
+    assert all(not torch.equal(base[name], plain[name][:len(base[name])]) for name in base), "every parameter is trained"
+    with pytest.raises(SystemExit):
+        call([*data, "--plain", "--imitate", "7", "--out", str(tmp_path / "x")], monkeypatch)
+    assert "--plain turns --imitate off; give one of the two" in capsys.readouterr().err
+
+
 def test_while_new_rows_go_first_the_body_stays_and_rows_move_ten_times_the_rate(speedrun, tmp_path, monkeypatch):
     _, _, units_ = pretrain.start_model(argparse.Namespace(init=str(speedrun / "base"), units=str(speedrun / "units"), seed=0))
     model, *_ = pretrain.start_model(argparse.Namespace(init=str(speedrun / "base"), units=str(speedrun / "units"), seed=0))

@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -253,3 +254,12 @@ def test_json_nested_without_end_and_a_weight_map_of_numbers_are_one_line(tmp_pa
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
     with pytest.raises(ValueError, match="wanted a weight_map"):
         weights.Tensors(tmp_path)
+
+
+def test_a_write_that_the_system_cuts_short_goes_on_behind_it(tmp_path, monkeypatch):
+    rows, real = torch.randn(40, 64), weights.os.pwrite
+    handle, at = weights.allocate(tmp_path / "model.safetensors", {"x": ((40, 64), torch.float32)})
+    monkeypatch.setattr(weights.os, "pwrite", lambda file, data, place: real(file, bytes(data)[:1000], place))
+    weights.write_block(handle, at["x"], rows)
+    os.close(handle)
+    assert torch.equal(weights.Tensors(tmp_path)["x"], rows)

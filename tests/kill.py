@@ -1,0 +1,111 @@
+"""Kill every command that can go on, at random moments, and see that it ends with the same bytes.
+
+in   nothing                    out  a line a command; exit status 1 if any output differs
+run  python tests/kill.py       # 100 kills; --kills 10 for a tenth
+
+A command is started, killed after a time drawn from the length of a whole run, and started again, until it ends by itself.
+What it has written must be what an undisturbed run wrote, but for what tells times: recipe.json, training.json, rates in a log.
+"""
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TIMES = "tokens_per_second", "seconds"
+WORLD = "toy.py world --hours 0.2 --documents 400 --dev 4 --test 40 --out {w}/toy"
+MADE = [     # what the commands below start from
+    "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl --steps 30 --rows 2 --device cpu --out {w}/base",
+    "tokenize_audio.py fit --manifest {w}/toy/speech/train.jsonl --features mfcc --k 20 --device cpu --out {w}/codebook",
+    "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook {w}/codebook --device cpu --out {w}/units",
+    "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps 30 --rows 2 --device cpu --out {w}/speech",
+    "pretrain.py --init {w}/base --chat {w}/toy/chat.jsonl --steps 30 --rows 2 --device cpu --out {w}/instruct",
+    "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {w}/merged"]
+COMMANDS = {
+    "base": "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl --steps 700 --rows 2 --device cpu --out {out}",
+    "speech": "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps 450 --rows 2 --device cpu --out {out}",
+    "hubert": "hubert.py train --units {w}/units --steps 150 --batch 2 --device cpu --out {out}",
+    "encode": "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook {w}/codebook --device cpu --out {out}",
+    "merge": "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {out}",
+    "rows": "benchmark.py rows {w}/merged {w}/rows.jsonl --device cpu --out {out}.json",
+}
+
+
+def start(line, **names):
+    words = line.format(**names).split()
+    return subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def whole(line, **names):
+    """Run a command to its end; the seconds it took."""
+    began = time.perf_counter()
+    process = start(line, **names)
+    error = process.communicate()[1].decode()
+    assert process.returncode == 0, f"{line}: {error[-2000:]}"
+    return time.perf_counter() - began
+
+
+def written(path):
+    """{file: bytes} of what a command wrote, without what tells times."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = {}
+    for file in files:
+        if not file.is_file() or file.name in ("recipe.json", "training.json", "loss.png"):
+            continue
+        data = file.read_bytes()
+        if file.name == "log.jsonl":
+            rows = [json.loads(line) for line in data.splitlines()]
+            data = json.dumps([{name: value for name, value in row.items() if name not in TIMES} for row in rows]).encode()
+        if file.suffix == ".json" and not path.is_dir():
+            data = json.dumps({name: value for name, value in json.loads(data).items() if name != "made"}).encode()
+        found[file.name if file == path else str(file.relative_to(path))] = data
+    return found
+
+
+def killed(line, seconds, most, rng, **names):
+    """How often a command was killed, at most `most` times, before it ended by itself."""
+    kills = 0
+    while True:
+        process = start(line, **names)
+        try:
+            error = process.communicate(timeout=rng.uniform(0, 1.1 * seconds) if kills < most else None)[1].decode()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, f"{line}, after {kills} kills: {error[-2000:]}"
+        return kills
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Kill commands at random moments; the end must be the same.")
+    parser.add_argument("--kills", type=int, default=100, help="in all (default 100)")
+    rng, each = random.Random(0), -(-parser.parse_args().kills // len(COMMANDS))
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for line in (WORLD, *MADE):
+            whole(line, w=work)
+        rows = [{"text": f"say {n} twice", "answer": "x"} for n in range(500)]
+        (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, line in COMMANDS.items():
+            seconds, done, runs, same = whole(line, w=work, out=work / f"{name}-straight"), 0, 0, True
+            ending = ".json" if "{out}.json" in line else ""
+            wanted = {key.replace("straight", "x"): data for key, data in written(work / f"{name}-straight{ending}").items()}
+            while done < each:
+                out = work / f"{name}-{runs}"
+                done += killed(line, seconds, each - done, rng, w=work, out=out)
+                got = {key.replace(f"{name}-{runs}", f"{name}-x"): data for key, data in written(Path(f"{out}{ending}")).items()}
+                same, runs = same and got == wanted, runs + 1
+            print(f"{name}: {done} kills in {runs} runs of {seconds:.1f} s, {'the same bytes' if same else 'DIFFERENT'}", flush=True)
+            wrong += [] if same else [name]
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
