@@ -1,7 +1,7 @@
 """Random lines and damaged recordings for a chat: whatever comes in, a line goes out, and the chat goes on.
 
 in   a model folder that hears, a recording       out  counts; exit status 1 if anything but one clear line came out
-run  python tests/fuzz.py out/merged out/question.wav          # not timed yet; --lines 200 --files 50 for a tenth
+run  python tests/fuzz.py out/merged out/question.wav          # about four minutes; --lines 200 --files 50 for a tenth
 
 Half of the lines go to the screen's chat, half to --json. A recording is damaged by cutting it, by turning bytes over, mostly in its header, and by
 saving it in other forms first. Nothing may take longer than ten seconds, nor memory above a gigabyte.

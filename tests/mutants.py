@@ -137,7 +137,6 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("fused.py", "logits.masked_fill_(barred, -math.inf)", "pass", FUSED),
     ("fused.py", "l = l * old + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", FUSED),
     ("fused.py", 'ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - go[:, None])', 'ds = p * tl.dot(g, tl.trans(v), input_precision="ieee")', FUSED),
-    ("fused.py", "unseen = (key > key[:, None]) | (key < start[:, :, None])", "unseen = (key > key[:, None]) | (key < 0 * start[:, :, None])", FUSED),
 
     ("merge.py", "merged = base + lam * hearing + mu * behaviour", "merged = base + mu * hearing + lam * behaviour", MERGE),
     ("merge.py", "base = folders.rows(\"base\", name, a, b).double()", "base = folders.rows(\"base\", name, a, b)", MERGE),
@@ -208,7 +207,7 @@ def main():
     alive = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "repository"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out", ".venv", "__pycache__"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out", ".venv", ".weights", "__pycache__"))
         if (ROOT.parent / "shared").exists():
             (Path(folder) / "shared").symlink_to(ROOT.parent / "shared")
         for file, old, new, tests in chosen:
