@@ -288,14 +288,16 @@ def draw(report, path):
     blocks = [row["block"] for row in rows]
     figure = Figure(figsize=(10, 3.5), layout="tight")
     left, right = figure.subplots(1, 2)
-    for name in ("instruct", "speech"):
-        left.plot(blocks, [row[name] for row in rows], marker="o", label=name)
+    for name, form in (("instruct", "s--"), ("speech", "o-")):
+        left.plot(blocks, [row[name] for row in rows], form, label=name)
     left.set(xlabel="block", ylabel="|delta| / |base|", ylim=(0, None),
              title="How far each side moved")
     left.legend()
-    right.plot(blocks, [row["cosine"] for row in rows], marker="o")
+    cosines = [row["cosine"] for row in rows]
+    most = max([0.25, *map(abs, cosines)])
+    right.plot(blocks, cosines, "o-", color="0.3")
     right.axhline(0, color="grey", linewidth=0.5)
-    right.set(xlabel="block", ylabel="cosine of the two deltas",
+    right.set(xlabel="block", ylabel="cosine of the two deltas", ylim=(-most, most),
               title="Do they pull the same way?")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")

@@ -22,6 +22,7 @@ that HuBERT as hubert/: it needs nothing else.
 """
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -625,14 +626,51 @@ def join(args, parts):
     print(f"{args.out}: {len(index) - 1} clips, {index[-1]} units, joined from {len(parts)} parts")
 
 
+# --- a picture ----------------------------------------------------------------
+
+def draw(args):
+    """A picture of how a sound becomes units: its samples, its frames as MFCCs, its units."""
+    from matplotlib.figure import Figure
+    if Path(args.out).suffix != ".png":
+        raise ValueError(f"--out {args.out}: wanted a name that ends in .png")
+    runs.may_write(args.out, args.overwrite)
+    ears = AudioTokenizer(args.codebook, args.device, args.hubert)
+    samples = audio.load(args.audio)
+    units, durations = ears(samples)
+    seconds = len(samples) / audio.SAMPLE_RATE
+    ends = np.cumsum(durations) / ears.recipe["frame_rate"]
+
+    figure = Figure(figsize=(12, 5), layout="tight")
+    wave, frames, runs_ = figure.subplots(3, 1, sharex=True, height_ratios=(2, 2, 1))
+    wave.plot(np.arange(len(samples)) / audio.SAMPLE_RATE, samples, color="0.3", linewidth=0.5)
+    wave.set(ylabel="samples", yticks=[], xlim=(0, seconds))
+    frames.imshow(audio.mfcc(samples)[:, :audio.CEPSTRA].T, aspect="auto", origin="lower",
+                  cmap="gray", extent=(0, seconds, 0, audio.CEPSTRA))
+    frames.set(ylabel="frames (MFCC)", yticks=[])
+
+    # A run of one unit is a box; its grey is by turns, its number is what the model reads.
+    for n, (unit, end) in enumerate(zip(units, ends)):
+        begin = ends[n - 1] if n else 0.0
+        runs_.axvspan(begin, end, color="0.8" if n % 2 else "0.92")
+        runs_.text((begin + end) / 2, 0.5, str(unit), ha="center", va="center", fontsize=8,
+                   rotation=90)
+    runs_.set(ylabel="units", yticks=[], ylim=(0, 1), xlabel="seconds")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    runs.write_file(args.out, picture.getvalue(), args.overwrite)
+    print(f"{args.out}: {seconds:.2f} s, {len(samples)} samples, {durations.sum()} frames, "
+          f"{len(units)} units")
+
+
 # --- the command --------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Audio to units: fit a codebook, encode a corpus with it.")
+        description="Audio to units: fit a codebook, encode a corpus with it, draw a clip's.")
     commands = parser.add_subparsers(dest="action", required=True)
     one = commands.add_parser("fit", help="k-means centroids of a corpus' features")
     two = commands.add_parser("encode", help="the units of every clip of a corpus")
+    three = commands.add_parser("draw", help="a picture of how a sound becomes units")
     gpu = torch.cuda.is_available()
     for command in (one, two):
         add = command.add_argument
@@ -667,10 +705,19 @@ def main():
     runs.add_dtype(two)
     add("--skip-bad", action="store_true", help="list clips that cannot be read in skipped.jsonl "
         "and go on, instead of stopping at the first")
+
+    add = three.add_argument
+    add("audio", help="an audio file")
+    add("--codebook", required=True, help="a folder made by fit, or any that hears")
+    add("--hubert", help="the HuBERT folder, if it was too big to travel with it")
+    add("--out", required=True, help="a .png to write")
+    add("--device", default="cuda" if gpu else "cpu",
+        help="cpu or cuda (default: cuda if there is one)")
+    add("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-    if not 0 < args.batch < math.inf:
+    if args.action != "draw" and not 0 < args.batch < math.inf:
         parser.error(f"--batch {args.batch}: wanted more than 0 seconds")
-    {"fit": fit, "encode": encode}[args.action](args)
+    {"fit": fit, "encode": encode, "draw": draw}[args.action](args)
 
 
 if __name__ == "__main__":

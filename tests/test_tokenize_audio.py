@@ -300,3 +300,16 @@ def test_features_have_the_mean_of_their_clip_taken_out_and_units_the_price_of_a
     assert ears.recipe["switch"] > 0
     units, durations = ears(clip)
     assert np.repeat(units, durations).tolist() == steady([x], ears.centroids, ears.recipe["switch"])[0].tolist() != nearest(x, ears.centroids).tolist()
+
+
+def test_a_picture_shows_a_sound_its_frames_and_its_units(speedrun, tmp_path, monkeypatch, capsys):
+    words = ["tokenize_audio.py", "draw", str(speedrun / "question.wav"), "--codebook", str(speedrun / "codebook"), "--device", "cpu", "--out", str(tmp_path / "q.png")]
+    call(words, monkeypatch)
+    samples = audio.load(speedrun / "question.wav")
+    units, durations = AudioTokenizer(speedrun / "codebook")(samples)
+    assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{len(samples)} samples, {len(samples) // 320} frames, {len(units)} units" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match="pass --overwrite"):
+        call(words, monkeypatch)
+    with pytest.raises(ValueError, match="ends in .png"):
+        call([*words, "--out", str(tmp_path / "q.jpg")], monkeypatch)
