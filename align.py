@@ -1,11 +1,11 @@
-"""What a small model needs beyond the plain loss before its two deltas add. `--plain` does without.
+"""What a small model needs before adding its two deltas works. `--plain` does without.
 
 in   the model, a batch, its hidden states      out  positions, a loss mask, one more loss, a filter
 see  hidden-state distillation: FitNets (arXiv:1412.6550), in speech DiVA (arXiv:2410.02678);
      randomised positions (arXiv:2305.16843); Adam-NSCL (arXiv:2103.07113)
 run  python pretrain.py --init out/base --units out/units --plain --out out/speech_plain
 
-The sum adds a behaviour that was learnt on text to a model that hears. The behaviour acts
+Merging adds a behaviour that was learnt on text to a model that hears. The behaviour acts
 on speech only if a spoken word looks like the written word inside the network. Large models
 get there by themselves; one of five million parameters does not. Three things help it:
 
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 from fused import linear_cross_entropy
 
-NAMING = 6  # the first sixth of the blocks turns units into words: no word to match yet
-RIDGE = 0.1     # of the mean eigenvalue, added before a covariance is inverted
+NAMING_SHARE = 6    # the first sixth of the blocks turns units into words: nothing to match yet
+RIDGE = 0.1         # of the mean eigenvalue, added before a covariance is inverted
 
 
 class Align:
@@ -33,7 +33,7 @@ class Align:
 
     pace, imitate, keep_text   their strengths; 1, 0 and 0 turn them off
     by_turns                   the number of the interleaved layout in the batches, or -1
-    first_new                  row of the first token that the teacher does not know
+    first_new                  row of `<|speech|>`: ids from here on are heard, not read
     """
 
     def __init__(self, args, model, by_turns, first_new):
@@ -43,7 +43,7 @@ class Align:
         self.filters, self.before = {}, {}
 
     def keep_text(self, model, body, batches, strength):
-        """Filter every step of the matrices of `body` by what text sends into them."""
+        """Filter the changes of the matrices of `body` by what text sends into them."""
         self.filters = text_filters(model, body, batches, strength)
         self.before = {p: p.detach().clone() for p in self.filters}
 
@@ -57,8 +57,8 @@ class Align:
     def loss_mask(self, batch):
         """(B, T): targets that bear no loss; None if all do.
 
-        Of an interleaved document the teacher's states say all. A loss on what follows
-        speech would teach the sum to write on, whatever it hears.
+        Interleaved documents that the teacher reads are learnt from its states alone. A loss
+        on what follows speech would teach the merged model to write on, whatever it hears.
         """
         if self.teacher is None:
             return None
@@ -115,10 +115,12 @@ def distillation(states, batch, teacher, first_new):
     states  what each block hands on, (B, T, C) each
     batch   `read` (B, R) are the documents' ids in writing, `place` (B, R) where each was said
 
-    word loss    behind the first blocks, the state at a word's last unit predicts the word's last
-                 token: cross-entropy over the teacher's rows
-    state loss   behind every later block it is the teacher's state on that token, and on text
-                 beside speech too: whitened square distance, 0 alike, 2 unrelated
+    word loss    behind the first blocks, the state where a word is heard predicts its token:
+                 cross-entropy over the teacher's rows. (A word of several ids has them on its
+                 last units.)
+    state loss   behind every later block it is the teacher's state on that token, and on
+                 text beside speech behind all: whitened square distance, 0 alike, 2
+                 unrelated
     """
     if not batch["read"].shape[1]:                              # a batch without speech
         return 0.0, 0.0
@@ -133,26 +135,26 @@ def distillation(states, batch, teacher, first_new):
         teacher.model(batch["read"], start=batch["read_start"],
                       positions=position.gather(1, place), states=theirs)
 
-    # N ids are read: (row, at) in the teacher's batch, (row, place) in ours.
-    row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each
-    place = place[row, at]                                                  # (N,)
-    spoken = (batch["ids"][row, place] >= first_new).float()                # (N,)
+    # N ids are read: [row, j] in the teacher's batch is [row, t] in ours.
+    row, j = (batch["place"] >= 0).nonzero(as_tuple=True)                   # (N,) each
+    t = place[row, j]                                                       # (N,)
+    heard = batch["ids"][row, t] >= first_new                               # (N,)
+    spoken = heard.float()
     speech = spoken / spoken.sum().clamp(min=1)                 # (N,): a mean's weights
     text = (1 - spoken) / (1 - spoken).sum().clamp(min=1)                   # (N,)
 
-    naming = max(1, len(states) // NAMING)
+    naming = max(1, len(states) // NAMING_SHARE)
     state_loss = 0.0
     for n, (student, target) in enumerate(zip(states, theirs)):
-        student, target = unit_scale(student[row, place]), unit_scale(target[row, at])  # (N, C)
+        student, target = unit_scale(student[row, t]), unit_scale(target[row, j])   # (N, C)
         apart = student - target
         distance = (apart @ whitening(target) * apart).mean(-1)             # (N,)
         weight = speech + text if n >= naming else text
         state_loss = state_loss + (distance * weight).sum() / max(1, len(states) - naming)
 
-    heard = spoken > 0                                                      # (N,)
-    words = unit_scale(states[naming - 1][row, place][heard])               # (words, C)
+    words = unit_scale(states[naming - 1][row, t][heard])                   # (words, C)
     rows = teacher.model.embed_tokens.weight[:first_new]
-    word_loss, _ = linear_cross_entropy(words, rows, batch["read"][row, at][heard], speech[heard])
+    word_loss, _ = linear_cross_entropy(words, rows, batch["read"][row, j][heard], speech[heard])
     return word_loss, state_loss
 
 
@@ -192,16 +194,16 @@ def text_filters(model, body, batches, strength):
     """{weight (out, in): matrix (in, in)} that takes out of its change what text would feel.
 
     Let C be the mean of x x' over the inputs x that text sends into a weight, scaled to a
-    mean eigenvalue of 1. A change D of the weight adds D x to what the next layer gets:
-    tr(D C D') on average, squared. D (I + strength * C)^-1 is an implicit step down that.
-    Applied after every step, it damps what text uses. What text leaves silent stays, and
-    there the units find room.
+    mean eigenvalue of 1. A change D of the weight adds D x to what the next layer gets: on
+    average tr(D C D'), squared. D (I + strength * C)^-1 is the change near D that keeps that
+    small: it minimises |E - D|^2 + strength * tr(E C E'). What text leaves silent stays, and
+    there the units find room. The whole change since the start is filtered after every step.
     """
     sums, hooks = {}, []
 
     def listen(module, inputs):
         x = inputs[0].flatten(0, -2).float()                               # (B * T, in)
-        # In bfloat16 a sum of squares could fall below a part of it.
+        # Rounded to bfloat16, a sum of x x' might lose positive definiteness.
         with torch.autocast(x.device.type, enabled=False):
             sums[module.weight] = sums.get(module.weight, 0) + x.T @ x
 

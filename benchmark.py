@@ -4,7 +4,7 @@ in   a model folder; JSON lines of questions, or of pairs, or two folders of cli
 out  a .json with the score, its 95 % interval and every answer
 see  sBLIMP and sWUGGY (arXiv:2011.11588), spoken StoryCloze (arXiv:2305.13009), SALMon
      (arXiv:2409.07437) for pairs
-run  python benchmark.py rows out/merged questions.jsonl --out scores.json
+run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 
 A row is {"audio", "text", "instruction", "choices", "answer", "metric"}: at least one of
 the first three, and the answer. Metrics: "exact" (in lower case), "wer" (word error rate),
@@ -34,10 +34,11 @@ READ = 16       # prompts read at once for the likelihood of all their ids
 def in_batches(args, items, work):
     """work(list of items) -> list of results, for all items, batch by batch."""
     runs.may_write(args.out, args.overwrite)
-    made_from = runs.recipe([args.folder, args.rows])["inputs"]
-    checkpoint = runs.Checkpoint(f"{args.out}.rows", made_from)
+    settings = runs.recipe([args.folder, args.rows])["inputs"] | {"hubert": str(args.hubert)}
+    checkpoint = runs.Checkpoint(f"{args.out}.rows", settings)
     checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
-    (done,) = checkpoint.read("done") or ([],)
+    saved = checkpoint.read("done")
+    done = saved[0] if saved else []
     with runs.Bar(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
         while len(done) < len(items):
             results = work(items[len(done):len(done) + BATCH])
@@ -100,6 +101,8 @@ def what_is_wrong(row):
         texts = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
         if not texts or answer not in choices + [chr(65 + i) for i in range(len(choices))]:
             return "answer is none of its choices nor their letters"
+        if len(choices) > 26:
+            return f"{len(choices)} choices, wanted at most 26"
     return None
 
 

@@ -23,7 +23,7 @@ from vocab import Document, Vocab
 ALONE, GROWTH = 0.1, 20
 ROLES = "system", "user", "assistant", "tool"  # another role could spell a chat's markers
 HELD_OUT = 100      # one document in a hundred is for validation only
-WAITING = 1.3       # rows' worth of documents to choose from: more choice, fuller rows
+WAITING = 1.3       # batches' worth of documents to choose from: more choice, fuller rows
 
 
 # --- sources ------------------------------------------------------------------
@@ -44,6 +44,8 @@ def read_chats(path):
     """Conversations, lists of {"role", "content"}, of a JSON-lines file of {"messages"}."""
     chats = [field(row, "messages", path, list) for row in runs.read_lines(path)]
     for messages in chats:
+        if not messages:
+            raise ValueError(f"{path}: got a conversation of no messages, wanted one or more")
         for message in messages:
             if isinstance(message, dict) and message.get("role") not in ROLES:
                 raise ValueError(f"{path}: got the role {str(message.get('role'))[:40]!r}, "
@@ -114,7 +116,7 @@ def interleaved(vocab, corpus, i, rng, texts=()):
         if following:
             parts.append(" " + following)
 
-    # Two written texts side by side would grow together without a full stop.
+    # Written text gets a full stop before the next text; speech may be followed directly.
     ends = (".\n\n", "\n", "." if isinstance(parts[-1], str) else "")
     over = [text + ("\n\n", "\n")[int(rng.integers(2))] for text in above]
     under = [ends[int(rng.integers(3))] + text for text in below]
@@ -166,7 +168,7 @@ class Documents:
         self.progress = 1.0                          # the share of the run that is done
         self.drawn = dict.fromkeys(self.names, 0)  # documents that came from each source
         self.pending = []                                # drawn, and not yet in a batch
-        self.orders = {}
+        self.orders = {}                                    # layout: (pass, its permutation)
         texts = sources.get("text") or []
         self.below = texts[len(texts) // HELD_OUT:]       # what may stand beside speech
 
@@ -201,7 +203,7 @@ class Documents:
         kind = int(rng.choice(len(self.names), p=self.odds))
         name = self.names[kind]
 
-        # Which one: the next of this pass through the source, in an order of its own.
+        # Which one: the next of this pass through the source. Every pass has its own order.
         n = self.count(name)
         held_out = n // HELD_OUT
         passes, at = divmod(self.drawn[name] * self.parts + self.part, n - held_out)
@@ -266,7 +268,8 @@ def pack(documents, rows, length, filler):
     A batch is tensors (rows, length):
         ids, kind    the documents one behind the other; the number of their layout
         target       the next id of the same document; `loss` is 1 where it counts
-        start        where in the row its document begins: attention and positions end there
+        start        where in the row its document begins: attention sees nothing before,
+                     positions count from there
     and of the same documents had they been written, (rows, R) with R at most length:
         read         their ids; `read_start` is where each document begins
         place        where in its row of `ids` each of these has been said, or -1

@@ -1,10 +1,10 @@
-"""Does the sum follow spoken instructions? The results table, the sweep of lam, reports.
+r"""Does the sum follow spoken instructions? The results table, the sweep of lam, reports.
 
 in   the recipe's four model folders and questions.jsonl; or models that hear; or a units folder
 out  table.json and table.png; a report of several; a comparison
 see  95 % intervals: the bootstrap (Efron 1979), drawing facts rather than questions; Wilson's
      (1927) where items are independent
-run  python evaluate.py table --base out/base --instruct out/instruct --speech out/speech \\
+run  python evaluate.py table --base out/base --instruct out/instruct --speech out/speech \
          --merged out/merged --questions out/toy/questions.jsonl --out out/table.json
 
 rows
@@ -115,12 +115,12 @@ def hear(ears, folder, questions, group):
 
 def cell(value, n, low, high):
     """A cell of a table: a value of n items and its 95 % interval."""
-    low, high = round(float(low), 4) + 0.0, round(float(high), 4)
+    low, high = round(float(low), 4) + 0.0, round(float(high), 4)   # + 0.0: never -0.0
     return {"value": round(float(value), 4), "n": int(n), "low": low, "high": high}
 
 
 def share(right):
-    """The cell of a list of booleans, with Wilson's interval; None of an empty list."""
+    """The cell of a list of 0 to 1, mostly booleans, with Wilson's interval; None of none."""
     n, z = len(right), 1.96
     if not n:
         return None
@@ -138,7 +138,9 @@ def ratio(parts, wholes, groups=None):
     like four questions about one fact, is right or wrong together, and says less than four
     do.
     """
-    _, group = np.unique(range(len(parts)) if groups is None else groups, return_inverse=True)
+    if groups is None:
+        groups = range(len(parts))
+    _, group = np.unique(groups, return_inverse=True)
     part = np.bincount(group, weights=np.array(parts, dtype=float))         # (groups,)
     whole = np.bincount(group, weights=np.array(wholes, dtype=float))
     drawn = np.random.default_rng(0).integers(len(part), size=(1000, len(part)))
@@ -154,10 +156,11 @@ def facts(questions):
 def exact(said, questions):
     """Share of questions answered exactly, with an interval by facts; None of no questions."""
     right = [normal(text) == normal(q["answer"]) for text, q in zip(said, questions)]
-    if len(set(right)) < 2:
-        # Of all or none no draw differs: Wilson's interval of so many facts.
-        each = right[:len(set(facts(questions)))]
-        return share(each) | {"n": len(right)} if each else None
+    if not right:
+        return None
+    if all(right) or not any(right):    # no draw differs: Wilson's interval of so many facts
+        independent = len(set(facts(questions)))
+        return share(right[:independent]) | {"n": len(right)}
     return ratio(right, [1] * len(right), facts(questions))
 
 
@@ -180,7 +183,7 @@ def edit_distance(a, b):
 
 def word_errors(heard, questions):
     """Word error rate of transcripts, with an interval by facts."""
-    words = [q["question"].split() for q in questions]
+    words = [normal(q["question"]).split() for q in questions]
     wrong = [edit_distance(text.split(), w) for text, w in zip(heard, words)]
     return ratio(wrong, [len(w) for w in words], facts(questions))
 
@@ -215,7 +218,8 @@ def score(model, vocab, questions, spoken, prompt, bar=None):
     row["typed_unseen"] = unseen(said, questions)
     misspelt = [q.get("noisy", q["question"]) for q in questions]
     row["typed_noisy"] = exact(answers(model, vocab, misspelt, prompt, bar), questions)
-    row["text_loss"] = text_loss(model, vocab, questions)
+    if all("text" in q for q in questions):
+        row["text_loss"] = text_loss(model, vocab, questions)
 
     for group, contents in spoken.items():
         said = answers(model, vocab, contents, prompt, bar)
@@ -262,7 +266,8 @@ def model_at(plan, config, lam, device):
 
 def with_new_rows(model, speech):
     """A model that never heard, given the speech model's rows after its own."""
-    have, model.config.vocab_size = model.config.vocab_size, speech.config.vocab_size
+    have = model.config.vocab_size
+    model.config.vocab_size = speech.config.vocab_size
     for ours, theirs in ((model.model.embed_tokens, speech.model.embed_tokens),
                          (model.lm_head, speech.lm_head)):
         rows = torch.cat([ours.weight[:have], theirs.weight[have:]])
@@ -311,11 +316,11 @@ def table(args):
     trained = [runs.read_json(Path(path) / "training.json")
                for path in (args.base, args.instruct, args.speech)
                if (Path(path) / "training.json").exists()]
-    report = plan.run(1.0, 1.0)
+    deltas = plan.run(1.0, 1.0)
     result = {
         "seed": int(trained[0]["settings"]["seed"]) if trained else None,
         "rows": {name: rows[name] for name in ROWS}, "lam_sweep": sweep,
-        "rel": report["rel"], "cosine": report["cosine"],
+        "rel": deltas["rel"], "cosine": deltas["cosine"],
         "seconds": {"training": round(sum(t["seconds"] for t in trained), 1),
                     "table": round(time.time() - began, 1)},
         "prompts": prompts, "dtype": sorted({t["settings"]["dtype"] for t in trained}),
@@ -329,8 +334,11 @@ def table(args):
 
 def replies_in_all(test, dev):
     """How many replies `table` waits for, for its bar."""
-    of_test = 5 * 2 + 4 * 4 + 3    # typed, noisy; spoken and transcripts; the cascade's
-    of_dev = 5 * 2 + 3 * len(LAMS)      # two prompts; the sweep
+    models, hearing, voices = 5, 4, len(GROUPS)
+    of_test = models * 2                # typed, noisy
+    of_test += hearing * (voices + 1)   # spoken, and a transcript
+    of_test += voices                   # the cascade's
+    of_dev = models * 2 + 3 * len(LAMS)             # two prompts; the sweep
     return len(test) * of_test + len(dev) * of_dev
 
 
@@ -363,11 +371,14 @@ def read_table(path):
     """A table.json, found to have every cell that is shown."""
     keys = ["seed", "rows", "lam_sweep", "rel", "seconds", "dtype", "examples"]
     result = runs.read_json(path, keys)
+    rows = result["rows"].values() if isinstance(result["rows"], dict) else [None]
+    if not all(isinstance(row, dict) and set(COLUMNS) <= row.keys() for row in rows):
+        raise ValueError(f"{path}: a cell of its rows is missing; make it again with evaluate.py "
+                         "table")
     needed = [("instruct", "typed"), ("merged", "typed")]
     needed += [(name, "spoken_near") for name in ROWS if name != "instruct"]
-    rows = result["rows"] if isinstance(result["rows"], dict) else {}
     for name, column in needed:
-        found = rows.get(name, {}).get(column)
+        found = result["rows"].get(name, {}).get(column)
         if not isinstance(found, dict) or "value" not in found:
             raise ValueError(f"{path}: a cell of its rows is missing; make it again with "
                              "evaluate.py table")
@@ -513,9 +524,9 @@ def swept(sweep):
         lines.append(f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}"
                      f"{row['wer_near']:12.2f}")
     best = max(sweep, key=lambda row: row["spoken_near"])
-    half = next(row for row in sweep if row["spoken_near"] >= best["spoken_near"] / 2)
     if not best["spoken_near"]:
         return "\n".join([*lines, "", "No lam answers a spoken question."])
+    half = next(row for row in sweep if row["spoken_near"] >= best["spoken_near"] / 2)
     return "\n".join(lines) + (
         f"\n\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is "
         f"there at lam {half['lam']:g}; typed turns go from {sweep[0]['typed']:.2f} without "
@@ -606,12 +617,13 @@ def units_report(folder):
                 spoken.append((row.get("speaker"), units))
 
     # Of two voices: the same word twice, and another word in place of the second.
-    rng, same, other = random.Random(0), [], []
-    for word in sorted(words):
+    rng, same, other, names = random.Random(0), [], [], sorted(words)
+    for word in names:
+        others = [name for name in names if name != word] or [word]
         for _ in range(20):
             speaker, a = rng.choice(words[word])
             another, b = rng.choice(words[word])
-            _, c = rng.choice(words[rng.choice([w for w in sorted(words) if w != word] or [word])])
+            _, c = rng.choice(words[rng.choice(others)])
             if speaker != another:
                 same.append(edit_distance(a, b) / max(len(a), len(b)))
                 other.append(edit_distance(a, c) / max(len(a), len(c)))

@@ -160,12 +160,12 @@ def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratc
     out = out.resolve() if out.is_symlink() else out
     partial = out.with_name(out.name + ".partial")
     old = out.with_name(out.name + ".old")
-    if old.exists() and not out.exists():    # a kill came between the two renames below
-        os.replace(old, out)
     replaceable(out, overwrite)
     partial.mkdir(parents=True, exist_ok=True)
 
     with owned(partial):
+        if old.exists() and not out.exists():   # a kill came between the two renames below
+            os.replace(old, out)
         replaceable(out, overwrite)      # another process may have written it meanwhile
         if old.exists():            # a run was killed while it removed what it replaced
             replaceable(old, overwrite=True)
@@ -417,8 +417,9 @@ class Bar(tqdm):
             super().clear(nolock)
 
     def refresh(self, nolock=False, lock_args=None):
-        if not (self.lines and nolock):  # tqdm.write redraws bars; a line stays where it is
-            return super().refresh(nolock, lock_args)
+        if self.lines and nolock:           # tqdm.write redraws bars; a line stays where it is
+            return None
+        return super().refresh(nolock, lock_args)
 
     def close(self):
         if self.lines and not self.disable:

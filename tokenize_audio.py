@@ -1,11 +1,11 @@
-"""Speech to units: samples -> features, 50 frames a second -> the nearest of K centroids each.
+r"""Speech to units: samples -> features, 50 frames a second -> one of K centroids each.
 
 in   a manifest or folder of audio
 out  a codebook (fit); units.bin, durations.bin, index.npy, manifest.jsonl, meta.json (encode)
 see  HuBERT (arXiv:2106.07447), GSLM (arXiv:2102.01192); k-means++ (Arthur & Vassilvitskii 2007);
      the mean of a clip is its speaker's (arXiv:2108.00917); a price on every change of unit gives
      units near phones (arXiv:2012.07551)
-run  python tokenize_audio.py fit --manifest out/toy/speech/train.jsonl --features mfcc --k 100 \\
+run  python tokenize_audio.py fit --manifest out/toy/speech/train.jsonl --features mfcc --k 100 \
          --out out/codebook_mfcc
 
 Features are MFCCs or a HuBERT layer. A small penalty for switching keeps one number for
@@ -95,7 +95,8 @@ def feature_function(recipe, folder, device, dtype=torch.float32):
             x = model(x, layer, lengths=None if alike else lengths).float() # (B, T, C)
         each = [row[:n // hop] for row, n in zip(x, lengths.tolist())]
 
-        # What stays the same through a clip is the voice and the room, not the words.
+        # What stays the same through a clip (of a long one, a window) is the voice and the
+        # room, not the words.
         return [row - row.mean(0) if len(row) else row for row in each]
     return features, hop
 
@@ -138,13 +139,12 @@ def batches(lengths, seconds):
 def ahead(rows, decode):
     """Yield (rows, what `decode` makes of each), AHEAD at a time; threads decode the next ones."""
     chunks = [rows[a:a + AHEAD] for a in range(0, len(rows), AHEAD)]
-    pool, ready = ThreadPoolExecutor(4), ()
+    pool, decoding = ThreadPoolExecutor(4), ()
     try:
-        for n in range(-1, len(chunks)):
-            done = list(ready)
-            ready = pool.map(decode, chunks[n + 1]) if n + 1 < len(chunks) else ()
-            if n >= 0:
-                yield chunks[n], done
+        for chunk, following in zip([[], *chunks], [*chunks, []]):
+            decoded, decoding = list(decoding), pool.map(decode, following)
+            if chunk:
+                yield chunk, decoded
     finally:        # whoever stops early waits for no clip that was not begun
         pool.shutdown(cancel_futures=True)
 
@@ -199,7 +199,7 @@ def steady(clips, centroids, switch):
 
 
 def kmeans(x, k, seed=0, passes=50, minibatch=0):
-    """Centroids (k, C) of x (N, C), float32: Lloyd's passes until no frame changes its cluster.
+    """Centroids (k, C) of x (N, C), float32: Lloyd's passes, at most so many, until none changes.
 
     The start is k-means++. `minibatch` frames at a time, if given, come first: steps on
     random frames, each centroid moving to the mean of what it lately got (Sculley 2010).
@@ -317,7 +317,8 @@ class AudioTokenizer:
 
         They are heard in batches of like length, at most `seconds` of sound in each.
         """
-        pieces = [(clip, window) for clip in clips for window in windows(len(clip), self.hop)]
+        cuts = [windows(len(clip), self.hop) for clip in clips]
+        pieces = [(clip, window) for clip, cut in zip(clips, cuts) for window in cut]
         labels = [None] * len(pieces)
         lengths = [window.end - window.begin for _, window in pieces]
         for batch in batches(lengths, seconds):
@@ -331,10 +332,9 @@ class AudioTokenizer:
                 labels[p] = path[window.first:window.first + window.count]
 
         # The windows of a clip, put together again.
-        counts = [len(windows(len(clip), self.hop)) for clip in clips]
-        ends = np.cumsum(counts)
-        return [collapse(np.concatenate(labels[end - count:end]))
-                for count, end in zip(counts, ends)]
+        ends = np.cumsum([len(cut) for cut in cuts])
+        return [collapse(np.concatenate(labels[end - len(cut):end]))
+                for cut, end in zip(cuts, ends)]
 
 
 # --- fit ----------------------------------------------------------------------
@@ -465,6 +465,8 @@ def read_clip(path, hop):
             return Clip(error=f"{len(clip)} samples are under one frame ({hop})")
         if len(clip) <= LONG + 2 * AROUND:
             clip = clip[:]                  # what is long stays in its file
+        if len(clip) < hop:                 # its header promised more
+            return Clip(error=f"{len(clip)} samples are under one frame ({hop})")
         loudest, clipped = 0.0, 0
         for a in range(0, len(clip), LONG):
             part = abs(clip[a:a + LONG])
@@ -537,7 +539,8 @@ def encode_rows(args, rows, target):
     settings = {"dtype": args.dtype, "audio": args.identity, "rows": str(len(rows)),
                 "codebook": tokenizer.recipe["sha256"]}
     with runs.new_folder(target, [args.codebook], args.overwrite, resume=True,
-                         notes={"audio": args.identity}, scratch=Shard.SCRATCH) as out:
+                         notes={"audio": args.identity, "dtype": args.dtype},
+                         scratch=Shard.SCRATCH) as out:
         shard = Shard(out, settings)
         counts = shard.counts
         done, heard, began = counts["done"], counts["seconds"], time.time()
@@ -598,12 +601,12 @@ def finish(args, recipe, out):
 
 def join(args, parts):
     """One units folder of the parts that several processes wrote, in order; then they go."""
-    wanted = runs.recipe([args.codebook])["inputs"], args.identity
+    wanted = runs.recipe([args.codebook])["inputs"], args.identity, args.dtype
     for part in parts:
-        made = runs.read_json(Path(part) / "recipe.json", ["inputs", "audio"])
-        if (made["inputs"], made["audio"]) != wanted:
-            raise ValueError(f"{part} was made from other audio or another codebook; remove it and "
-                             "start again")
+        made = runs.read_json(Path(part) / "recipe.json", ["inputs", "audio", "dtype"])
+        if (made["inputs"], made["audio"], made["dtype"]) != wanted:
+            raise ValueError(f"{part} was made from other audio or another codebook, or in another "
+                             "dtype; remove it and start again")
 
     with runs.new_folder(args.out, [args.codebook], args.overwrite,
                          notes={"audio": args.identity}) as out:

@@ -151,7 +151,7 @@ def read_tokenizer(folder):
         raise FileNotFoundError(f"{folder}: no text tokenizer; wanted tokenizer.json, vocab.json "
                                 "with merges.txt, or Llama-3's tokenizer.model")
 
-    # GPT-2 lists its document end as a word.
+    # GPT-2's vocab.json lists the end-of-document token among ordinary ones.
     vocab = runs.read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -344,7 +344,7 @@ class Vocab:
         return ids
 
     def decode(self, ids):
-        """The text of ids; specials and units say nothing."""
+        """The text of ids; specials and units decode to nothing."""
         raw = b"".join(self.bytes_of.get(int(i), b"") for i in ids)
         return raw.decode("utf-8", errors="replace")
 
@@ -470,7 +470,8 @@ class Vocab:
         It ends with a full stop, as text does: learnt without one, replies would end
         without.
         """
-        said = " " + "".join(text for text, _ in spoken).strip().removesuffix(".") + "."
+        said = " " + "".join(text for text, _ in spoken).strip()
+        said += "." * (said[-1] not in ".?!")
         document = self.interleave([spoken, CUE, said])
         n = len(document.ids)
         first = n - len(self.encode(said)) - 1

@@ -146,6 +146,12 @@ def test_a_role_that_could_spell_markers_is_refused(tmp_path):
         read_chats(tmp_path / "chat.jsonl")
 
 
+def test_an_empty_conversation_is_refused_as_a_stream_of_them_would_never_fill_a_row(tmp_path):
+    (tmp_path / "chat.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(ValueError, match="no messages"):
+        read_chats(tmp_path / "chat.jsonl")
+
+
 def test_held_out_text_never_stands_beside_speech(stream):
     documents = stream({"interleave": 1})
     texts = documents.sources["text"]
