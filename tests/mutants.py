@@ -139,7 +139,7 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("fused.py", 'ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - go[:, None])', 'ds = p * tl.dot(g, tl.trans(v), input_precision="ieee")', FUSED),
 
     ("merge.py", "merged = base + lam * hearing + mu * behaviour", "merged = base + mu * hearing + lam * behaviour", MERGE),
-    ("merge.py", "base = folders.rows(\"base\", name, a, b).double()", "base = folders.rows(\"base\", name, a, b)", MERGE),
+    ("merge.py", "yield a, merged.to(speech.dtype)", "yield a, merged.bfloat16().to(speech.dtype)", MERGE),
     ("merge.py", "merged[markers] = instruct[markers]", "pass", MERGE),
     ("merge.py", "yield a, speech, None", "yield a, speech * 0, None", MERGE),
     ("merge.py", '"instruct": math.sqrt(part["instruct"] / base)', '"instruct": (part["instruct"] / base)', MERGE),

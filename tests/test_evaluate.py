@@ -141,6 +141,17 @@ def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(speedrun,
     assert json.loads((tmp_path / "again.json").read_text())["rows"] == straight["rows"] and len(calls) == 4 and not (tmp_path / "again.json.rows").exists()
 
 
+def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(speedrun, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "which", "choices": ["fox", "red", "rice"], "answer": answer}) + "\n" for answer in ("red", "fox")))
+    likely = torch.zeros(4, 1000)
+    likely[-1, evaluate.Vocab(speedrun / "merged").encode("B")[0]] = 1
+    likely[0, evaluate.Vocab(speedrun / "merged").encode("A")[0]] = 9          # behind another id than the last
+    monkeypatch.setattr(benchmark, "log_probabilities", lambda model, prompts: [likely for _ in prompts])
+    call(["benchmark.py", "rows", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
+    made = json.loads((tmp_path / "o.json").read_text())
+    assert made["rows"] == ["B", "B"] and made["choice"]["value"] == 0.5
+
+
 @pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, wer, choice"),
                                        ({"text": "hi", "answer": "z", "choices": ["a", "b"]}, "none of its choices"),
                                        ({"text": "hi", "answer": "x", "instruction": 5}, "got instruction = 5, wanted a string"), ({"text": "hi", "answer": "1", "choices": [1, 2]}, "none of its choices")])

@@ -195,3 +195,17 @@ def test_a_block_compiles_to_one_graph():
     x, (cos, sin) = torch.randn(1, 8, 64), rope(Config(head_dim=64), torch.arange(8)[None])
     whole = torch.compile(block, fullgraph=True, backend="eager")
     assert torch.allclose(whole(x, cos, sin, None, None), block(x, cos, sin, None, None))
+
+
+def test_a_row_that_has_ended_repeats_its_end_while_others_go_on():
+    config = Config(vocab_size=64, hidden_size=64, num_attention_heads=1, num_key_value_heads=1, intermediate_size=96, num_hidden_layers=2)
+    model, prompts = LM.fresh(config, 0).eval(), [torch.tensor([1, 2, 3]), torch.tensor([9, 8, 7])]
+    for seed in range(50):
+        drawn = lambda stop: torch.stack(list(generate(model, prompts, 6, stop, temperature=1.0, seed=seed)))      # (6, 2)
+        free = drawn([])
+        end = int(free[1, 0])
+        if end != free[0, 0] and (free[2:, 0] != end).any() and not (free[:, 1] == end).any():
+            held = drawn([end])
+            assert held[1:, 0].tolist() == [end] * 5 and torch.equal(held[:, 1], free[:, 1])
+            return
+    raise AssertionError("no seed gave a row that ends and one that does not")

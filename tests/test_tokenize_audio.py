@@ -37,7 +37,7 @@ def test_nearest_is_the_least_euclidean_distance():
     assert torch.equal(nearest(x, c), torch.cdist(x, c).argmin(1))
 
 
-@pytest.mark.parametrize("switch", [0.0, 0.5, 3.0, 1e6])
+@pytest.mark.parametrize("switch", [0.0, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 1e6])
 def test_steady_units_are_the_cheapest_path_of_all(switch):
     generator = torch.Generator().manual_seed(0)
     x, c = torch.randn(6, 2, generator=generator), torch.randn(3, 2, generator=generator)

@@ -199,3 +199,11 @@ def test_a_byte_that_a_vocabulary_lacks_is_left_out_as_in_tokenizers(toy, tmp_pa
 def test_merges_of_tokens_that_the_vocabulary_lacks_are_a_damaged_file(toy, tmp_path):
     with pytest.raises(ValueError, match="merges make 'ab', which its vocabulary lacks"):
         Vocab(changed(tmp_path, tmp_path, lambda raw: raw["model"]["merges"].append(["a", "b"])))
+
+
+def test_the_prompt_for_a_transcript_is_how_transcripts_begin(toy):
+    toy.speech = {"speech": 300, "end_speech": 301, "first_unit": 302, "k": 10}
+    units = np.array([3, 1, 4])
+    document = toy.transcribe([("hi", units)])
+    prompt = toy.heard(units)
+    assert document.ids[:len(prompt)] == prompt and document.loss[:len(prompt)] == [0] * len(prompt) and all(document.loss[len(prompt):])
