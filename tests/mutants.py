@@ -137,6 +137,7 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("fused.py", "logits.masked_fill_(barred, -math.inf)", "pass", FUSED),
     ("fused.py", "l = l * old + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", FUSED),
     ("fused.py", 'ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - go[:, None])', 'ds = p * tl.dot(g, tl.trans(v), input_precision="ieee")', FUSED),
+    ("fused.py", "unseen = (key > key[:, None]) | (key < start[:, :, None])", "unseen = (key > key[:, None]) | (key < 0 * start[:, :, None])", FUSED),
 
     ("merge.py", "merged = base + lam * hearing + mu * behaviour", "merged = base + mu * hearing + lam * behaviour", MERGE),
     ("merge.py", "yield a, merged.to(speech.dtype)", "yield a, merged.bfloat16().to(speech.dtype)", MERGE),

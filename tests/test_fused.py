@@ -69,6 +69,20 @@ def test_gradients_are_those_of_the_definition():
         assert torch.allclose(a, b, atol=1e-4)
 
 
+def test_short_rows_in_bfloat16_are_attended_to_by_hand_with_the_same_result_and_gradients(monkeypatch):
+    exact = [x.double().requires_grad_() for x in random(2, 4, 2, 40, 40, 16)]
+    start = torch.tensor([[0] * 25 + [25] * 15, [0] * 3 + [3] * 37])
+    hands = []
+    monkeypatch.setattr(fused, "by_hand", lambda *parts, real=fused.by_hand: hands.append(1) or real(*parts))
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    got, wanted = attention(*half, start), attention(*exact, start)
+    assert hands == [1] and got.dtype == torch.bfloat16
+    for mine, theirs in [(got, wanted), *zip(torch.autograd.grad(got.float().pow(2).sum(), half), torch.autograd.grad(wanted.pow(2).sum(), exact))]:
+        assert (mine.double() - theirs).norm() < 0.02 * theirs.norm()
+    with torch.no_grad():
+        attention(*half, start)
+    assert hands == [1]                                                    # without a gradient nothing needs to be kept
+
 # --- the kernels: numbers by Triton's interpreter where there is no GPU, machine code by its compiler ---
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"

@@ -131,6 +131,14 @@ def test_every_row_follows_its_rule(speedrun):
     assert vocab.speech == Vocab(speedrun / "speech").speech
 
 
+def test_chat_markers_are_instructs_whatever_speech_made_of_them(speedrun, tmp_path):
+    base, instruct, speech = folders(speedrun)
+    name, markers = "model.embed_tokens.weight", [Vocab(instruct).special[token] for token in ("<|im_start|>", "<|im_end|>")]
+    moved = copied(speech, tmp_path / "s", lambda which, tensor: tensor.index_add(0, torch.tensor(markers), torch.ones(2, tensor.shape[1])) if which == name else tensor)
+    sum_ = Merge(base, instruct, moved).merged(name, 1.0)
+    assert torch.equal(sum_[markers], weights.Tensors(instruct)[name][markers])
+
+
 def test_folders_that_do_not_belong_together_are_refused(speedrun, tmp_path):
     base, instruct, speech = folders(speedrun)
     with pytest.raises(ValueError, match="cannot hear"):

@@ -78,6 +78,9 @@ def test_loading_is_strict_both_ways_and_names_tensor_and_both_shapes(folder):
     weights.save(folder, {"a.weight": torch.zeros(2, 3), "b": torch.ones(2)})
     with pytest.raises(ValueError, match=r"missing \['a.bias'\], unused \['b'\]"):
         weights.load_into(module(), folder)
+    weights.save(folder, {"a.weight": torch.zeros(2, 3), "a.bias": torch.ones(2), "b": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"missing \[\], unused \['b'\]"):
+        weights.load_into(module(), folder)
     weights.save(folder, {"a.weight": torch.full((2, 3), torch.nan), "a.bias": torch.ones(2)})
     with pytest.raises(ValueError, match="a.weight holds NaN"):
         weights.load_into(module(), folder)
