@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 import audio
-from chat import Chat, parts_of, take, turn
+from chat import Chat, for_programs, parts_of, take, turn
 from conftest import ROOT
 
 
@@ -146,6 +146,15 @@ def test_programs_write_and_read_json_lines(speedrun, tmp_path):
 @pytest.mark.parametrize("line", ["~\x00", "~\ud800", "~nobody-of-this-name/\ud800.wav say"])
 def test_a_line_that_no_path_can_be_does_not_end_the_chat(chat, line):
     assert turn(chat, parts_of(line)) in (True, False)
+
+
+def test_a_programs_system_message_is_heeded_kept_and_taken_away(chat, capsys):
+    for_programs(chat, ['{"system": "be brief", "text": "hi"}'], False)
+    assert chat.messages[0] == {"role": "system", "content": "be brief"} and len(chat.messages) == 3
+    for_programs(chat, ['{"reset": true}'], False)
+    assert chat.messages == [{"role": "system", "content": "be brief"}]
+    for_programs(chat, ['{"system": null}'], False)
+    assert chat.messages == []
 
 
 # --- a real terminal ---
