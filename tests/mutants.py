@@ -1,7 +1,7 @@
 """Mistakes planted one at a time, each with the tests that should notice: can the tests fail?
 
 in   nothing                                out  a line a mistake: caught, or alive
-run  python tests/mutants.py                # all of them (not timed yet); --sample 8 for some, --only WORD for those of a file
+run  python tests/mutants.py                # all of them, 10 to 40 s each; --sample 8 for some, --only WORD for those of a file
 
 A mistake is a piece of a file and what it is replaced by, in a copy of the repository. ALIVE lists those that no test notices, with the reason.
 """

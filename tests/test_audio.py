@@ -177,3 +177,20 @@ def test_a_text_that_is_no_string_is_named_before_anything_is_encoded(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n{"audio": "b.wav", "text": null}\n')
     with pytest.raises(ValueError, match="row 2: got text = None"):
         audio.read_manifest(tmp_path / "m.jsonl")
+
+
+def test_an_odd_rate_gets_filters_that_are_nearly_those_of_its_own_phases():
+    up, down = audio.ratio(44101, audio.SAMPLE_RATE)
+    x = np.random.default_rng(0).standard_normal(4000).astype(np.float32)
+    cut = audio.cut_off(up, down)
+    reach = int(np.ceil(audio.CROSSINGS / cut))
+    made, padded = audio.resample(x, 44101), np.pad(x, (reach, reach + down))
+    for n in (3, 500, 1200):
+        time = n * down / up
+        (exact,) = audio.phases(np.array([time - int(time)]), 2 * reach + 1, reach, cut)
+        assert abs(made[n] - (padded[int(time):int(time) + 2 * reach + 1] * exact).sum()) < 2e-5
+
+
+def test_every_feature_of_a_clip_has_mean_0_and_variance_1():
+    features = audio.mfcc(np.random.default_rng(0).standard_normal(32000).astype(np.float32) * np.linspace(0.1, 1, 32000, dtype=np.float32))
+    assert abs(features.mean(0)).max() < 1e-4 and abs(features.std(0) - 1).max() < 0.05
