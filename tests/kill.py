@@ -1,7 +1,7 @@
 """Kill every command that can go on, at random moments, and see that it ends with the same bytes.
 
 in   nothing                    out  a line a command; exit status 1 if any output differs
-run  python tests/kill.py       # 100 kills; --kills 10 for a tenth
+run  python tests/kill.py       # 100 kills; --kills 12 takes two minutes
 
 A command is started, killed after a time drawn from the length of a whole run, and started again, until it ends by itself.
 What it has written must be what an undisturbed run wrote, but for what tells times: recipe.json, training.json, rates in a log.
