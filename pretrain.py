@@ -584,6 +584,9 @@ def layout_weights(text):
             raise argparse.ArgumentTypeError(f"got {item!r}, wanted LAYOUT=WEIGHT with a layout of "
                                              f"{', '.join(LAYOUTS)}")
         mix[name] = float(value)
+    if not all(0 <= weight < math.inf for weight in mix.values()) or not any(mix.values()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted weights of 0 or more, one of them "
+                                         "above 0")
     return mix
 
 

@@ -257,6 +257,7 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("flags, wanted", [
     ("--units {units} --imitate nan", "--imitate nan: wanted 0 or more"), ("--chat {chat} --imitate 3", "only speech"),
+    ("--units {units} --mix interleave=0", "one of them above 0"), ("--units {units} --mix interleave=nan,transcribe=1", "weights of 0 or more"),
     ("--units {units} --layers 0.9:0.1", "two rising shares"), ("--units {units} --layers nan:1", "two rising shares"), ("--chat {chat} --rows 0", "at least one step"),
 ])
 def test_settings_that_make_no_sense_are_refused_before_anything_is_read(flags, wanted, speedrun, tmp_path, monkeypatch, capsys):
