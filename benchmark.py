@@ -22,7 +22,7 @@ import torch
 import audio
 from evaluate import BATCH, edit_distance, normal, ratio, replies, share
 from model import LM
-from tokenize_audio import AudioTokenizer
+from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
 
 METRICS = ["exact", "wer", "choice"]
@@ -239,9 +239,7 @@ def main():
         add("folder", help="a model folder that hears")
         add("rows", help="the rows" if command is one else
             "a folder with good/ and bad/, or JSON lines")
-        add("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-            help="cpu or cuda (default: cuda if there is one)")
+        add_ears(command)
         add("--out", required=True, help=".json to write")
         add("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()

@@ -23,7 +23,7 @@ import torch
 
 import audio
 from model import LM, generate
-from tokenize_audio import AudioTokenizer
+from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
 
 LIMIT = 256     # tokens in a reply
@@ -334,9 +334,7 @@ def main():
         '"reset"} in, {"reply", ...} or {"error"} out')
     add("--temperature", type=float, default=0.0,
         help="0 always gives the likeliest reply (default); 0.7 varies it")
-    add("--hubert", help="the HuBERT folder, if it was too big to travel with the model")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda if there is one)")
+    add_ears(parser)
     args = parser.parse_intermixed_args()  # flags may stand between the folder and the audio
     if not args.temperature >= 0:
         raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")

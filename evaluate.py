@@ -42,7 +42,7 @@ import torch.nn.functional as F
 import audio
 from merge import Merge
 from model import LM, Config, generate
-from tokenize_audio import AudioTokenizer
+from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
 
 ROWS = ["base", "instruct", "instruct_rows", "speech", "merged", "cascade"]
@@ -313,23 +313,26 @@ def table(args):
         sweep = [swept_at(model_at(plan, config, lam, args.device), vocab, lam, dev, dev_near,
                           prompts["merged"], bar) for lam in LAMS]
 
-    trained = [runs.read_json(Path(path) / "training.json")
-               for path in (args.base, args.instruct, args.speech)
-               if (Path(path) / "training.json").exists()]
     deltas = plan.run(1.0, 1.0)
-    result = {
-        "seed": int(trained[0]["settings"]["seed"]) if trained else None,
+    result = how_trained(args) | {
         "rows": {name: rows[name] for name in ROWS}, "lam_sweep": sweep,
-        "rel": deltas["rel"], "cosine": deltas["cosine"],
-        "seconds": {"training": round(sum(t["seconds"] for t in trained), 1),
-                    "table": round(time.time() - began, 1)},
-        "prompts": prompts, "dtype": sorted({t["settings"]["dtype"] for t in trained}),
+        "rel": deltas["rel"], "cosine": deltas["cosine"], "prompts": prompts,
         "examples": [{"question": q["question"], "answer": q["answer"], "said": text}
                      for q, text in zip(test[:20], near["merged"])],
         "made": runs.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
+    result["seconds"]["table"] = round(time.time() - began, 1)
     draw([result], Path(args.out).with_suffix(".png"))
     runs.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
     show(result)
+
+
+def how_trained(args):
+    """{"seed", "dtype", "seconds"} of the models' training, as far as their folders tell."""
+    files = [Path(path) / "training.json" for path in (args.base, args.instruct, args.speech)]
+    trained = [runs.read_json(file) for file in files if file.exists()]
+    return {"seed": int(trained[0]["settings"]["seed"]) if trained else None,
+            "dtype": sorted({made["settings"]["dtype"] for made in trained}),
+            "seconds": {"training": round(sum(made["seconds"] for made in trained), 1)}}
 
 
 def replies_in_all(test, dev):
@@ -659,10 +662,7 @@ def arguments():
     for command in (one, three):
         command.add_argument("--questions", required=True,
                              help="questions.jsonl of toy.py world, or of that form")
-        command.add_argument("--hubert",
-                             help="the HuBERT folder, if it was too big to travel with the model")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                             help="cpu or cuda (default: cuda if there is one)")
+        add_ears(command)
     for command in (one, two, three):
         command.add_argument("--out", required=True, help=".json to write; of table and report, a "
                                                           "picture goes beside it as .png")

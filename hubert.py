@@ -365,18 +365,25 @@ def masked_loss(logits, targets, hidden):
     return loss, at
 
 
+def read_corpus(path):
+    """(samples of every clip, unit of every frame of it, number of units) of a units folder."""
+    corpus = audio.Units(path)
+    if corpus.meta["frame_rate"] != audio.FRAME_RATE:
+        raise ValueError(f"{path}: {corpus.meta['frame_rate']} frames per second, wanted "
+                         f"{audio.FRAME_RATE}")
+    labels = []
+    for i in range(len(corpus.rows)):
+        units, durations = corpus[i]
+        labels.append(np.repeat(units, durations).astype(np.int64))
+    reading = runs.Bar(corpus.rows, desc="reading audio", unit="clip")
+    return [audio.load(row["audio"]) for row in reading], labels, corpus.meta["k"]
+
+
 def train(args, out):
     """Train a small HuBERT on a units folder's audio, with its units as the targets."""
-    corpus = audio.Units(args.units)
-    if corpus.meta["frame_rate"] != audio.FRAME_RATE:
-        raise ValueError(f"{args.units}: {corpus.meta['frame_rate']} frames per second, wanted "
-                         f"{audio.FRAME_RATE}")
-    labels = [np.repeat(*corpus[i]).astype(np.int64) for i in range(len(corpus.rows))]
-    reading = runs.Bar(corpus.rows, desc="reading audio", unit="clip")
-    clips = [audio.load(row["audio"]) for row in reading]
-
+    clips, labels, k = read_corpus(args.units)
     model = Hubert.fresh(Config(), args.seed)
-    head = nn.Linear(model.config.hidden_size, corpus.meta["k"])            # not kept
+    head = nn.Linear(model.config.hidden_size, k)                           # not kept
     learner = nn.ModuleDict({"model": model, "head": head}).to(args.device)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.98),
                                   weight_decay=0.01)
@@ -442,8 +449,7 @@ def main():
     add("--batch", type=int, default=16, help="two-second clips in a batch (default 16)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     add("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda if there is one)")
+    runs.add_device(parser)
     runs.add_dtype(parser)
     add("--overwrite", action="store_true",
         help="replace an existing --out when the run ends well")

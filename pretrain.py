@@ -621,7 +621,23 @@ def arguments():
     add("--units", help="a folder of tokenize_audio.py encode")
     add("--out", required=True, help="model folder to write")
 
-    # The plain recipe.
+    add_recipe_flags(add, default)
+    add_align_flags(add, default)
+
+    # The machine.
+    add("--recompute", action="store_true", help="keep no activations inside blocks, compute them "
+        "again for the gradient: less memory, a third more work")
+    runs.add_dtype(parser)
+    add("--compile", action="store_true", help="torch.compile every block")
+    add("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
+    runs.add_device(parser)
+    add("--overwrite", action="store_true",
+        help="replace an existing --out when the run ends well")
+    return parser
+
+
+def add_recipe_flags(add, default):
+    """The flags of the plain recipe."""
     add("--mix", type=layout_weights, help=f"shares of layouts ({default('mix')})")
     add("--steps", type=int, help=f"optimizer steps ({default('steps')})")
     add("--lr", type=float, help=f"peak learning rate ({default('lr')})")
@@ -635,20 +651,6 @@ def arguments():
         "frozen matrices, and add them when saving (default 0: the matrices)")
     add("--lora-alpha", type=float, default=0.0,
         help="scale of those changes, over the rank (default: twice the rank)")
-
-    add_align_flags(add, default)
-
-    # The machine.
-    add("--recompute", action="store_true", help="keep no activations inside blocks, compute them "
-        "again for the gradient: less memory, a third more work")
-    runs.add_dtype(parser)
-    add("--compile", action="store_true", help="torch.compile every block")
-    add("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda if there is one)")
-    add("--overwrite", action="store_true",
-        help="replace an existing --out when the run ends well")
-    return parser
 
 
 def add_align_flags(add, default):
@@ -672,7 +674,7 @@ def add_align_flags(add, default):
 
 
 def settled(parser, world):
-    """The arguments, each with a value and checked before anything is read."""
+    """The arguments, each with a value."""
     args = parser.parse_args()
     if args.size and not args.tokenizer:
         parser.error("--size wants --tokenizer, the folder of the text tokenizer to train with")
@@ -694,7 +696,12 @@ def settled(parser, world):
         if getattr(args, name) is None:
             kind = {"mix": layout_weights, "layers": depth_shares}.get(name)
             setattr(args, name, kind(value) if kind else value)
+    check(parser, args, world)
+    return args
 
+
+def check(parser, args, world):
+    """An error for settings that make no sense."""
     if not (0 <= args.imitate < math.inf and (args.units or not args.imitate)):
         parser.error(f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only "
                      "speech can be like its text")
@@ -718,7 +725,6 @@ def settled(parser, world):
         parser.error(f"--pace {args.pace}: wanted 1 (one position a token) or more")
     if args.embeddings == "new" and not args.units:
         parser.error("--embeddings new: only units are new tokens; give --units, or train others")
-    return args
 
 
 def main():

@@ -387,6 +387,12 @@ def add_dtype(parser):
                              "(default: auto, what this machine is fast at)")
 
 
+def add_device(parser):
+    """The --device of every command that a GPU makes faster."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu or cuda (default: cuda if there is one)")
+
+
 def autocast(device, dtype):
     """Inside, products are made in `dtype`; weights, and sums that need it, stay in float32."""
     kind, half = torch.device(device).type, torch.bfloat16

@@ -337,6 +337,13 @@ class AudioTokenizer:
                 for cut, end in zip(cuts, ends)]
 
 
+def add_ears(parser):
+    """The flags of every command that takes a folder that hears."""
+    runs.add_device(parser)
+    parser.add_argument("--hubert",
+                        help="the HuBERT folder, if it was too big to travel with the model")
+
+
 # --- fit ----------------------------------------------------------------------
 
 def fit(args):
@@ -667,28 +674,22 @@ def draw(args):
 
 # --- the command --------------------------------------------------------------
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="Audio to units: fit a codebook, encode a corpus with it, draw a clip's.")
-    commands = parser.add_subparsers(dest="action", required=True)
-    one = commands.add_parser("fit", help="k-means centroids of a corpus' features")
-    two = commands.add_parser("encode", help="the units of every clip of a corpus")
-    three = commands.add_parser("draw", help="a picture of how a sound becomes units")
-    gpu = torch.cuda.is_available()
-    for command in (one, two):
-        add = command.add_argument
-        add("--manifest", required=True,
-            help="a .jsonl manifest, or a LibriSpeech, LJSpeech or plain folder of audio")
-        add("--hubert", help="a Hugging Face HuBERT folder"
-            + (" (default: the one beside the codebook)" if command is two else ""))
-        add("--out", required=True, help="folder to write")
-        add("--batch", type=float, default=150 if gpu else 40, help="seconds of sound in a batch "
-            "(default 40; on a GPU 150, where the first convolution of a base HuBERT takes 1 GB)")
-        add("--device", default="cuda" if gpu else "cpu",
-            help="cpu or cuda (default: cuda if there is one)")
-        add("--overwrite", action="store_true", help="replace an existing --out")
+def add_corpus_flags(command, hubert):
+    """The flags of `fit` and `encode`: both take a corpus and write a folder."""
+    gpu, add = torch.cuda.is_available(), command.add_argument
+    add("--manifest", required=True,
+        help="a .jsonl manifest, or a LibriSpeech, LJSpeech or plain folder of audio")
+    add("--hubert", help=hubert)
+    add("--out", required=True, help="folder to write")
+    add("--batch", type=float, default=150 if gpu else 40, help="seconds of sound in a batch "
+        "(default 40; on a GPU 150, where the first convolution of a base HuBERT takes 1 GB)")
+    runs.add_device(command)
+    add("--overwrite", action="store_true", help="replace an existing --out")
 
-    add = one.add_argument
+
+def add_fit_flags(command):
+    add_corpus_flags(command, "a Hugging Face HuBERT folder")
+    add = command.add_argument
     add("--features", choices=["hubert", "mfcc"], default="hubert",
         help="what is clustered (default hubert)")
     add("--layer", type=int, default=9,
@@ -703,24 +704,41 @@ def main():
         "quicker for large --frames (default 0: whole passes only)")
     add("--seed", type=int, default=0, help="of the clips and the start (default 0)")
 
-    add = two.add_argument
+
+def add_encode_flags(command):
+    add_corpus_flags(command, "a Hugging Face HuBERT folder (default: beside the codebook)")
+    add = command.add_argument
     add("--codebook", required=True, help="a folder made by fit")
-    runs.add_dtype(two)
+    runs.add_dtype(command)
     add("--skip-bad", action="store_true", help="list clips that cannot be read in skipped.jsonl "
         "and go on, instead of stopping at the first")
 
-    add = three.add_argument
+
+def add_draw_flags(command):
+    add = command.add_argument
     add("audio", help="an audio file")
     add("--codebook", required=True, help="a folder made by fit, or any that hears")
-    add("--hubert", help="the HuBERT folder, if it was too big to travel with it")
     add("--out", required=True, help="a .png to write")
-    add("--device", default="cuda" if gpu else "cpu",
-        help="cpu or cuda (default: cuda if there is one)")
+    add_ears(command)
     add("--overwrite", action="store_true", help="replace an existing --out")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Audio to units: fit a codebook, encode a corpus with it, draw a clip's.")
+    commands = parser.add_subparsers(dest="action", required=True)
+    add_fit_flags(commands.add_parser("fit", help="k-means centroids of a corpus' features"))
+    add_encode_flags(commands.add_parser("encode", help="the units of every clip of a corpus"))
+    add_draw_flags(commands.add_parser("draw", help="a picture of how a sound becomes units"))
     args = parser.parse_args()
     if args.action != "draw" and not 0 < args.batch < math.inf:
         parser.error(f"--batch {args.batch}: wanted more than 0 seconds")
-    {"fit": fit, "encode": encode, "draw": draw}[args.action](args)
+    if args.action == "fit":
+        fit(args)
+    elif args.action == "encode":
+        encode(args)
+    else:
+        draw(args)
 
 
 if __name__ == "__main__":
