@@ -1,22 +1,26 @@
 """What a small model needs before adding its two deltas works. `--plain` does without.
 
-in   the model, a batch, its hidden states      out  positions, a loss mask, one more loss, a filter
-see  hidden-state distillation: FitNets (arXiv:1412.6550), in speech DiVA (arXiv:2410.02678);
-     randomised positions (arXiv:2305.16843); Adam-NSCL (arXiv:2103.07113)
+in   the model, a batch, its hidden states
+out  positions, a loss mask, one more loss, a filter
+see  hidden-state distillation: FitNets (arXiv:1412.6550), in speech DiVA
+     (arXiv:2410.02678); randomised positions (arXiv:2305.16843); Adam-NSCL (arXiv:2103.07113)
 run  python pretrain.py --init out/base --units out/units --plain --out out/speech_plain
 
 Merging adds a behaviour that was learnt on text to a model that hears. The behaviour acts
-on speech only if a spoken word looks like the written word inside the network. Large models
-get there by themselves; one of five million parameters does not. Three things help it:
+on speech only if a spoken word looks like the written word inside the network. Large
+models get there by themselves; one of five million parameters does not. Three things help
+it:
 
-position gaps   Speech takes several units for a word, so words stand further apart than in text. A
-                model that has only met neighbours forgets the question. So base and instruct are
-                trained with gaps between positions (`--pace`).
-distillation    A frozen copy of the base, the teacher, reads the transcript. Where a word's last
-                unit stands, our hidden state has to be the teacher's on that word (`--imitate`).
-a filter        What text uses of a matrix is damped in every step, so that the speech delta leaves
-                text as it was (`--keep-text`).
+position gaps   Speech takes several units for a word, so words stand further apart than in
+                text. A model that has only met neighbours forgets the question. So base and
+                instruct are trained with gaps between positions (`--pace`).
+distillation    A frozen copy of the base, the teacher, reads the transcript. Where a word's
+                last unit stands, our hidden state has to be the teacher's on that word
+                (`--imitate`).
+a filter        What text uses of a matrix is damped in every step, so that the speech delta
+                leaves text as it was (`--keep-text`).
 """
+
 import copy
 
 import torch
@@ -24,8 +28,10 @@ import torch.nn.functional as F
 
 from fused import linear_cross_entropy
 
-NAMING_SHARE = 6    # the first sixth of the blocks turns units into words: nothing to match yet
-RIDGE = 0.1         # of the mean eigenvalue, added before a covariance is inverted
+NAMING_SHARE = (
+    6  # the first sixth of the blocks turns units into words: nothing to match yet
+)
+RIDGE = 0.1  # of the mean eigenvalue, added before a covariance is inverted
 
 
 class Align:
@@ -57,15 +63,16 @@ class Align:
     def loss_mask(self, batch):
         """(B, T): targets that bear no loss; None if all do.
 
-        Interleaved documents that the teacher reads are learnt from its states alone. A loss
-        on what follows speech would teach the merged model to write on, whatever it hears.
+        Interleaved documents that the teacher reads are learnt from its states alone. A
+        loss on what follows speech would teach the merged model to write on, whatever it
+        hears.
         """
         if self.teacher is None:
             return None
         return (batch["kind"] == self.by_turns) & taught(batch)
 
     def loss(self, states, batch):
-        """The distillation of a batch whose hidden states are `states`; 0 without a teacher."""
+        """The distillation of a batch with these hidden states; 0 without a teacher."""
         if self.teacher is None:
             return 0.0
         return self.weight * sum(distillation(states, batch, self.teacher, self.first_new))
@@ -79,130 +86,140 @@ class Align:
 
 # --- position gaps ------------------------------------------------------------
 
-def position_gaps(start, widest, rng):
-    """Positions (B, T) of documents that begin at `start` (B, T), with gaps in half of them.
 
-    the cat sat on the mat  ->  0 1 2 3 4 5  in one half, and say  0 1 2 9 14 22  in the other
+def position_gaps(start, widest, rng):
+    """Positions (B, T) of documents that begin at `start` (B, T); half have gaps.
+
+    the cat sat on the mat  ->  0 1 2 3 4 5  or, with gaps, say  0 1 2 9 14 22
 
     Gaps come in stretches of about eight ids. `widest` is the largest mean gap of a
     stretch.
     """
-    place = torch.arange(start.shape[1]).expand_as(start)                   # (B, T)
+    place = torch.arange(start.shape[1]).expand_as(start)           # (B, T)
 
     def draw():
         return torch.rand(start.shape, generator=rng)
 
     # One draw counts for a whole document: the one where it begins.
-    plain = (draw() < 0.5).gather(1, start)                                 # (B, T)
+    plain = (draw() < 0.5).gather(1, start)                         # (B, T)
 
     # Where the stretch of each id began, and the mean gap of that stretch: 1 for half of
     # them.
-    stretch = torch.where(draw() < 1 / 8, place, 0).cummax(1).values        # (B, T)
-    gap = (widest * (2 * draw() - 1)).clamp(min=1).gather(1, stretch)       # (B, T)
+    stretch = torch.where(draw() < 1 / 8, place, 0).cummax(1).values  # (B, T)
+    gap = (widest * (2 * draw() - 1)).clamp(min=1).gather(1, stretch)  # (B, T)
     gap = gap.masked_fill(plain, 1)
 
     # A step of 1 to 2 * gap - 1 positions, from the id before.
-    step = 1 + ((2 * gap - 1) * draw()).long()                              # (B, T)
+    step = 1 + ((2 * gap - 1) * draw()).long()                      # (B, T)
     position = step.cumsum(1)
     return position - position.gather(1, start)
 
 
 # --- distillation -------------------------------------------------------------
 
+
 def distillation(states, batch, teacher, first_new):
     """(word loss, state loss): how far the model is from hearing as the teacher reads.
 
     states  what each block hands on, (B, T, C) each
-    batch   `read` (B, R) are the documents' ids in writing, `place` (B, R) where each was said
+    batch   `read` (B, R) are the documents' ids in writing, `place` (B, R) where they were said
 
-    word loss    behind the first blocks, the state where a word is heard predicts its token:
-                 cross-entropy over the teacher's rows. (A word of several ids has them on its
-                 last units.)
+    word loss    behind the first blocks, the state where a word is heard predicts its
+                 token: cross-entropy over the teacher's rows. (A word of several ids has
+                 them on its last units.)
     state loss   behind every later block it is the teacher's state on that token, and on
                  text beside speech behind all: whitened square distance, 0 alike, 2
                  unrelated
     """
-    if not batch["read"].shape[1]:                              # a batch without speech
+    if not batch["read"].shape[1]:  # a batch without speech
         return 0.0, 0.0
 
     # The teacher reads every word at the position where it has been said.
-    place = batch["place"].clamp(min=0)                                     # (B, R)
-    position = batch.get("position")                                        # (B, T)
+    place = batch["place"].clamp(min=0)                             # (B, R)
+    position = batch.get("position")                                # (B, T)
     if position is None:
         position = torch.arange(batch["ids"].shape[1], device=place.device) - batch["start"]
     theirs = []
     with torch.no_grad():
-        teacher.model(batch["read"], start=batch["read_start"],
-                      positions=position.gather(1, place), states=theirs)
+        teacher.model(
+            batch["read"],
+            start=batch["read_start"],
+            positions=position.gather(1, place),
+            states=theirs,
+        )
 
     # N ids are read: [row, j] in the teacher's batch is [row, t] in ours.
-    row, j = (batch["place"] >= 0).nonzero(as_tuple=True)                   # (N,) each
-    t = place[row, j]                                                       # (N,)
-    heard = batch["ids"][row, t] >= first_new                               # (N,)
+    row, j = (batch["place"] >= 0).nonzero(as_tuple=True)           # (N,) each
+    t = place[row, j]                                               # (N,)
+    heard = batch["ids"][row, t] >= first_new                       # (N,)
     spoken = heard.float()
-    speech = spoken / spoken.sum().clamp(min=1)                 # (N,): a mean's weights
-    text = (1 - spoken) / (1 - spoken).sum().clamp(min=1)                   # (N,)
+    speech = spoken / spoken.sum().clamp(min=1)                   # (N,): a mean's weights
+    text = (1 - spoken) / (1 - spoken).sum().clamp(min=1)           # (N,)
 
     naming = max(1, len(states) // NAMING_SHARE)
     state_loss = 0.0
     for n, (student, target) in enumerate(zip(states, theirs)):
-        student, target = unit_scale(student[row, t]), unit_scale(target[row, j])   # (N, C)
+        student, target = unit_scale(student[row, t]), unit_scale(target[row, j])  # (N, C)
         apart = student - target
-        distance = (apart @ whitening(target) * apart).mean(-1)             # (N,)
+        distance = (apart @ whitening(target) * apart).mean(-1)     # (N,)
         weight = speech + text if n >= naming else text
         state_loss = state_loss + (distance * weight).sum() / max(1, len(states) - naming)
 
-    words = unit_scale(states[naming - 1][row, t][heard])                   # (words, C)
+    words = unit_scale(states[naming - 1][row, t][heard])           # (words, C)
     rows = teacher.model.embed_tokens.weight[:first_new]
-    word_loss, _ = linear_cross_entropy(words, rows, batch["read"][row, j][heard], speech[heard])
+    word_loss, _ = linear_cross_entropy(
+        words, rows, batch["read"][row, j][heard], speech[heard]
+    )
     return word_loss, state_loss
 
 
 def unit_scale(states):
-    """States (..., C) in float32, of mean square 1: their scale differs from block to block."""
+    """States (..., C) in float32, of mean square 1: scales differ from block to block."""
     return F.rms_norm(states.float(), states.shape[-1:])
 
 
 @torch.no_grad()
 def whitening(states):
-    """The matrix M (C, C) of a distance d' M d, of states (N, C): inverse to their second moment.
+    """M (C, C) of a distance d' M d: inverse to the second moment of states (N, C).
 
     A few directions of a transformer's states are loud, and what tells one word from
     another is not among them. M counts a difference by how unusual it is there
     (Mahalanobis).
     """
     with torch.autocast(states.device.type, enabled=False):
-        moment = states.T @ states / len(states)                            # (C, C)
+        moment = states.T @ states / len(states)                    # (C, C)
         ridge = RIDGE * torch.eye(len(moment), device=states.device)  # mean eigenvalue is 1
         inverse = torch.linalg.inv(moment + ridge)
         return inverse * len(moment) / (inverse * moment).sum()
 
 
 def taught(batch):
-    """(B, T): does the teacher read the document of this id? Not if it was cut into pieces."""
-    row, at = (batch["place"] >= 0).nonzero(as_tuple=True)                  # (N,) each
-    begin = batch["start"][row, batch["place"][row, at]]                    # (N,)
-    read = torch.zeros_like(batch["start"], dtype=torch.bool)               # (B, T)
+    """(B, T): does the teacher read this id's document? Not if it was cut into pieces."""
+    row, at = (batch["place"] >= 0).nonzero(as_tuple=True)          # (N,) each
+    begin = batch["start"][row, batch["place"][row, at]]            # (N,)
+    read = torch.zeros_like(batch["start"], dtype=torch.bool)       # (B, T)
     read[row, begin] = True
     return read.gather(1, batch["start"])
 
 
 # --- the filter ---------------------------------------------------------------
 
+
 @torch.no_grad()
 def text_filters(model, body, batches, strength):
-    """{weight (out, in): matrix (in, in)} that takes out of its change what text would feel.
+    """{weight (out, in): matrix (in, in)}: it takes out of a change what text would feel.
 
     Let C be the mean of x x' over the inputs x that text sends into a weight, scaled to a
-    mean eigenvalue of 1. A change D of the weight adds D x to what the next layer gets: on
-    average tr(D C D'), squared. D (I + strength * C)^-1 is the change near D that keeps that
-    small: it minimises |E - D|^2 + strength * tr(E C E'). What text leaves silent stays, and
-    there the units find room. The whole change since the start is filtered after every step.
+    mean eigenvalue of 1. A change D of the weight adds D x to what the next layer gets:
+    on average tr(D C D'), squared. D (I + strength * C)^-1 is the change near D that
+    keeps that small: it minimises |E - D|^2 + strength * tr(E C E'). What text leaves
+    silent stays, and there the units find room. The whole change since the start is
+    filtered after every step.
     """
     sums, hooks = {}, []
 
     def listen(module, inputs):
-        x = inputs[0].flatten(0, -2).float()                               # (B * T, in)
+        x = inputs[0].flatten(0, -2).float()                        # (B * T, in)
         # Rounded to bfloat16, a sum of x x' might lose positive definiteness.
         with torch.autocast(x.device.type, enabled=False):
             sums[module.weight] = sums.get(module.weight, 0) + x.T @ x

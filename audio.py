@@ -10,6 +10,7 @@ Three nouns: *samples* (16,000 a second), *frames* (50 a second), and *units*
 (tokenize_audio.py makes those; a folder of them is read here, as training documents and
 HuBERT's training both do).
 """
+
 import argparse
 import json
 import math
@@ -24,19 +25,20 @@ import torch
 import torch.nn.functional as F
 
 SAMPLE_RATE = 16_000
-HOP = 320                     # samples per frame: the product of HuBERT's seven strides
-FRAME_RATE = SAMPLE_RATE // HOP     # 50 frames a second
-WINDOW = 400                        # samples one frame sees: 25 ms
-PAD = (WINDOW - HOP) // 2        # on each side, so that frames = samples // HOP exactly
-CROSSINGS = 48                      # of zero, on either side of a resampling filter
-PHASES = 512             # filters an odd rate is interpolated between: -110 dB of error
-SEEK = 30                 # seconds read before a stretch: Ogg's last page has no places
-RATES = 1000, 1_000_000        # samples a second of a recording: another rate is damage
-HOURS = 1000                        # of the longest recording: more is damage
+HOP = 320  # samples per frame: the product of HuBERT's seven strides
+FRAME_RATE = SAMPLE_RATE // HOP  # 50 frames a second
+WINDOW = 400  # samples one frame sees: 25 ms
+PAD = (WINDOW - HOP) // 2  # on each side, so that frames = samples // HOP exactly
+CROSSINGS = 48  # of zero, on either side of a resampling filter
+PHASES = 512  # filters an odd rate is interpolated between: -110 dB of error
+SEEK = 30  # seconds read before a stretch: Ogg's last page has no places
+RATES = 1000, 1_000_000  # samples a second of a recording: another rate is damage
+HOURS = 1000  # of the longest recording: more is damage
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"}
 
 
 # --- samples ------------------------------------------------------------------
+
 
 def load(path, begin=0, end=None):
     """Samples of an audio file, or those from begin to end: mono, 16 kHz, float32, (N,).
@@ -49,8 +51,9 @@ def load(path, begin=0, end=None):
         rate, seconds = file.samplerate, file.frames / file.samplerate
         up, down = ratio(rate, SAMPLE_RATE)
         if begin * down >= file.frames * up > 0:
-            raise ValueError(f"{path}: ends after {seconds:.1f} s, before the stretch that is "
-                             "wanted")
+            raise ValueError(
+                f"{path}: ends after {seconds:.1f} s, before the stretch that is " "wanted"
+            )
 
         # Counted in periods of the filters: `down` samples in, `up` out.
         reach = math.ceil(CROSSINGS / cut_off(up, down))
@@ -63,7 +66,9 @@ def load(path, begin=0, end=None):
                 file.seek(first * down)
             samples = file.read(count, dtype="float32", always_2d=True)  # (N, channels)
         except (soundfile.LibsndfileError, RuntimeError, ValueError, MemoryError):
-            raise unreadable(path) from None  # or its header promises more than memory holds
+            raise unreadable(
+                path
+            ) from None  # or its header promises more than memory holds
 
     if len(samples) == 0:
         where = f" from {begin / SAMPLE_RATE:.1f} s on, though its header promises {seconds:.1f} s"
@@ -71,7 +76,7 @@ def load(path, begin=0, end=None):
     if not np.isfinite(samples).all():
         raise ValueError(f"{path}: holds NaN or infinite samples")
     mono = resample(samples.mean(axis=1), rate)
-    return mono[begin - first * up:end and end - first * up]
+    return mono[begin - first * up : end and end - first * up]
 
 
 def opened(path):
@@ -84,19 +89,27 @@ def opened(path):
         raise ValueError(f"{path}: empty, 0 bytes")
     try:
         file = soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError):  # TypeError: of a name in .raw
-        path.open("rb").close()     # no permission is an OSError of its own
+    except (
+        soundfile.LibsndfileError,
+        RuntimeError,
+        TypeError,
+    ):  # TypeError: of a name in .raw
+        path.open("rb").close()  # no permission is an OSError of its own
         raise unreadable(path) from None
     if not RATES[0] <= file.samplerate <= RATES[1]:
         file.close()
-        raise ValueError(f"{path}: its header says {file.samplerate} samples a second, wanted "
-                         f"{RATES[0]} to {RATES[1]}; it is damaged")
+        raise ValueError(
+            f"{path}: its header says {file.samplerate} samples a second, wanted "
+            f"{RATES[0]} to {RATES[1]}; it is damaged"
+        )
     return file
 
 
 def unreadable(path):
-    return ValueError(f"{path}: not audio that soundfile reads; convert it first: "
-                      f"ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav")
+    return ValueError(
+        f"{path}: not audio that soundfile reads; convert it first: "
+        f"ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav"
+    )
 
 
 class Recording:
@@ -112,8 +125,10 @@ class Recording:
             self.length = -(-file.frames * up // down)
         hours = self.length / SAMPLE_RATE / 3600
         if hours > HOURS:
-            raise ValueError(f"{path}: its header promises {hours:.0f} hours, more than any "
-                             "recording; it is damaged")
+            raise ValueError(
+                f"{path}: its header promises {hours:.0f} hours, more than any "
+                "recording; it is damaged"
+            )
 
     def __len__(self):
         return self.length
@@ -124,12 +139,15 @@ class Recording:
         begin, end, _ = part.indices(self.length)
         samples = load(self.path, begin, end)
         if len(samples) < end - begin:
-            raise ValueError(f"{self.path}: ends after {(begin + len(samples)) / SAMPLE_RATE:.1f} "
-                             f"s, though its header promises {self.length / SAMPLE_RATE:.1f} s")
+            raise ValueError(
+                f"{self.path}: ends after {(begin + len(samples)) / SAMPLE_RATE:.1f} "
+                f"s, though its header promises {self.length / SAMPLE_RATE:.1f} s"
+            )
         return samples
 
 
 # --- resampling ---------------------------------------------------------------
+
 
 def ratio(rate, to):
     """(up, down), the reduced ratio of two rates."""
@@ -145,9 +163,9 @@ def cut_off(up, down):
 def resample(samples, rate, to=SAMPLE_RATE):
     """Band-limited change of rate: each output is the input convolved with a sinc at its own time.
 
-    Output n lies at input time n * rate / to. With the ratio reduced to down / up there are
-    only `up` different fractions of a sample, hence `up` filters (phases), and all outputs
-    of one phase are one strided convolution.
+    Output n lies at input time n * rate / to. With the ratio reduced to down / up there
+    are only `up` different fractions of a sample, hence `up` filters (phases), and all
+    outputs of one phase are one strided convolution.
     """
     if rate == to:
         return samples
@@ -157,13 +175,15 @@ def resample(samples, rate, to=SAMPLE_RATE):
     samples = np.ascontiguousarray(samples, dtype=np.float32)
     x = np.pad(samples, (reach, reach + down))
     length = -(-len(samples) * up // down)
-    if up <= 1000:      # every usual rate
-        filters = filter_table(up, down, reach, cut)                     # (up, 1, taps)
-        y = F.conv1d(torch.from_numpy(x)[None, None], filters, stride=down) # (1, up, blocks)
+    if up <= 1000:  # every usual rate
+        filters = filter_table(up, down, reach, cut)                # (up, 1, taps)
+        y = F.conv1d(
+            torch.from_numpy(x)[None, None], filters, stride=down
+        )                                                           # (1, up, blocks)
         return y[0].T.reshape(-1)[:length].numpy()
 
-    # An odd rate has too many phases for a table of all: between two of PHASES a filter is
-    # a line.
+    # An odd rate has too many phases for a table of all: between two of PHASES a filter
+    # is a line.
     table, rise = sparse_table(reach, cut)
     taps, out = np.arange(2 * reach + 1), []
     for n in range(0, length, 4096):
@@ -172,7 +192,7 @@ def resample(samples, rate, to=SAMPLE_RATE):
         phase = (time - whole) * PHASES
         before = phase.astype(np.int64)
         share = (phase - before)[:, None].astype(np.float32)
-        filters = table[before] + share * rise[before]                      # (n, taps)
+        filters = table[before] + share * rise[before]              # (n, taps)
         out.append((x[whole[:, None] + taps] * filters).sum(1))
     return np.concatenate(out)
 
@@ -204,6 +224,7 @@ def sparse_table(reach, cut):
 
 # --- lists of audio -----------------------------------------------------------
 
+
 def read_manifest(path):
     """Rows {"audio": absolute path, "text"?, "speaker"?, "seconds"?, "words"?} of a corpus.
 
@@ -226,13 +247,16 @@ def check_row(row, where):
     if not isinstance(row.get("audio"), str):
         raise ValueError(f'{where}: got no "audio", wanted a path relative to the manifest')
     if not isinstance(row.get("text", ""), str):
-        raise ValueError(f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no "
-                         "text")
+        raise ValueError(
+            f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no " "text"
+        )
     for word in row.get("words") or []:
         kinds = [type(part) for part in word] if isinstance(word, list) else []
         if len(kinds) != 3 or kinds[0] is not str or not set(kinds[1:]) <= {int, float}:
-            raise ValueError(f'{where}: got {str(word)[:40]} among "words", wanted ["the", start, '
-                             "end] in seconds")
+            raise ValueError(
+                f'{where}: got {str(word)[:40]} among "words", wanted ["the", start, '
+                "end] in seconds"
+            )
 
 
 def read_folder(path):
@@ -280,6 +304,7 @@ def files_under(folder):
 
 # --- a folder of units --------------------------------------------------------
 
+
 class Units:
     """A units folder of tokenize_audio.py, read as it is needed.
 
@@ -290,8 +315,10 @@ class Units:
     def __init__(self, folder):
         folder = Path(folder)
         if not (folder / "meta.json").exists():
-            raise FileNotFoundError(f"{folder}: not a units folder (no meta.json); make one with "
-                                    "tokenize_audio.py encode")
+            raise FileNotFoundError(
+                f"{folder}: not a units folder (no meta.json); make one with "
+                "tokenize_audio.py encode"
+            )
         keys = ["features", "k", "frame_rate", "codebook_sha256"]
         self.meta = runs.read_json(folder / "meta.json", keys)
         self.rows = read_manifest(folder / "manifest.jsonl")
@@ -300,8 +327,10 @@ class Units:
         self.durations = mapped(folder / "durations.bin")
         counts = len(self.rows) + 1, len(self.units), len(self.units)
         if (len(self.offsets), self.offsets[-1], len(self.durations)) != counts:
-            raise ValueError(f"{folder}: index, units and manifest disagree; encode again with "
-                             "--overwrite")
+            raise ValueError(
+                f"{folder}: index, units and manifest disagree; encode again with "
+                "--overwrite"
+            )
 
     def __getitem__(self, i):
         a, b = self.offsets[i], self.offsets[i + 1]
@@ -357,14 +386,14 @@ def mfcc(samples):
     # Loudness in each mel band, in logarithms.
     padded = np.pad(samples, (PAD, PAD + WINDOW))
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)
-    x = windows[:frames * HOP:HOP] * np.hanning(WINDOW)               # (frames, WINDOW)
-    power = abs(np.fft.rfft(x)) ** 2                         # (frames, WINDOW // 2 + 1)
-    loud = np.log(power @ mel_filters() + 1e-6)                         # (frames, MELS)
+    x = windows[: frames * HOP : HOP] * np.hanning(WINDOW)          # (frames, WINDOW)
+    power = abs(np.fft.rfft(x)) ** 2                           # (frames, WINDOW // 2 + 1)
+    loud = np.log(power @ mel_filters() + 1e-6)                     # (frames, MELS)
 
     # Its shape in a few cosines (DCT-II): the first say how the mouth stands, the rest is
     # pitch.
     mel, n = np.arange(MELS) + 0.5, np.arange(CEPSTRA)
-    cepstra = loud @ np.cos(np.pi / MELS * np.outer(mel, n))         # (frames, CEPSTRA)
+    cepstra = loud @ np.cos(np.pi / MELS * np.outer(mel, n))        # (frames, CEPSTRA)
 
     # A margin, so that slopes at the ends do not wrap around.
     wide = np.pad(cepstra, ((4, 4), (0, 0)), mode="edge")
@@ -378,8 +407,12 @@ def main():
     parser.add_argument("audio", nargs="+", help="audio files")
     for path in parser.parse_args().audio:
         samples = load(path)
-        said = {"audio": path, "seconds": round(len(samples) / SAMPLE_RATE, 3),
-                "frames": len(mfcc(samples)), "loudest": round(float(abs(samples).max()), 3)}
+        said = {
+            "audio": path,
+            "seconds": round(len(samples) / SAMPLE_RATE, 3),
+            "frames": len(mfcc(samples)),
+            "loudest": round(float(abs(samples).max()), 3),
+        }
         print(json.dumps(said))
 
 

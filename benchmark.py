@@ -7,11 +7,12 @@ see  sBLIMP and sWUGGY (arXiv:2011.11588), spoken StoryCloze (arXiv:2305.13009),
 run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 
 A row is {"audio", "text", "instruction", "choices", "answer", "metric"}: at least one of
-the first three, and the answer. Metrics: "exact" (in lower case), "wer" (word error rate),
-"choice" (by the likeliest letter).
+the first three, and the answer. Metrics: "exact" (in lower case), "wer" (word error
+rate), "choice" (by the likeliest letter).
 
 Every batch is kept at once in OUT.rows: after a stop the same command goes on there.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -26,22 +27,25 @@ from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
 
 METRICS = ["exact", "wer", "choice"]
-READ = 16       # prompts read at once for the likelihood of all their ids
+READ = 16  # prompts read at once for the likelihood of all their ids
 
 
 # --- work that goes on after a stop -------------------------------------------
 
+
 def in_batches(args, items, work):
     """work(list of items) -> list of results, for all items, batch by batch."""
     runs.may_write(args.out, args.overwrite)
-    settings = runs.recipe([args.folder, args.rows])["inputs"] | {"hubert": str(args.hubert)}
+    settings = runs.recipe([args.folder, args.rows])["inputs"] | {
+        "hubert": str(args.hubert)
+    }
     checkpoint = runs.Checkpoint(f"{args.out}.rows", settings)
     checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
     saved = checkpoint.read("done")
     done = saved[0] if saved else []
     with runs.Bar(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
         while len(done) < len(items):
-            results = work(items[len(done):len(done) + BATCH])
+            results = work(items[len(done) : len(done) + BATCH])
             done += results
             checkpoint.write(done=done)
             bar.update(len(results))
@@ -61,14 +65,15 @@ def log_probabilities(model, prompts):
     """Yield (T, V) for each prompt (a list of ids): behind every id, those of the next."""
     device = model.lm_head.weight.device
     for a in range(0, len(prompts), READ):
-        part = [torch.tensor(prompt) for prompt in prompts[a:a + READ]]
+        part = [torch.tensor(prompt) for prompt in prompts[a : a + READ]]
         # What fills up a batch stands behind the prompts, where they do not see it.
         ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)  # (B, T)
-        for hidden, prompt in zip(model.model(ids), part):                      # (T, C)
-            yield model.lm_head(hidden[:len(prompt)]).float().log_softmax(-1)
+        for hidden, prompt in zip(model.model(ids), part):          # (T, C)
+            yield model.lm_head(hidden[: len(prompt)]).float().log_softmax(-1)
 
 
 # --- rows of questions --------------------------------------------------------
+
 
 def read_rows(path):
     """The rows of a benchmark, each with a metric, checked."""
@@ -110,8 +115,10 @@ def letter_ids(vocab, n):
     """The ids with which replies begin that are the letters A, B, C ... of n choices."""
     ids = [vocab.encode(chr(65 + i))[0] for i in range(n)]
     if n > 26 or len(set(ids)) < n:
-        raise ValueError(f"{n} choices: wanted at most 26, with letters that this tokenizer tells "
-                         "apart")
+        raise ValueError(
+            f"{n} choices: wanted at most 26, with letters that this tokenizer tells "
+            "apart"
+        )
     return ids
 
 
@@ -124,7 +131,9 @@ def meaning(letter, row):
 def score_rows(args):
     """Score a model on rows of questions."""
     rows, folder = read_rows(args.rows), Path(args.rows).parent
-    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder)
+    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(
+        args.folder
+    )
     ears = None
     if any(row.get("audio") for row in rows):
         ears = AudioTokenizer(args.folder, args.device, args.hubert)
@@ -147,7 +156,9 @@ def score_rows(args):
         written = [i for i, row in enumerate(part) if row["metric"] != "choice"]
         said = dict(zip(written, replies(model, vocab, [prompts[i] for i in written])))
         chosen = [i for i in range(len(part)) if i not in said]
-        for i, likely in zip(chosen, log_probabilities(model, [prompts[i] for i in chosen])):
+        for i, likely in zip(
+            chosen, log_probabilities(model, [prompts[i] for i in chosen])
+        ):
             ids = letter_ids(vocab, len(part[i]["choices"]))
             said[i] = chr(65 + int(likely[-1, ids].argmax()))
         return [said[i] for i in range(len(part))]
@@ -160,14 +171,18 @@ def scores_by_metric(rows, said):
     """{metric: cell} of what was said to rows."""
     scores = {}
     for metric in METRICS:
-        asked = [(normal(text), row) for text, row in zip(said, rows) if row["metric"] == metric]
+        asked = [
+            (normal(text), row) for text, row in zip(said, rows) if row["metric"] == metric
+        ]
         if not asked:
             continue
         if metric == "exact":
             scores[metric] = share([text == normal(row["answer"]) for text, row in asked])
         elif metric == "choice":
-            scores[metric] = share([meaning(text, row) == row["answer"] for text, row in asked])
-        else:       # the full stop that transcripts end with is no word
+            scores[metric] = share(
+                [meaning(text, row) == row["answer"] for text, row in asked]
+            )
+        else:  # the full stop that transcripts end with is no word
             heard = [text.removesuffix(".").split() for text, _ in asked]
             words = [normal(row["answer"]).removesuffix(".").split() for _, row in asked]
             wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
@@ -177,31 +192,44 @@ def scores_by_metric(rows, said):
 
 # --- pairs of clips -----------------------------------------------------------
 
+
 def read_pairs(path):
     """([{"good": path, "bad": path}], the folder that the paths are relative to)."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in (path / "good").rglob("*")
-                       if file.suffix.lower() in audio.AUDIO)
-        pairs = [{"good": str(file), "bad": str(path / "bad" / file.relative_to(path / "good"))}
-                 for file in files]
+        files = sorted(
+            file
+            for file in (path / "good").rglob("*")
+            if file.suffix.lower() in audio.AUDIO
+        )
+        pairs = [
+            {"good": str(file), "bad": str(path / "bad" / file.relative_to(path / "good"))}
+            for file in files
+        ]
         folder = Path()
     else:
         pairs, folder = runs.read_lines(path), path.parent
-    if not pairs or not all(isinstance(pair.get(side), str)
-                            for pair in pairs for side in ("good", "bad")):
-        raise ValueError(f"{path}: wanted folders good/ and bad/ with files of the same names, or "
-                         'JSON lines {"good": path, "bad": path}')
+    if not pairs or not all(
+        isinstance(pair.get(side), str) for pair in pairs for side in ("good", "bad")
+    ):
+        raise ValueError(
+            f"{path}: wanted folders good/ and bad/ with files of the same names, or "
+            'JSON lines {"good": path, "bad": path}'
+        )
     return pairs, folder
 
 
 def score_pairs(args):
     """Share of pairs in which the model finds the good clip likelier, per unit; ties half."""
     pairs, folder = read_pairs(args.rows)
-    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(args.folder)
+    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(
+        args.folder
+    )
     ears = AudioTokenizer(args.folder, args.device, args.hubert)
     if not vocab.speech:
-        raise ValueError(f"{args.folder}: cannot hear (no speech.json); give a speech model")
+        raise ValueError(
+            f"{args.folder}: cannot hear (no speech.json); give a speech model"
+        )
     first, k = vocab.speech["first_unit"], vocab.speech["k"]
 
     def span(path):
@@ -216,7 +244,7 @@ def score_pairs(args):
         prompts = [span(folder / pair[side]) for pair in part for side in ("good", "bad")]
         means = []
         for prompt, likely in zip(prompts, log_probabilities(model, prompts)):
-            among = likely[:-1, first:first + k].log_softmax(-1)  # (n, k): as in training
+            among = likely[:-1, first : first + k].log_softmax(-1)  # (n, k): as in training
             unit = torch.tensor(prompt[1:], device=among.device)[:, None] - first
             means.append(among.gather(1, unit).mean().item())
         return [[good, bad] for good, bad in zip(means[::2], means[1::2])]
@@ -228,17 +256,29 @@ def score_pairs(args):
 
 # --- the command --------------------------------------------------------------
 
+
 def main():
-    parser = argparse.ArgumentParser(description="Score a model that hears on any benchmark.")
+    parser = argparse.ArgumentParser(
+        description="Score a model that hears on any benchmark."
+    )
     commands = parser.add_subparsers(dest="action", required=True)
-    one = commands.add_parser("rows", help='JSON lines {"audio", "text", "instruction", '
-                                           '"choices", "answer", "metric"}')
+    one = commands.add_parser(
+        "rows",
+        help='JSON lines {"audio", "text", "instruction", '
+        '"choices", "answer", "metric"}',
+    )
     two = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
     for command in (one, two):
         add = command.add_argument
         add("folder", help="a model folder that hears")
-        add("rows", help="the rows" if command is one else
-            "a folder with good/ and bad/, or JSON lines")
+        add(
+            "rows",
+            help=(
+                "the rows"
+                if command is one
+                else "a folder with good/ and bad/, or JSON lines"
+            ),
+        )
         add_ears(command)
         add("--out", required=True, help=".json to write")
         add("--overwrite", action="store_true", help="replace an existing --out")

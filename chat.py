@@ -7,6 +7,7 @@ see  the spoken turn of vocab.py:
 run  python chat.py out/merged out/question.wav     # answers and exits
      python chat.py out/merged                      # asks for lines
 """
+
 import argparse
 import codecs
 import json
@@ -26,8 +27,10 @@ from model import LM, generate
 from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
 
-LIMIT = 256     # tokens in a reply
-SLOWEST = 2  # units a second, at least: so what is too long for the context is known unheard
+LIMIT = 256  # tokens in a reply
+SLOWEST = (
+    2  # units a second, at least: so what is too long for the context is known unheard
+)
 
 # What looks like audio in a line; the latter get the ffmpeg command.
 SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
@@ -47,24 +50,30 @@ class Chat:
 
     def __init__(self, folder, device="cpu", hubert=None, temperature=0.0):
         self.model, self.vocab = LM.load(folder, device).eval(), Vocab(folder)
-        self.vocab.template()   # a ValueError now rather than at the first turn
+        self.vocab.template()  # a ValueError now rather than at the first turn
         self.ears = AudioTokenizer(folder, device, hubert) if self.vocab.speech else None
         self.folder, self.temperature = folder, temperature
         self.messages, self.took, self.forgotten = [], {}, 0
-        self.draw = random.SystemRandom()   # at a temperature no two replies are alike
+        self.draw = random.SystemRandom()  # at a temperature no two replies are alike
         self.room = self.model.config.max_position_embeddings - LIMIT  # tokens of a prompt
 
     def hear(self, sound, name):
         """(units, seconds) of samples, or of an audio.Recording."""
         if not self.ears:
-            raise ValueError(f"{self.folder} cannot hear (no speech.json); chat with a merged "
-                             "model, or type")
+            raise ValueError(
+                f"{self.folder} cannot hear (no speech.json); chat with a merged "
+                "model, or type"
+            )
         seconds = len(sound) / audio.SAMPLE_RATE
         if len(sound) < self.ears.hop:
-            raise ValueError(f"{name}: {len(sound)} samples at 16 kHz, too short to hear anything")
+            raise ValueError(
+                f"{name}: {len(sound)} samples at 16 kHz, too short to hear anything"
+            )
         if seconds * SLOWEST > self.room:
-            raise ValueError(f"{name}: {seconds:.0f} s of sound, more than the model's context of "
-                             f"{self.room} tokens can hold; give a part of it")
+            raise ValueError(
+                f"{name}: {seconds:.0f} s of sound, more than the model's context of "
+                f"{self.room} tokens can hold; give a part of it"
+            )
         units, _ = self.ears(sound[:])
         return units, seconds
 
@@ -73,30 +82,38 @@ class Chat:
         system = [message for message in self.messages[:1] if message["role"] == "system"]
         turn = {"role": "user", "content": content}
         alone = len(self.vocab.turn([*system, turn]))
-        if alone > self.room:   # told before anything is forgotten for it
-            raise ValueError(f"the turn alone takes {alone} tokens, the model's context leaves "
-                             f"{self.room}; say less at once")
+        if alone > self.room:  # told before anything is forgotten for it
+            raise ValueError(
+                f"the turn alone takes {alone} tokens, the model's context leaves "
+                f"{self.room}; say less at once"
+            )
 
         self.messages.append(turn)
         self.forgotten = 0
         while len(prompt := self.vocab.turn(self.messages)) > self.room:
-            del self.messages[len(system):len(system) + 2]
+            del self.messages[len(system) : len(system) + 2]
             self.forgotten += 1
         return prompt
 
     def reply(self, content):
         """Yield the reply to a turn (text, units, or a list of both), whole characters only.
 
-        The turn and what was said of the reply join the conversation, also when the caller
-        stops early.
+        The turn and what was said of the reply join the conversation, also when the
+        caller stops early.
         """
         prompt, vocab = self.prompt(content), self.vocab
         characters = codecs.getincrementaldecoder("utf-8")("replace")
         said, times, began = "", [], time.perf_counter()
         try:
-            for ids in generate(self.model, [torch.tensor(prompt)], LIMIT, vocab.stop,
-                                vocab.text_rows(), self.temperature,
-                                seed=self.draw.getrandbits(31)):
+            for ids in generate(
+                self.model,
+                [torch.tensor(prompt)],
+                LIMIT,
+                vocab.stop,
+                vocab.text_rows(),
+                self.temperature,
+                seed=self.draw.getrandbits(31),
+            ):
                 times.append(time.perf_counter() - began)
                 piece = characters.decode(vocab.bytes_of.get(int(ids[0]), b""))
                 said += piece
@@ -126,13 +143,17 @@ class Chat:
 def speeds(read, times):
     """How fast a reply came: `read` tokens of the prompt, then one at each of `times` (seconds)."""
     writing = max(1e-9, times[-1] - times[0])
-    return {"prompt_tokens": read, "prefill_per_second": round(read / times[0], 1),
-            "reply_tokens": len(times),
-            "decode_per_second": round((len(times) - 1) / writing, 1),
-            "first_token_seconds": round(times[0], 3)}
+    return {
+        "prompt_tokens": read,
+        "prefill_per_second": round(read / times[0], 1),
+        "reply_tokens": len(times),
+        "decode_per_second": round((len(times) - 1) / writing, 1),
+        "first_token_seconds": round(times[0], 3),
+    }
 
 
 # --- what a turn is made of ---------------------------------------------------
+
 
 def parts_of(line):
     """A line as its parts, [text or Path]: a path to audio, whole or among words, is spoken."""
@@ -142,7 +163,7 @@ def parts_of(line):
         return [path]
     try:
         words = shlex.split(line)
-    except ValueError:      # an apostrophe is no quote
+    except ValueError:  # an apostrophe is no quote
         return [line]
 
     parts, text = [], []
@@ -170,12 +191,18 @@ def record():
     try:
         import sounddevice
     except (ImportError, OSError):
-        raise ValueError("to speak, install sounddevice (pip) and PortAudio (on Debian: "
-                         "libportaudio2); or give the path of a recording") from None
+        raise ValueError(
+            "to speak, install sounddevice (pip) and PortAudio (on Debian: "
+            "libportaudio2); or give the path of a recording"
+        ) from None
     blocks = [np.zeros(0, np.float32)]
     try:
-        with sounddevice.InputStream(audio.SAMPLE_RATE, channels=1, dtype="float32",
-                                     callback=lambda x, *_: blocks.append(x[:, 0].copy())):
+        with sounddevice.InputStream(
+            audio.SAMPLE_RATE,
+            channels=1,
+            dtype="float32",
+            callback=lambda x, *_: blocks.append(x[:, 0].copy()),
+        ):
             input("[speak; Enter ends it] ")
     except sounddevice.PortAudioError as error:
         raise ValueError(f"no microphone: {error}") from None
@@ -212,13 +239,16 @@ def one_line(error):
 
 # --- answering: on a screen, for programs -------------------------------------
 
+
 def turn(chat, parts, transcribe=False):
     """Answer a turn on the screen. True if it went well; a bad input is one line on stderr."""
     try:
         content, notes = take(chat, parts, transcribe)
         if "units" in notes:
             paths = ", ".join(str(part) for part in parts if isinstance(part, Path))
-            print(f"[{paths or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} units]")
+            print(
+                f"[{paths or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} units]"
+            )
         for heard in notes.get("heard", []):
             print(f"heard: {heard}")
         print("model: ", end="", flush=True)
@@ -228,9 +258,11 @@ def turn(chat, parts, transcribe=False):
         if chat.forgotten:
             print(f"[the {chat.forgotten} oldest turns no longer fit and are forgotten]")
         took = chat.took
-        print(f"[{took['prompt_tokens']} tokens read at {took['prefill_per_second']:.0f} a second, "
-              f"{took['reply_tokens']} written at {took['decode_per_second']:.0f}, the first after "
-              f"{took['first_token_seconds']:.2f} s]")
+        print(
+            f"[{took['prompt_tokens']} tokens read at {took['prefill_per_second']:.0f} a second, "
+            f"{took['reply_tokens']} written at {took['decode_per_second']:.0f}, the first after "
+            f"{took['first_token_seconds']:.2f} s]"
+        )
         return True
     except (ValueError, OSError) as error:
         print(f"cannot answer that: {one_line(error)}", file=sys.stderr)
@@ -259,7 +291,10 @@ def answer_json(chat, line, transcribe):
     """What is printed for a JSON line, str or bytes."""
     line = line if isinstance(line, str) else line.decode()  # not UTF-8 is a ValueError
     asked = json.loads(line)
-    if not isinstance(asked, dict) or not {"text", "audio", "system", "reset"} & asked.keys():
+    if (
+        not isinstance(asked, dict)
+        or not {"text", "audio", "system", "reset"} & asked.keys()
+    ):
         raise ValueError(f'got {line.strip()[:60]}, wanted {{"text": ..., "audio": ...}}')
     if not isinstance(asked.get("system") or "", str):
         raise ValueError(f"got system = {str(asked['system'])[:40]}, wanted a string")
@@ -297,7 +332,7 @@ def converse(chat, transcribe):
         except UnicodeDecodeError:
             print("cannot answer that: not UTF-8 text", file=sys.stderr)
             continue
-        except KeyboardInterrupt:           # as in a shell: a fresh line
+        except KeyboardInterrupt:  # as in a shell: a fresh line
             print()
             continue
 
@@ -324,18 +359,33 @@ def converse(chat, transcribe):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Talk to a model: audio files are spoken turns, lines typed ones.")
+        description="Talk to a model: audio files are spoken turns, lines typed ones."
+    )
     add = parser.add_argument
     add("folder", help="a merged model folder (an instruct model can be typed to)")
     add("audio", nargs="*", help="audio files to answer, one after the other; then exit")
-    add("--transcribe", action="store_true",
-        help="show what the model heard before it answers")
-    add("--json", action="store_true", help='for programs: JSON lines {"text", "audio", "system", '
-        '"reset"} in, {"reply", ...} or {"error"} out')
-    add("--temperature", type=float, default=0.0,
-        help="0 always gives the likeliest reply (default); 0.7 varies it")
+    add(
+        "--transcribe",
+        action="store_true",
+        help="show what the model heard before it answers",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help='for programs: JSON lines {"text", "audio", "system", '
+        '"reset"} in, {"reply", ...} or {"error"} out',
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 always gives the likeliest reply (default); 0.7 varies it",
+    )
     add_ears(parser)
-    args = parser.parse_intermixed_args()  # flags may stand between the folder and the audio
+    # Flags may stand between the folder and the audio.
+    args = (
+        parser.parse_intermixed_args()
+    )
     if not args.temperature >= 0:
         raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
 

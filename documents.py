@@ -6,6 +6,7 @@ see  Spirit LM (arXiv:2402.05755) for interleaved documents; first fit, longest 
 run  python documents.py out/speech --units out/units --text out/toy/base.jsonl
      # some documents as literal tokens, and how full the rows get
 """
+
 import argparse
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,12 @@ from vocab import Document, Vocab
 # words a run.
 ALONE, GROWTH = 0.1, 20
 ROLES = "system", "user", "assistant", "tool"  # another role could spell a chat's markers
-HELD_OUT = 100      # one document in a hundred is for validation only
-WAITING = 1.3       # batches' worth of documents to choose from: more choice, fuller rows
+HELD_OUT = 100  # one document in a hundred is for validation only
+WAITING = 1.3  # batches' worth of documents to choose from: more choice, fuller rows
 
 
 # --- sources ------------------------------------------------------------------
+
 
 def read_text(path):
     """Texts of a JSON-lines file of {"text"}, or of a .txt with one document a line."""
@@ -35,8 +37,10 @@ def read_text(path):
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); "
-                         "convert it first") from None
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); "
+            "convert it first"
+        ) from None
     return [line for line in lines if line.strip()]
 
 
@@ -45,28 +49,38 @@ def read_chats(path):
     chats = [field(row, "messages", path, list) for row in runs.read_lines(path)]
     for messages in chats:
         if not messages:
-            raise ValueError(f"{path}: got a conversation of no messages, wanted one or more")
+            raise ValueError(
+                f"{path}: got a conversation of no messages, wanted one or more"
+            )
         for message in messages:
             if isinstance(message, dict) and message.get("role") not in ROLES:
-                raise ValueError(f"{path}: got the role {str(message.get('role'))[:40]!r}, "
-                                 f"wanted {', '.join(ROLES)}")
+                raise ValueError(
+                    f"{path}: got the role {str(message.get('role'))[:40]!r}, "
+                    f"wanted {', '.join(ROLES)}"
+                )
             keys = ("role", "content")
-            if not isinstance(message, dict) or not all(isinstance(message.get(key), str)
-                                                        for key in keys):
-                raise ValueError(f"{path}: got the message {str(message)[:60]}, "
-                                 'wanted {"role": "...", "content": "..."}')
+            if not isinstance(message, dict) or not all(
+                isinstance(message.get(key), str) for key in keys
+            ):
+                raise ValueError(
+                    f"{path}: got the message {str(message)[:60]}, "
+                    'wanted {"role": "...", "content": "..."}'
+                )
     return chats
 
 
 def field(row, name, path, kind=str):
     """row[name]; a ValueError if it is absent or of another type."""
     if not isinstance(row.get(name), kind):
-        raise ValueError(f"{path}: got {name} = {str(row.get(name))[:60]} in a row with "
-                         f"{', '.join(row)}; wanted a {kind.__name__} there")
+        raise ValueError(
+            f"{path}: got {name} = {str(row.get(name))[:60]} in a row with "
+            f"{', '.join(row)}; wanted a {kind.__name__} there"
+        )
     return row[name]
 
 
 # --- documents of speech and text ---------------------------------------------
+
 
 def spoken(corpus, i, a, b):
     """Words a to b of row i as they were said: [(word, its units)].
@@ -92,8 +106,9 @@ def spoken(corpus, i, a, b):
 def interleaved(vocab, corpus, i, rng, texts=()):
     """Row i, spoken and written by turns; without word times, row i spoken, the next one written.
 
-    Half of the time one of `texts` follows, below or right behind; a third of the time one
-    stands above. Text of any kind beside speech has to be read as if the speech were text.
+    Half of the time one of `texts` follows, below or right behind; a third of the time
+    one stands above. Text of any kind beside speech has to be read as if the speech were
+    text.
     """
     row = corpus.rows[i]
     above = some(texts, 1 / 3, rng)
@@ -108,7 +123,9 @@ def interleaved(vocab, corpus, i, rng, texts=()):
             if aloud:
                 parts.append(spoken(corpus, i, a, b))
             else:
-                parts.append(" " * (a > 0) + " ".join(word for word, _, _ in row["words"][a:b]))
+                parts.append(
+                    " " * (a > 0) + " ".join(word for word, _, _ in row["words"][a:b])
+                )
             a, aloud = b, not aloud
     else:
         parts.append([(row.get("text", ""), np.asarray(corpus[i][0]))])
@@ -151,6 +168,7 @@ def transcribed(vocab, corpus, i, rng, progress=1.0):
 
 # --- the stream ---------------------------------------------------------------
 
+
 class Documents:
     """An endless, repeatable stream of training documents, mixed from sources by weight.
 
@@ -165,12 +183,12 @@ class Documents:
         self.names = list(mix)
         weights = np.array(list(mix.values()), dtype=float)
         self.odds = weights / weights.sum()
-        self.progress = 1.0                          # the share of the run that is done
+        self.progress = 1.0  # the share of the run that is done
         self.drawn = dict.fromkeys(self.names, 0)  # documents that came from each source
-        self.pending = []                                # drawn, and not yet in a batch
-        self.orders = {}                                    # layout: (pass, its permutation)
+        self.pending = []  # drawn, and not yet in a batch
+        self.orders = {}  # layout: (pass, its permutation)
         texts = sources.get("text") or []
-        self.below = texts[len(texts) // HELD_OUT:]       # what may stand beside speech
+        self.below = texts[len(texts) // HELD_OUT :]  # what may stand beside speech
 
     def state(self):
         """All that `restore` needs to go on behind the last batch."""
@@ -203,12 +221,15 @@ class Documents:
         kind = int(rng.choice(len(self.names), p=self.odds))
         name = self.names[kind]
 
-        # Which one: the next of this pass through the source. Every pass has its own order.
+        # Which one: the next of this pass through the source. Every pass has its own
+        # order.
         n = self.count(name)
         held_out = n // HELD_OUT
         passes, at = divmod(self.drawn[name] * self.parts + self.part, n - held_out)
         if self.orders.get(name, (None,))[0] != passes:
-            order = np.random.default_rng([self.seed, kind, passes]).permutation(n - held_out)
+            order = np.random.default_rng([self.seed, kind, passes]).permutation(
+                n - held_out
+            )
             self.orders[name] = passes, order
         i = int(self.orders[name][1][at]) + held_out
         self.drawn[name] += 1
@@ -219,7 +240,9 @@ class Documents:
         documents = {}
         for kind, name in enumerate(self.names):
             few = range(min(most, self.count(name) // HELD_OUT))
-            documents[name] = [(self.make(name, i, np.random.default_rng(i)), kind) for i in few]
+            documents[name] = [
+                (self.make(name, i, np.random.default_rng(i)), kind) for i in few
+            ]
         return documents
 
     def batch(self, rows, length):
@@ -238,6 +261,7 @@ def batches_ahead(streams, rows, length, first, steps):
 
     A thread makes the next batch while the loop trains on this one.
     """
+
     def made():
         for step in range(first, steps + 1):
             for documents in streams:
@@ -254,12 +278,16 @@ def batches_ahead(streams, rows, length, first, steps):
 
 # --- packing ------------------------------------------------------------------
 
+
 def cut(document, length):
     """A document in pieces of at most `length` ids. How a piece reads in writing is not known."""
     ids, loss = document.ids, document.loss
     if len(ids) <= length:
         return [document]
-    return [Document(ids[a:a + length], loss[a:a + length]) for a in range(0, len(ids), length)]
+    return [
+        Document(ids[a : a + length], loss[a : a + length])
+        for a in range(0, len(ids), length)
+    ]
 
 
 def pack(documents, rows, length, filler):
@@ -286,7 +314,10 @@ def pack(documents, rows, length, filler):
 
     # A filler is a document of its own: nothing sees it, and it sees only itself.
     R = max(sum(len(document.read) for document, _ in bin) for bin in bins)
-    batch = {name: np.zeros((rows, length), dtype=np.int64) for name in ("target", "loss", "kind")}
+    batch = {
+        name: np.zeros((rows, length), dtype=np.int64)
+        for name in ("target", "loss", "kind")
+    }
     batch["ids"] = np.full((rows, length), filler)
     batch["start"] = np.tile(np.arange(length), (rows, 1))
     batch["read"] = np.full((rows, R), filler)
@@ -300,8 +331,8 @@ def pack(documents, rows, length, filler):
             batch["ids"][r, a:b] = ids
             batch["start"][r, a:b] = a
             batch["kind"][r, a:b] = kind
-            batch["target"][r, a:b - 1] = ids[1:]
-            batch["loss"][r, a:b - 1] = loss[1:]
+            batch["target"][r, a : b - 1] = ids[1:]
+            batch["loss"][r, a : b - 1] = loss[1:]
             if read:
                 batch["read"][r, c:d] = read
                 batch["read_start"][r, c:d] = c
@@ -312,25 +343,37 @@ def pack(documents, rows, length, filler):
 
 def main():
     parser = argparse.ArgumentParser(description="Show what a model would be trained on.")
-    parser.add_argument("folder", help="a model folder: its tokens, and its units if it hears")
-    parser.add_argument("--text", help='JSON lines {"text"}, or a .txt with one document a line')
+    parser.add_argument(
+        "folder", help="a model folder: its tokens, and its units if it hears"
+    )
+    parser.add_argument(
+        "--text", help='JSON lines {"text"}, or a .txt with one document a line'
+    )
     parser.add_argument("--chat", help='JSON lines {"messages": [{"role", "content"}]}')
     parser.add_argument("--units", help="a folder of tokenize_audio.py encode")
-    parser.add_argument("--length", type=int, default=256, help="tokens in a row (default 256)")
+    parser.add_argument(
+        "--length", type=int, default=256, help="tokens in a row (default 256)"
+    )
     args = parser.parse_args()
 
     vocab, units = Vocab(args.folder), args.units and Units(args.units)
     if units and not vocab.speech:
-        raise ValueError(f"{args.folder} cannot hear (no speech.json), so units are no tokens of "
-                         "it; give a speech or merged model")
+        raise ValueError(
+            f"{args.folder} cannot hear (no speech.json), so units are no tokens of "
+            "it; give a speech or merged model"
+        )
     if units and vocab.speech["codebook_sha256"] != units.meta["codebook_sha256"]:
-        raise ValueError(f"{args.units} was encoded with another codebook than {args.folder} "
-                         "learnt")
+        raise ValueError(
+            f"{args.units} was encoded with another codebook than {args.folder} " "learnt"
+        )
     if args.length < 2:
         raise ValueError(f"--length {args.length}: wanted at least 2")
-    sources = {"text": args.text and read_text(args.text),
-               "chat": args.chat and read_chats(args.chat),
-               "interleave": units, "transcribe": units}
+    sources = {
+        "text": args.text and read_text(args.text),
+        "chat": args.chat and read_chats(args.chat),
+        "interleave": units,
+        "transcribe": units,
+    }
     mix = {name: 1.0 for name, source in sources.items() if source}
     if not mix:
         raise ValueError("nothing to show: give --text, --chat or --units")
@@ -342,8 +385,10 @@ def main():
     batch = Documents(vocab, sources, mix, seed=0).batch(64, args.length)
     begins = batch["start"] == torch.arange(args.length)
     empty = begins & (batch["ids"] == vocab.eos)
-    print(f"in equal shares, 64 rows of {args.length} ids are {1 - empty.float().mean():.1%} full, "
-          f"with {int(begins.sum() - empty.sum())} documents")
+    print(
+        f"in equal shares, 64 rows of {args.length} ids are {1 - empty.float().mean():.1%} full, "
+        f"with {int(begins.sum() - empty.sum())} documents"
+    )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ columns: the share of questions answered exactly, in lower case, the model stopp
     text_loss           nats per token of plain statements of the facts asked about
 
 Every row writes under the same mask (text rows and ends of turn) and is asked with the
-better of two prompts: its chat template, or a plain "question: ... answer:" page. Which of
-them is chosen on typed dev questions.
+better of two prompts: its chat template, or a plain "question: ... answer:" page. Which
+of them is chosen on typed dev questions.
 """
+
 import argparse
 import functools
 import io
@@ -46,16 +47,33 @@ from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
 
 ROWS = ["base", "instruct", "instruct_rows", "speech", "merged", "cascade"]
-COLUMNS = ["typed", "typed_unseen", "typed_noisy", "spoken_heard", "spoken_near",
-           "spoken_near_unseen", "spoken_far", "wer_near", "text_loss"]
-SHOWN = ["typed", "typed_unseen", "spoken_near", "spoken_near_unseen", "spoken_far", "wer_near"]
-GROUPS = ["heard", "near", "far"]                   # of voices
+COLUMNS = [
+    "typed",
+    "typed_unseen",
+    "typed_noisy",
+    "spoken_heard",
+    "spoken_near",
+    "spoken_near_unseen",
+    "spoken_far",
+    "wer_near",
+    "text_loss",
+]
+SHOWN = [
+    "typed",
+    "typed_unseen",
+    "spoken_near",
+    "spoken_near_unseen",
+    "spoken_far",
+    "wer_near",
+]
+GROUPS = ["heard", "near", "far"]  # of voices
 LAMS = [0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3]
-LIMIT = 40      # tokens in an answer or a transcript: longer ones never ended
-BATCH = 64      # questions answered at once
+LIMIT = 40  # tokens in an answer or a transcript: longer ones never ended
+BATCH = 64  # questions answered at once
 
 
 # --- answering ----------------------------------------------------------------
+
 
 def replies(model, vocab, prompts, extra_stop=(), bar=None):
     """The text a model writes after each prompt (lists of ids); None where it did not stop."""
@@ -65,10 +83,10 @@ def replies(model, vocab, prompts, extra_stop=(), bar=None):
     # Like lengths together: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for a in range(0, len(order), BATCH):
-        part = order[a:a + BATCH]
+        part = order[a : a + BATCH]
         starts = [torch.tensor(prompts[i]) for i in part]
         steps = list(generate(model, starts, LIMIT, stop, vocab.text_rows()))
-        for i, ids in zip(part, torch.stack(steps).T.tolist()):             # (B, steps)
+        for i, ids in zip(part, torch.stack(steps).T.tolist()):     # (B, steps)
             end = next((n for n, token in enumerate(ids) if token in stop), None)
             out[i] = None if end is None else vocab.decode(ids[:end])
         if bar:
@@ -91,7 +109,10 @@ def answers(model, vocab, contents, prompt, bar=None):
 
 
 def better_prompt(model, vocab, dev, bar=None):
-    """"chat" or "page": with which the model answers more typed dev questions; "chat" of equals."""
+    """The prompt, "chat" or "page", with which a model answers more typed dev questions.
+
+    "chat" where both do as well.
+    """
     texts = [q["question"] for q in dev]
     right = {}
     for prompt in ("chat", "page"):
@@ -107,15 +128,18 @@ def transcripts(model, vocab, contents, bar=None):
 
 def hear(ears, folder, questions, group):
     """The units of every question, as voices of `group` say it."""
-    bar = runs.Bar(questions, desc=f"hearing {len(questions)} questions, {group}", unit="question")
+    bar = runs.Bar(
+        questions, desc=f"hearing {len(questions)} questions, {group}", unit="question"
+    )
     return [ears(audio.load(folder / q["audio"][group]))[0] for q in bar]
 
 
 # --- scoring ------------------------------------------------------------------
 
+
 def cell(value, n, low, high):
     """A cell of a table: a value of n items and its 95 % interval."""
-    low, high = round(float(low), 4) + 0.0, round(float(high), 4)   # + 0.0: never -0.0
+    low, high = round(float(low), 4) + 0.0, round(float(high), 4)  # + 0.0: never -0.0
     return {"value": round(float(value), 4), "n": int(n), "low": low, "high": high}
 
 
@@ -134,14 +158,14 @@ def share(right):
 def ratio(parts, wholes, groups=None):
     """The cell of sum(parts) / sum(wholes) over n items, with a bootstrap interval.
 
-    1,000 draws (seed 0) of the items, or of whole `groups` of them. What belongs together,
-    like four questions about one fact, is right or wrong together, and says less than four
-    do.
+    1,000 draws (seed 0) of the items, or of whole `groups` of them. What belongs
+    together, like four questions about one fact, is right or wrong together, and says
+    less than four do.
     """
     if groups is None:
         groups = range(len(parts))
     _, group = np.unique(groups, return_inverse=True)
-    part = np.bincount(group, weights=np.array(parts, dtype=float))         # (groups,)
+    part = np.bincount(group, weights=np.array(parts, dtype=float))  # (groups,)
     whole = np.bincount(group, weights=np.array(wholes, dtype=float))
     drawn = np.random.default_rng(0).integers(len(part), size=(1000, len(part)))
     low, high = np.percentile(part[drawn].sum(1) / whole[drawn].sum(1), [2.5, 97.5])
@@ -158,7 +182,7 @@ def exact(said, questions):
     right = [normal(text) == normal(q["answer"]) for text, q in zip(said, questions)]
     if not right:
         return None
-    if all(right) or not any(right):    # no draw differs: Wilson's interval of so many facts
+    if all(right) or not any(right):  # no draw differs: Wilson's interval of so many facts
         independent = len(set(facts(questions)))
         return share(right[:independent]) | {"n": len(right)}
     return ratio(right, [1] * len(right), facts(questions))
@@ -195,12 +219,12 @@ def text_loss(model, vocab, questions):
     The first token is given: in training, too, nothing stands before it.
     """
     not_text = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    not_text[vocab.text_rows()] = False             # as in decoding: text rows only
+    not_text[vocab.text_rows()] = False  # as in decoding: text rows only
     device = model.lm_head.weight.device
     sums, counts = [], []
     for q in questions:
         ids = torch.tensor(vocab.text(q["text"])[0], device=device)
-        logits = model(ids[None, :-1])[0].float()                           # (T - 1, V)
+        logits = model(ids[None, :-1])[0].float()                   # (T - 1, V)
         logits[:, not_text.to(device)] = -math.inf
         sums.append(F.cross_entropy(logits, ids[1:], reduction="sum").item())
         counts.append(len(ids) - 1)
@@ -227,11 +251,14 @@ def score(model, vocab, questions, spoken, prompt, bar=None):
         if group == "near":
             near = said
             row["spoken_near_unseen"] = unseen(said, questions)
-            row["wer_near"] = word_errors(transcripts(model, vocab, contents, bar), questions)
+            row["wer_near"] = word_errors(
+                transcripts(model, vocab, contents, bar), questions
+            )
     return row, near
 
 
 # --- the table ----------------------------------------------------------------
+
 
 def read_questions(path):
     """(test questions, dev questions) of a file that toy.py world writes, or of that form."""
@@ -240,13 +267,20 @@ def read_questions(path):
         where = f"{path}, row {number}"
         for name in ("question", "answer", "audio", "split", "seen"):
             if name not in row:
-                raise ValueError(f"{where}: no {name!r}; wanted question, answer, audio, split and "
-                                 "seen")
+                raise ValueError(
+                    f"{where}: no {name!r}; wanted question, answer, audio, split and "
+                    "seen"
+                )
         voices = row["audio"]
-        if not isinstance(row["question"], str) or not isinstance(voices, dict) \
-                or not set(GROUPS) <= voices.keys():
-            raise ValueError(f'{where}: wanted "question" to be text and "audio" to name heard, '
-                             "near and far")
+        if (
+            not isinstance(row["question"], str)
+            or not isinstance(voices, dict)
+            or not set(GROUPS) <= voices.keys()
+        ):
+            raise ValueError(
+                f'{where}: wanted "question" to be text and "audio" to name heard, '
+                "near and far"
+            )
     test = [row for row in rows if row["split"] == "test"]
     dev = [row for row in rows if row["split"] == "dev"]
     if not test or not dev:
@@ -268,8 +302,10 @@ def with_new_rows(model, speech):
     """A model that never heard, given the speech model's rows after its own."""
     have = model.config.vocab_size
     model.config.vocab_size = speech.config.vocab_size
-    for ours, theirs in ((model.model.embed_tokens, speech.model.embed_tokens),
-                         (model.lm_head, speech.lm_head)):
+    for ours, theirs in (
+        (model.model.embed_tokens, speech.model.embed_tokens),
+        (model.lm_head, speech.lm_head),
+    ):
         rows = torch.cat([ours.weight[:have], theirs.weight[have:]])
         ours.weight = torch.nn.Parameter(rows.detach())
     model.tie()
@@ -307,19 +343,38 @@ def table(args):
             prompts[name] = better_prompt(model, words, dev, bar)
             rows[name], near[name] = score(model, words, test, sounds, prompts[name], bar)
 
-        ask = functools.partial(answers, models["instruct"], plain, prompt=prompts["instruct"],
-                                bar=bar)
+        ask = functools.partial(
+            answers, models["instruct"], plain, prompt=prompts["instruct"], bar=bar
+        )
         rows["cascade"] = cascade(models["speech"], vocab, spoken, test, ask)
-        sweep = [swept_at(model_at(plan, config, lam, args.device), vocab, lam, dev, dev_near,
-                          prompts["merged"], bar) for lam in LAMS]
+        sweep = [
+            swept_at(
+                model_at(plan, config, lam, args.device),
+                vocab,
+                lam,
+                dev,
+                dev_near,
+                prompts["merged"],
+                bar,
+            )
+            for lam in LAMS
+        ]
 
     deltas = plan.run(1.0, 1.0)
     result = how_trained(args) | {
-        "rows": {name: rows[name] for name in ROWS}, "lam_sweep": sweep,
-        "rel": deltas["rel"], "cosine": deltas["cosine"], "prompts": prompts,
-        "examples": [{"question": q["question"], "answer": q["answer"], "said": text}
-                     for q, text in zip(test[:20], near["merged"])],
-        "made": runs.recipe([args.base, args.instruct, args.speech, args.merged, args.questions])}
+        "rows": {name: rows[name] for name in ROWS},
+        "lam_sweep": sweep,
+        "rel": deltas["rel"],
+        "cosine": deltas["cosine"],
+        "prompts": prompts,
+        "examples": [
+            {"question": q["question"], "answer": q["answer"], "said": text}
+            for q, text in zip(test[:20], near["merged"])
+        ],
+        "made": runs.recipe(
+            [args.base, args.instruct, args.speech, args.merged, args.questions]
+        ),
+    }
     result["seconds"]["table"] = round(time.time() - began, 1)
     draw([result], Path(args.out).with_suffix(".png"))
     runs.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
@@ -328,20 +383,24 @@ def table(args):
 
 def how_trained(args):
     """{"seed", "dtype", "seconds"} of the models' training, as far as their folders tell."""
-    files = [Path(path) / "training.json" for path in (args.base, args.instruct, args.speech)]
+    files = [
+        Path(path) / "training.json" for path in (args.base, args.instruct, args.speech)
+    ]
     trained = [runs.read_json(file) for file in files if file.exists()]
-    return {"seed": int(trained[0]["settings"]["seed"]) if trained else None,
-            "dtype": sorted({made["settings"]["dtype"] for made in trained}),
-            "seconds": {"training": round(sum(made["seconds"] for made in trained), 1)}}
+    return {
+        "seed": int(trained[0]["settings"]["seed"]) if trained else None,
+        "dtype": sorted({made["settings"]["dtype"] for made in trained}),
+        "seconds": {"training": round(sum(made["seconds"] for made in trained), 1)},
+    }
 
 
 def replies_in_all(test, dev):
     """How many replies `table` waits for, for its bar."""
     models, hearing, voices = 5, 4, len(GROUPS)
-    of_test = models * 2                # typed, noisy
-    of_test += hearing * (voices + 1)   # spoken, and a transcript
-    of_test += voices                   # the cascade's
-    of_dev = models * 2 + 3 * len(LAMS)             # two prompts; the sweep
+    of_test = models * 2  # typed, noisy
+    of_test += hearing * (voices + 1)  # spoken, and a transcript
+    of_test += voices  # the cascade's
+    of_dev = models * 2 + 3 * len(LAMS)  # two prompts; the sweep
     return len(test) * of_test + len(dev) * of_dev
 
 
@@ -363,12 +422,16 @@ def swept_at(model, vocab, lam, dev, dev_near, prompt, bar):
     typed = answers(model, vocab, [q["question"] for q in dev], prompt, bar)
     spoken = answers(model, vocab, dev_near, prompt, bar)
     heard = transcripts(model, vocab, dev_near, bar)
-    return {"lam": lam, "typed": exact(typed, dev)["value"],
-            "spoken_near": exact(spoken, dev)["value"],
-            "wer_near": word_errors(heard, dev)["value"]}
+    return {
+        "lam": lam,
+        "typed": exact(typed, dev)["value"],
+        "spoken_near": exact(spoken, dev)["value"],
+        "wer_near": word_errors(heard, dev)["value"],
+    }
 
 
 # --- showing it ---------------------------------------------------------------
+
 
 def read_table(path):
     """A table.json, found to have every cell that is shown."""
@@ -376,20 +439,28 @@ def read_table(path):
     result = runs.read_json(path, keys)
     rows = result["rows"].values() if isinstance(result["rows"], dict) else [None]
     if not all(isinstance(row, dict) and set(COLUMNS) <= row.keys() for row in rows):
-        raise ValueError(f"{path}: a cell of its rows is missing; make it again with evaluate.py "
-                         "table")
+        raise ValueError(
+            f"{path}: a cell of its rows is missing; make it again with evaluate.py "
+            "table"
+        )
     needed = [("instruct", "typed"), ("merged", "typed")]
     needed += [(name, "spoken_near") for name in ROWS if name != "instruct"]
     for name, column in needed:
         found = result["rows"].get(name, {}).get(column)
         if not isinstance(found, dict) or "value" not in found:
-            raise ValueError(f"{path}: a cell of its rows is missing; make it again with "
-                             "evaluate.py table")
+            raise ValueError(
+                f"{path}: a cell of its rows is missing; make it again with "
+                "evaluate.py table"
+            )
     sweep = result["lam_sweep"]
     wanted = {"lam", "typed", "spoken_near", "wer_near"}
-    if not sweep or not all(isinstance(row, dict) and wanted <= row.keys() for row in sweep):
-        raise ValueError(f"{path}: its sweep of lam is empty or damaged; make it again with "
-                         "evaluate.py table")
+    if not sweep or not all(
+        isinstance(row, dict) and wanted <= row.keys() for row in sweep
+    ):
+        raise ValueError(
+            f"{path}: its sweep of lam is empty or damaged; make it again with "
+            "evaluate.py table"
+        )
     return result
 
 
@@ -400,7 +471,9 @@ def grid(rows):
     heads = [c.replace("spoken_", "sp_").replace("unseen", "uns") for c in columns]
     lines = [" " * width + "".join(f"{head:>13}" for head in heads)]
     for name, row in rows.items():
-        values = ["-" if row[c] is None else format(row[c]["value"], ".3f") for c in columns]
+        values = [
+            "-" if row[c] is None else format(row[c]["value"], ".3f") for c in columns
+        ]
         lines.append(f"{name:{width}}" + "".join(f"{value:>13}" for value in values))
     return "\n".join(lines)
 
@@ -409,18 +482,25 @@ def show(result):
     """The table for a human."""
     print("\n" + grid({name: result["rows"][name] for name in ROWS}))
     n, rel = result["rows"]["merged"]["typed"]["n"], result["rel"]
-    print(f"\n{n} test questions; exact answers. "
-          f"|delta| / |base|: instruct {rel['instruct']:.3f}, speech {rel['speech']:.3f}")
-    sweep = [f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}"
-             for row in result["lam_sweep"]]
+    print(
+        f"\n{n} test questions; exact answers. "
+        f"|delta| / |base|: instruct {rel['instruct']:.3f}, speech {rel['speech']:.3f}"
+    )
+    sweep = [
+        f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}"
+        for row in result["lam_sweep"]
+    ]
     print("lam (dev):  " + "   ".join(sweep))
     for e in result["examples"][:4]:
-        print(f'  spoken: "{e["question"]}"   wanted: "{e["answer"]}"   said: "{e["said"]}"')
+        print(
+            f'  spoken: "{e["question"]}"   wanted: "{e["answer"]}"   said: "{e["said"]}"'
+        )
 
 
 def draw(results, path):
     """The README's picture: the idea, what rows answer, the sweep of lam; means over seeds."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 3.8), layout="tight")
     idea, bars, sweep = figure.subplots(1, 3, width_ratios=(1.1, 1.2, 0.9))
     draw_idea(idea)
@@ -441,15 +521,22 @@ def draw(results, path):
 
     rows = [row for result in results for row in result["lam_sweep"]]
     for column, label, form in (("typed", "typed", "s--"), ("spoken_near", "spoken", "o-")):
-        means = [float(np.mean([row[column] for row in rows if row["lam"] == lam]))
-                 for lam in LAMS]
+        means = [
+            float(np.mean([row[column] for row in rows if row["lam"] == lam]))
+            for lam in LAMS
+        ]
         color = "0.5" if column == "typed" else "tab:blue"
         sweep.plot(LAMS, means, form, color=color, label=label)
-    sweep.set(xlabel="lam: how much hearing is added", ylim=(-0.03, 1.03), title="Dev questions")
+    sweep.set(
+        xlabel="lam: how much hearing is added", ylim=(-0.03, 1.03), title="Dev questions"
+    )
     sweep.legend(frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
-    runs.write_file(path, picture.getvalue(), overwrite=True)   # its table is what is guarded
+    # Its table is what is guarded.
+    runs.write_file(
+        path, picture.getvalue(), overwrite=True
+    )
 
 
 def draw_idea(axes):
@@ -459,11 +546,22 @@ def draw_idea(axes):
     boxes = {"base": (1.5, 5), "speech": (4.6, 8), "instruct": (4.6, 2), "merged": (8.2, 5)}
     for name, (x, y) in boxes.items():
         strong = name == "merged"
-        axes.text(x, y, name, ha="center", va="center", fontsize=12,
-                  bbox={"boxstyle": "round,pad=0.5", "facecolor": "0.85" if strong else "white"})
+        axes.text(
+            x,
+            y,
+            name,
+            ha="center",
+            va="center",
+            fontsize=12,
+            bbox={"boxstyle": "round,pad=0.5", "facecolor": "0.85" if strong else "white"},
+        )
 
-    arrows = [((2.2, 5.6), (3.7, 7.5)), ((2.2, 4.4), (3.6, 2.5)),
-              ((5.5, 7.5), (7.3, 5.7)), ((5.6, 2.5), (7.3, 4.3))]
+    arrows = [
+        ((2.2, 5.6), (3.7, 7.5)),
+        ((2.2, 4.4), (3.6, 2.5)),
+        ((5.5, 7.5), (7.3, 5.7)),
+        ((5.6, 2.5), (7.3, 4.3)),
+    ]
     for begin, end in arrows:
         axes.annotate("", end, begin, arrowprops={"arrowstyle": "->", "color": "0.4"})
     axes.text(1.0, 7.4, "units and text", fontsize=9, color="0.3")
@@ -473,9 +571,15 @@ def draw_idea(axes):
     time = np.linspace(0, 1, 80)
     wave = np.sin(40 * time) * np.sin(np.pi * time) * (0.5 + 0.5 * np.sin(9 * time) ** 2)
     axes.plot(7.3 + 1.8 * time, 8.3 + 0.7 * wave, color="tab:blue", linewidth=1)
-    axes.annotate("", (8.2, 5.8), (8.2, 7.4), arrowprops={"arrowstyle": "->", "color": "tab:blue"})
-    axes.annotate("", (8.2, 2.2), (8.2, 4.2), arrowprops={"arrowstyle": "->", "color": "0.4"})
-    axes.text(8.2, 1.6, '"the capital of\nfrance is paris."', fontsize=9, ha="center", va="center")
+    axes.annotate(
+        "", (8.2, 5.8), (8.2, 7.4), arrowprops={"arrowstyle": "->", "color": "tab:blue"}
+    )
+    axes.annotate(
+        "", (8.2, 2.2), (8.2, 4.2), arrowprops={"arrowstyle": "->", "color": "0.4"}
+    )
+    axes.text(
+        8.2, 1.6, '"the capital of\nfrance is paris."', fontsize=9, ha="center", va="center"
+    )
 
 
 def report(args):
@@ -486,8 +590,11 @@ def report(args):
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    made = {"seeds": [{name: result[name] for name in kept} for result in results],
-            "machine": machine, "versions": versions}
+    made = {
+        "seeds": [{name: result[name] for name in kept} for result in results],
+        "machine": machine,
+        "versions": versions,
+    }
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     draw(results, Path(args.out).with_suffix(".png"))
     print(markdown(made["seeds"]))
@@ -497,35 +604,56 @@ def markdown(seeds):
     """The README's tables: means over seeds, and a line per seed with what counts most."""
     lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
     for name in ROWS:
-        cells = [[s["rows"][name][c]["value"] for s in seeds if s["rows"][name][c]]
-                 for c in SHOWN]
+        cells = [
+            [s["rows"][name][c]["value"] for s in seeds if s["rows"][name][c]]
+            for c in SHOWN
+        ]
         means = [f"{np.mean(values):.2f}" if values else "" for values in cells]
         lines.append(f"| {name} | " + " | ".join(means) + " |")
 
-    heads = ["seed", "instruct typed", "merged typed", "merged spoken", "of instruct's typed",
-             "best parent's spoken", "size of instruct's delta", "of speech's"]
+    heads = [
+        "seed",
+        "instruct typed",
+        "merged typed",
+        "merged spoken",
+        "of instruct's typed",
+        "best parent's spoken",
+        "size of instruct's delta",
+        "of speech's",
+    ]
     lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for s in seeds:
+
         def value(row, column):
             return s["rows"][row][column]["value"]
 
         typed, spoken = value("instruct", "typed"), value("merged", "spoken_near")
         parents = [value(row, "spoken_near") for row in ("base", "instruct_rows", "speech")]
         share_of_typed = spoken / typed if typed else math.nan
-        numbers = [typed, value("merged", "typed"), spoken, share_of_typed, max(parents),
-                   s["rel"]["instruct"], s["rel"]["speech"]]
+        numbers = [
+            typed,
+            value("merged", "typed"),
+            spoken,
+            share_of_typed,
+            max(parents),
+            s["rel"]["instruct"],
+            s["rel"]["speech"],
+        ]
         lines.append(f"| {s['seed']} | " + " | ".join(f"{x:.2f}" for x in numbers) + " |")
     return "\n".join(lines)
 
 
 # --- two experiments (experiments.sh) -----------------------------------------
 
+
 def swept(sweep):
     """How much hearing to add: a table's sweep of lam, and in a sentence what it says."""
     lines = [f"{'lam':>6}{'typed':>10}{'spoken':>10}{'word error':>12}   (dev questions)"]
     for row in sweep:
-        lines.append(f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}"
-                     f"{row['wer_near']:12.2f}")
+        lines.append(
+            f"{row['lam']:6g}{row['typed']:10.2f}{row['spoken_near']:10.2f}"
+            f"{row['wer_near']:12.2f}"
+        )
     best = max(sweep, key=lambda row: row["spoken_near"])
     if not best["spoken_near"]:
         return "\n".join([*lines, "", "No lam answers a spoken question."])
@@ -533,7 +661,8 @@ def swept(sweep):
     return "\n".join(lines) + (
         f"\n\nHalf of the best spoken score ({best['spoken_near']:.2f}, at lam {best['lam']:g}) is "
         f"there at lam {half['lam']:g}; typed turns go from {sweep[0]['typed']:.2f} without "
-        f"hearing to {best['typed']:.2f} where spoken ones are best.")
+        f"hearing to {best['typed']:.2f} where spoken ones are best."
+    )
 
 
 def compare(args):
@@ -544,7 +673,9 @@ def compare(args):
     test, dev = read_questions(args.questions)
 
     # Who cannot hear is told before the first is asked.
-    ears = {folder: AudioTokenizer(folder, args.device, args.hubert) for folder in args.folders}
+    ears = {
+        folder: AudioTokenizer(folder, args.device, args.hubert) for folder in args.folders
+    }
     rows, right = {}, {}
     for folder in args.folders:
         model, vocab = LM.load(folder, args.device, torch.float32).eval(), Vocab(folder)
@@ -553,12 +684,17 @@ def compare(args):
         with runs.Bar(total=count, desc=f"answering {folder}", unit="reply") as bar:
             prompt = better_prompt(model, vocab, dev, bar)
             rows[folder], said = score(model, vocab, test, {"near": near}, prompt, bar)
-        right[folder] = np.array([normal(text) == normal(q["answer"])
-                                  for text, q in zip(said, test)], dtype=int)
+        right[folder] = np.array(
+            [normal(text) == normal(q["answer"]) for text, q in zip(said, test)], dtype=int
+        )
 
     first, *others = rows
     ahead = {other: lead(right[first] - right[other], test) for other in others}
-    made = {"rows": rows, "ahead": ahead, "made": runs.recipe([*args.folders, args.questions])}
+    made = {
+        "rows": rows,
+        "ahead": ahead,
+        "made": runs.recipe([*args.folders, args.questions]),
+    }
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(f"\n{grid(rows)}\n\n{finding(rows, ahead)}")
 
@@ -575,10 +711,10 @@ def lead(more, questions):
 def finding(rows, ahead):
     """One sentence: what the first model answers when spoken to, and what the others do.
 
-    ahead {name: cell}: how much more of the same questions the first answers than that one.
-    Where they differ on fewer than six facts, chance could decide all of them (a sign test).
-    Questions are compared one by one, as some are hard for all models: the intervals of two
-    scores would overlap long after their difference is certain.
+    ahead {name: cell}: how much more of the same questions the first answers than that
+    one. Where they differ on fewer than six facts, chance could decide all of them (a
+    sign test). Questions are compared one by one, as some are hard for all models: the
+    intervals of two scores would overlap long after their difference is certain.
     """
     (name, first), *others = rows.items()
     n = first["typed"]["n"]
@@ -597,6 +733,7 @@ def finding(rows, ahead):
 
 # --- units --------------------------------------------------------------------
 
+
 def units_report(folder):
     """How a corpus uses its units, and how alike a word is across voices."""
     corpus = audio.Units(folder)
@@ -604,11 +741,15 @@ def units_report(folder):
     counts = np.bincount(corpus.units, weights=corpus.durations, minlength=k)
     p = counts[counts > 0] / counts.sum()
     seconds = float(corpus.durations.sum() / rate)
-    said = {"clips": len(corpus.rows), "hours": round(seconds / 3600, 3),
-            "units_used": len(p), "of": k,
-            "perplexity": round(float(np.exp(-(p * np.log(p)).sum())), 1),
-            "units_per_second": round(len(corpus.units) / seconds, 2),
-            "frames_per_run": round(float(corpus.durations.mean()), 2)}
+    said = {
+        "clips": len(corpus.rows),
+        "hours": round(seconds / 3600, 3),
+        "units_used": len(p),
+        "of": k,
+        "perplexity": round(float(np.exp(-(p * np.log(p)).sum())), 1),
+        "units_per_second": round(len(corpus.units) / seconds, 2),
+        "frames_per_run": round(float(corpus.durations.mean()), 2),
+    }
 
     # {word: [(speaker, its units)]}, of words long enough to tell apart.
     words = {}
@@ -638,10 +779,12 @@ def units_report(folder):
 
 # --- the command --------------------------------------------------------------
 
+
 def arguments():
     """The parser of this command."""
     parser = argparse.ArgumentParser(
-        description="Measure what the merged model can do, beside what it was made from.")
+        description="Measure what the merged model can do, beside what it was made from."
+    )
     commands = parser.add_subparsers(dest="action", required=True)
     one = commands.add_parser("table", help="the results table of one run")
     for name in ("base", "instruct", "speech", "merged"):
@@ -652,21 +795,33 @@ def arguments():
     two.add_argument("tables", nargs="+", help="table.json files")
     sweep = commands.add_parser("lam", help="the sweep of lam of a table, and what it says")
     sweep.add_argument("table", help="a table.json")
-    three = commands.add_parser("compare", help="ask several models that hear the same test "
-                                                "questions, typed and aloud")
+    three = commands.add_parser(
+        "compare",
+        help="ask several models that hear the same test " "questions, typed and aloud",
+    )
     three.add_argument("folders", nargs="+", help="model folders that hear")
-    units = commands.add_parser("units", help="used units, perplexity, rate, and how alike a word "
-                                              "is across voices")
+    units = commands.add_parser(
+        "units",
+        help="used units, perplexity, rate, and how alike a word " "is across voices",
+    )
     units.add_argument("folder", help="a units folder of tokenize_audio.py encode")
 
     for command in (one, three):
-        command.add_argument("--questions", required=True,
-                             help="questions.jsonl of toy.py world, or of that form")
+        command.add_argument(
+            "--questions",
+            required=True,
+            help="questions.jsonl of toy.py world, or of that form",
+        )
         add_ears(command)
     for command in (one, two, three):
-        command.add_argument("--out", required=True, help=".json to write; of table and report, a "
-                                                          "picture goes beside it as .png")
-        command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+        command.add_argument(
+            "--out",
+            required=True,
+            help=".json to write; of table and report, a " "picture goes beside it as .png",
+        )
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace an existing --out"
+        )
     return parser
 
 

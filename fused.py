@@ -6,21 +6,24 @@ see  FlashAttention 2 (arXiv:2307.08691), online softmax (arXiv:1805.02867); Cut
      (arXiv:2411.09009) for the loss
 run  python -m pytest tests/test_fused.py
 
-**Attention without its matrix.** A softmax over keys can be taken a tile of keys at a time. Keep,
-for each query, the largest score so far m, the sum l of exp(score - m), and the sum a of
-exp(score - m) * value. When a tile brings a larger m', what was summed before was taken relative to
-the wrong maximum, by a factor known exactly: l and a are multiplied by exp(m - m'), and the tile's
-own terms are added. After the last tile a / l is attention. Only m + log l is kept for the backward
-pass, which makes every probability again: p = exp(score - (m + log l)). With o = sum p v and the
-gradient g of o, the gradient of a score is p * (g.v - g.o), and that of a value p * g.
+**Attention without its matrix.** A softmax over keys can be taken a tile of keys at a
+time. Keep, for each query, the largest score so far m, the sum l of exp(score - m), and
+the sum a of exp(score - m) * value. When a tile brings a larger m', what was summed
+before was taken relative to the wrong maximum, by a factor known exactly: l and a are
+multiplied by exp(m - m'), and the tile's own terms are added. After the last tile a / l
+is attention. Only m + log l is kept for the backward pass, which makes every probability
+again: p = exp(score - (m + log l)). With o = sum p v and the gradient g of o, the
+gradient of a score is p * (g.v - g.o), and that of a value p * g.
 
-**Packed documents.** Key j is visible to query i iff start[i] <= j <= i, or, seen from the key, iff
-j <= i <= end[j]: two whole numbers a position are the mask, and a tile that they exclude is never
-read. A row of four documents costs a quarter of the pairs of one of its length.
+**Packed documents.** Key j is visible to query i iff start[i] <= j <= i, or, seen from
+the key, iff j <= i <= end[j]: two whole numbers a position are the mask, and a tile that
+they exclude is never read. A row of four documents costs a quarter of the pairs of one of
+its length.
 
 Dimension key:  B batch   T queries   S keys   H heads   KV key heads   D head width
                 N targets   C width   V rows of the head
 """
+
 import math
 
 import torch
@@ -29,21 +32,26 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:     # no GPU build of torch: PyTorch's own attention does the work
+except ImportError:  # no GPU build of torch: PyTorch's own attention does the work
     triton = None
 
-TILE = 64               # queries or keys of a tile
-LAUNCH = {"num_warps": 8, "num_stages": 2}  # no spills on sm_80 and sm_90: tests/test_fused.py
-WIDEST = 128            # head width that the kernels take
-CHUNK = 2048            # targets whose logits are alive at a time
+TILE = 64  # queries or keys of a tile
+# No spills on sm_80 and sm_90: tests/test_fused.py.
+LAUNCH = {
+    "num_warps": 8,
+    "num_stages": 2,
+}
+WIDEST = 128  # head width that the kernels take
+CHUNK = 2048  # targets whose logits are alive at a time
 
-# On a CPU, documents of this mean length and more are attended to one by one, shorter ones
-# under one mask; in training in bfloat16, in rows no longer than BY_HAND, by the formula
-# written out.
+# On a CPU, documents of this mean length and more are attended to one by one, shorter
+# ones under one mask; in training in bfloat16, in rows no longer than BY_HAND, by the
+# formula written out.
 LOOP_FROM, BY_HAND = 64, 256
 
 
 # --- attention ----------------------------------------------------------------
+
 
 def attention(q, k, v, start=None):
     """Causal attention in which a query sees no key before the start of its own document.
@@ -61,16 +69,17 @@ def attention(q, k, v, start=None):
     if start is None and T == S:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
-    # Whole packed rows: on a GPU by the kernels below, on a CPU in the way that is fastest
-    # there.
+    # Whole packed rows: on a GPU by the kernels below, on a CPU in the way that is
+    # fastest there.
     half = q.dtype in (torch.float16, torch.bfloat16)
     if T == S and q.is_cuda and triton and half and q.shape[-1] <= WIDEST:
-        with torch.cuda.device(q.device):       # Triton launches where torch is
-            return Flash.apply(q.contiguous(), k.contiguous(), v.contiguous(),
-                               start.int().contiguous())
-    key = torch.arange(S, device=q.device)                                  # (S,)
+        with torch.cuda.device(q.device):  # Triton launches where torch is
+            return Flash.apply(
+                q.contiguous(), k.contiguous(), v.contiguous(), start.int().contiguous()
+            )
+    key = torch.arange(S, device=q.device)                          # (S,)
     if T == S and not q.is_cuda:
-        begins = start == key                                               # (B, T)
+        begins = start == key                                       # (B, T)
         if start.numel() >= LOOP_FROM * begins.sum():
             return one_by_one(q, k, v, begins)
         if T <= BY_HAND and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
@@ -79,15 +88,15 @@ def attention(q, k, v, start=None):
     # With a cache, or under one mask. A single query at the end sees all.
     visible = None
     if T > 1 or start is not None:
-        past = key <= torch.arange(S - T, S, device=q.device)[:, None]      # (T, S)
-        visible = past[None, None]                                        # (1, 1, T, S)
+        past = key <= torch.arange(S - T, S, device=q.device)[:, None]  # (T, S)
+        visible = past[None, None]                                  # (1, 1, T, S)
         if start is not None:
-            visible = (past & (key >= start[:, :, None]))[:, None]        # (B, 1, T, S)
+            visible = (past & (key >= start[:, :, None]))[:, None]  # (B, 1, T, S)
     if T == 1:
         # Heads that share keys are as good as so many queries, and several times faster.
         shared = q.reshape(len(q), k.shape[1], -1, q.shape[3])      # (B, KV, H / KV, D)
         y = F.scaled_dot_product_attention(shared, k, v, attn_mask=visible)
-        return y.reshape(q.shape)                                         # (B, H, 1, D)
+        return y.reshape(q.shape)                                   # (B, H, 1, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
 
 
@@ -98,26 +107,32 @@ def one_by_one(q, k, v, begins):
         cuts = [*row.nonzero()[:, 0].tolist(), begins.shape[1]]
         parts = []
         for a, c in zip(cuts, cuts[1:]):
-            document = [x[b:b + 1, :, a:c] for x in (q, k, v)]    # (1, heads, c - a, D)
-            parts.append(F.scaled_dot_product_attention(*document, is_causal=True,
-                                                        enable_gqa=grouped))
-        rows.append(torch.cat(parts, dim=2))                              # (1, H, T, D)
+            document = [x[b : b + 1, :, a:c] for x in (q, k, v)]    # (1, heads, c - a, D)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    *document, is_causal=True, enable_gqa=grouped
+                )
+            )
+        rows.append(torch.cat(parts, dim=2))                        # (1, H, T, D)
     return torch.cat(rows)
 
 
 def by_hand(q, k, v, start, key):
     """`attention` of whole rows as a formula: softmax(q k' / sqrt(D)) v.
 
-    All probabilities are kept for the gradient, T x T of them a head: right for short rows.
-    There a CPU, in bfloat16, needs a third of the time of PyTorch's fused backward pass.
+    All probabilities are kept for the gradient, T x T of them a head: right for short
+    rows. There a CPU, in bfloat16, needs a third of the time of PyTorch's fused backward
+    pass.
     """
     B, H, T, D = q.shape
-    unseen = (key > key[:, None]) | (key < start[:, :, None])               # (B, T, T)
+    unseen = (key > key[:, None]) | (key < start[:, :, None])       # (B, T, T)
     bias = torch.zeros(unseen.shape, dtype=q.dtype).masked_fill(unseen, -math.inf)
     groups = H // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, T, D)
-    scores = q @ k.mT / D ** 0.5 + bias[:, None]                          # (B, H, T, T)
-    return scores.softmax(-1, dtype=q.dtype) @ v                          # (B, H, T, D)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(
+        groups, dim=1
+    )                                                               # (B, H, T, D)
+    scores = q @ k.mT / D**0.5 + bias[:, None]                      # (B, H, T, T)
+    return scores.softmax(-1, dtype=q.dtype) @ v                    # (B, H, T, D)
 
 
 class Flash(torch.autograd.Function):
@@ -130,17 +145,35 @@ class Flash(torch.autograd.Function):
     def forward(ctx, q, k, v, start):
         (B, H, T, D), KV = q.shape, k.shape[1]
         if not (k.dtype == v.dtype == q.dtype and D <= WIDEST and H % KV == 0):
-            raise ValueError(f"attention: got queries {tuple(q.shape)} {q.dtype}, keys "
-                             f"{tuple(k.shape)} {k.dtype}, values {v.dtype}; wanted one dtype, a "
-                             f"head width of at most {WIDEST}, and key heads that divide the heads")
+            raise ValueError(
+                f"attention: got queries {tuple(q.shape)} {q.dtype}, keys "
+                f"{tuple(k.shape)} {k.dtype}, values {v.dtype}; wanted one dtype, a "
+                f"head width of at most {WIDEST}, and key heads that divide the heads"
+            )
         if q.dtype == torch.bfloat16 and not q.is_cuda:
-            raise ValueError("attention: Triton's interpreter takes bfloat16 for whole numbers; "
-                             "use float16 or float32 there")
+            raise ValueError(
+                "attention: Triton's interpreter takes bfloat16 for whole numbers; "
+                "use float16 or float32 there"
+            )
         o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)
         M = 2 * TILE if D <= 64 else TILE
         forward_kernel[(triton.cdiv(T, M), B * H)](
-            q, k, v, start, o, lse, H, KV, T, D, LOG2E / math.sqrt(D), WIDTH=width(D), M=M, N=TILE,
-            **LAUNCH)
+            q,
+            k,
+            v,
+            start,
+            o,
+            lse,
+            H,
+            KV,
+            T,
+            D,
+            LOG2E / math.sqrt(D),
+            WIDTH=width(D),
+            M=M,
+            N=TILE,
+            **LAUNCH,
+        )
         ctx.save_for_backward(q, k, v, start, o, lse)
         return o
 
@@ -149,18 +182,24 @@ class Flash(torch.autograd.Function):
         q, k, v, start, o, lse = ctx.saved_tensors
         (B, H, T, D), KV = q.shape, k.shape[1]
         g = g.contiguous()
-        go = (g.float() * o.float()).sum(-1)            # (B, H, T): g.o of each query
+        go = (g.float() * o.float()).sum(-1)                # (B, H, T): g.o of each query
 
         # The last query that may see each key.
-        position = torch.arange(T, device=q.device, dtype=torch.int32).expand(B, T).contiguous()
-        end = torch.searchsorted(start, position, right=True).int() - 1         # (B, T)
+        position = (
+            torch.arange(T, device=q.device, dtype=torch.int32).expand(B, T).contiguous()
+        )
+        end = torch.searchsorted(start, position, right=True).int() - 1  # (B, T)
 
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         numbers, fixed = (H, KV, T, D, LOG2E / math.sqrt(D)), {"WIDTH": width(D), "N": TILE}
         query_kernel[(triton.cdiv(T, TILE), B * H)](
-            q, k, v, start, g, go, lse, dq, *numbers, M=TILE, **fixed, **LAUNCH)
-        key_kernel[(triton.cdiv(T, TILE), B * KV)](  # two sums to hold: a larger M would spill
-            q, k, v, end, g, go, lse, dk, dv, *numbers, M=TILE // 2, **fixed, **LAUNCH)
+            q, k, v, start, g, go, lse, dq, *numbers, M=TILE, **fixed, **LAUNCH
+        )
+        key_kernel[
+            (triton.cdiv(T, TILE), B * KV)
+        ](  # two sums to hold: a larger M would spill
+            q, k, v, end, g, go, lse, dk, dv, *numbers, M=TILE // 2, **fixed, **LAUNCH
+        )
         return dq, dk, dv, None
 
 
@@ -231,7 +270,8 @@ if triton:
                        WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
         """A program attends for M queries of one head.
 
-        Q, O (B, H, T, D), K, V (B, KV, T, D), START (B, T), LSE (B, H, T) in powers of two.
+        Q, O (B, H, T, D), K, V (B, KV, T, D), START (B, T), LSE (B, H, T) in powers of
+        two.
         """
         i0, head = tl.program_id(0) * M, tl.program_id(1)
         b = head // H
@@ -322,6 +362,7 @@ if triton:
 
 # --- the loss -----------------------------------------------------------------
 
+
 class LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`."""
 
@@ -336,23 +377,25 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         for a in range(0, N, CHUNK):
             part = slice(a, a + CHUNK)
-            right = target[part, None]                                      # (n, 1)
-            logits = (hidden[part] @ weight.T).float()  # (n, V): all that ever exists of them
+            right = target[part, None]                              # (n, 1)
+            logits = (
+                hidden[part] @ weight.T
+            ).float()                               # (n, V): all that ever exists of them
             if barred is not None:
                 logits.masked_fill_(barred, -math.inf)
-            largest = logits.amax(-1, keepdim=True)                         # (n, 1)
-            wanted = logits.gather(-1, right)                               # (n, 1)
+            largest = logits.amax(-1, keepdim=True)                 # (n, 1)
+            wanted = logits.gather(-1, right)                       # (n, 1)
 
             # In place from here on: a second copy would be the largest thing in memory.
-            p = logits.sub_(largest).exp_()                                 # (n, V)
-            total = p.sum(-1, keepdim=True)                                 # (n, 1)
+            p = logits.sub_(largest).exp_()                         # (n, V)
+            total = p.sum(-1, keepdim=True)                         # (n, 1)
             each[part] = (total.log() + largest - wanted)[:, 0]
 
             # The softmax, less 1 at the target, times what the token is worth.
             if hidden.requires_grad or weight.requires_grad:
-                value = worth[part, None]                                   # (n, 1)
+                value = worth[part, None]                           # (n, 1)
                 p.mul_(value / total).scatter_add_(-1, right, -value)
-                gradient = p.to(hidden.dtype)                               # (n, V)
+                gradient = p.to(hidden.dtype)                       # (n, V)
                 logits = p = None  # or it would be there twice when the next chunk is made
                 if d_hidden is not None:
                     d_hidden[part] = gradient @ weight
@@ -381,11 +424,12 @@ def linear_cross_entropy(hidden, weight, target, worth, barred=None):
     worth (N,) float32: what each target's loss counts
     barred (V,) bool: rows that take no part in the softmax
 
-    The logits never exist whole. The gradient is taken in the forward pass, CHUNK targets at a
-    time, while their logits are there: nothing is computed twice. Under autocast products are made
-    in its dtype, sums in float32. The second result is for the log: no gradient flows through it.
+    The logits never exist whole. The gradient is taken in the forward pass, CHUNK targets
+    at a time, while their logits are there: nothing is computed twice. Under autocast
+    products are made in its dtype, sums in float32. The second result is for the log: no
+    gradient flows through it.
     """
-    if not torch.is_grad_enabled():    # nobody will ask for gradients: do not make them
+    if not torch.is_grad_enabled():  # nobody will ask for gradients: do not make them
         hidden, weight = hidden.detach(), weight.detach()
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):

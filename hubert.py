@@ -13,6 +13,7 @@ earlier codebook, those of MFCCs to begin with.
 large models end with.
 Dimension key:  B batch   N samples   T frames   C hidden_size   H heads   D head width
 """
+
 import argparse
 import json
 import math
@@ -33,11 +34,14 @@ import weights
 @dataclass
 class Config:
     """What of a HuBERT `config.json` shapes the network; defaults are the model of `train`."""
+
     conv_dim: tuple = (64,) * 7
     conv_kernel: tuple = (10, 3, 3, 3, 3, 2, 2)
     conv_stride: tuple = (5, 2, 2, 2, 2, 2, 2)
     conv_bias: bool = False
-    feat_extract_norm: str = "group"  # over time in the first layer; "layer": a norm in each
+    feat_extract_norm: str = (
+        "group"  # over time in the first layer; "layer": a norm in each
+    )
     feat_proj_layer_norm: bool = True
     hidden_size: int = 192
     intermediate_size: int = 576
@@ -46,7 +50,9 @@ class Config:
     num_conv_pos_embeddings: int = 32
     num_conv_pos_embedding_groups: int = 16
     conv_pos_batch_norm: bool = False  # True in the 25 Hz mHuBERT: in place of weight norm
-    do_stable_layer_norm: bool = True  # norms before each part (large), or after each sum (base)
+    do_stable_layer_norm: bool = (
+        True  # norms before each part (large), or after each sum (base)
+    )
     layer_norm_eps: float = 1e-5
     do_normalize: bool = False  # of preprocessor_config.json: mean 0, variance 1 per clip
 
@@ -57,37 +63,59 @@ class Config:
             raise FileNotFoundError(f"{path}: missing; wanted a Hugging Face HuBERT folder")
         raw = runs.read_json(path)
         if raw.get("model_type") != "hubert":
-            raise ValueError(f"{path}: model_type {raw.get('model_type')!r}, wanted 'hubert'")
+            raise ValueError(
+                f"{path}: model_type {raw.get('model_type')!r}, wanted 'hubert'"
+            )
         preprocessor = Path(folder) / "preprocessor_config.json"
         raw["do_normalize"] = False
         if preprocessor.exists():
             raw["do_normalize"] = runs.read_json(preprocessor).get("do_normalize", False)
         for name in ("hidden_act", "feat_extract_activation"):
             if raw.get(name, "gelu") != "gelu":
-                raise ValueError(f"{path}: {name} {raw[name]!r} is not supported; wanted 'gelu'")
+                raise ValueError(
+                    f"{path}: {name} {raw[name]!r} is not supported; wanted 'gelu'"
+                )
         known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value
-                      for name, value in known.items()})
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in known.items()
+            }
+        )
 
     def write(self, folder):
         raw = {name: value for name, value in vars(self).items() if name != "do_normalize"}
-        raw |= {"architectures": ["HubertModel"], "model_type": "hubert", "hidden_act": "gelu",
-                "feat_extract_activation": "gelu", "num_feat_extract_layers": len(self.conv_dim)}
-        heard = {"feature_extractor_type": "Wav2Vec2FeatureExtractor",
-                 "sampling_rate": audio.SAMPLE_RATE, "do_normalize": self.do_normalize}
+        raw |= {
+            "architectures": ["HubertModel"],
+            "model_type": "hubert",
+            "hidden_act": "gelu",
+            "feat_extract_activation": "gelu",
+            "num_feat_extract_layers": len(self.conv_dim),
+        }
+        heard = {
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+            "sampling_rate": audio.SAMPLE_RATE,
+            "do_normalize": self.do_normalize,
+        }
         (Path(folder) / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(heard) + "\n")
 
 
 # --- the network, under Hugging Face's names ----------------------------------
 
+
 class ConvLayer(nn.Module):
     def __init__(self, config, i):
         super().__init__()
         norm, width = config.feat_extract_norm, config.conv_dim[i]
         self.kind = norm if i == 0 or norm == "layer" else None
-        self.conv = nn.Conv1d(config.conv_dim[i - 1] if i else 1, width, config.conv_kernel[i],
-                              config.conv_stride[i], bias=config.conv_bias)
+        self.conv = nn.Conv1d(
+            config.conv_dim[i - 1] if i else 1,
+            width,
+            config.conv_kernel[i],
+            config.conv_stride[i],
+            bias=config.conv_bias,
+        )
         if self.kind == "group":
             self.layer_norm = nn.GroupNorm(width, width)
         elif self.kind == "layer":
@@ -97,12 +125,15 @@ class ConvLayer(nn.Module):
         """x (B, channels, time); counts (B,): how much of the time is the clip's, if not all."""
         x = self.conv(x)
         if self.kind == "group" and counts is None:
-            x = self.layer_norm(x)                      # a channel over all of its time
-        elif self.kind == "group":                          # over the clip's time alone
+            x = self.layer_norm(x)  # a channel over all of its time
+        elif self.kind == "group":  # over the clip's time alone
             for row, n in zip(x, counts.tolist()):
                 row[:, :n] = self.layer_norm(row[None, :, :n])[0]
         elif self.kind == "layer":
-            x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)  # all channels at one time
+            # All channels at one time.
+            x = self.layer_norm(x.transpose(1, 2)).transpose(
+                1, 2
+            )
         return F.gelu(x)
 
 
@@ -113,13 +144,13 @@ class FeatureExtractor(nn.Module):
         self.conv_layers = nn.ModuleList(ConvLayer(config, i) for i in layers)
 
     def forward(self, samples, counts=None):
-        x = samples[:, None]                                                # (B, 1, N)
+        x = samples[:, None]                                        # (B, 1, N)
         for layer in self.conv_layers:
             if counts is not None:
                 kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
                 counts = (counts - kernel) // stride + 1
             x = layer(x, counts)
-        return x.transpose(1, 2)                                      # (B, T, conv_dim)
+        return x.transpose(1, 2)                                    # (B, T, conv_dim)
 
 
 class FeatureProjection(nn.Module):
@@ -137,27 +168,30 @@ class FeatureProjection(nn.Module):
 class PositionalConv(nn.Module):
     """Position from a wide grouped convolution.
 
-    Its weight is stored as direction and length per tap ("weight norm"), or plain behind a
-    batch norm.
+    Its weight is stored as direction and length per tap ("weight norm"), or plain behind
+    a batch norm.
     """
 
     def __init__(self, config):
         super().__init__()
         C, width = config.hidden_size, config.num_conv_pos_embeddings
-        conv = nn.Conv1d(C, C, width, padding=width // 2,
-                         groups=config.num_conv_pos_embedding_groups)
+        conv = nn.Conv1d(
+            C, C, width, padding=width // 2, groups=config.num_conv_pos_embedding_groups
+        )
         self.batch_norm = nn.BatchNorm1d(C) if config.conv_pos_batch_norm else None
-        self.conv = conv if self.batch_norm else nn.utils.parametrizations.weight_norm(conv, dim=2)
+        self.conv = (
+            conv if self.batch_norm else nn.utils.parametrizations.weight_norm(conv, dim=2)
+        )
 
     def forward(self, x, real=None):
         """x (B, T, C); real (B, T) bool: frames of the clip. Beyond its end there is silence."""
-        x = x.transpose(1, 2)                                               # (B, C, T)
+        x = x.transpose(1, 2)                                       # (B, C, T)
         if self.batch_norm:
             x = self.batch_norm(x)
         if real is not None:
             x = x * real[:, None]
-        y = self.conv(x)                      # (B, C, T), one more if the width is even
-        return F.gelu(y[:, :, :x.shape[2]]).transpose(1, 2)                 # (B, T, C)
+        y = self.conv(x)                        # (B, C, T), one more if the width is even
+        return F.gelu(y[:, :, : x.shape[2]]).transpose(1, 2)        # (B, T, C)
 
 
 class Attention(nn.Module):
@@ -174,12 +208,12 @@ class Attention(nn.Module):
         B, T, C = x.shape
 
         def heads(y):
-            return y.view(B, T, self.H, -1).transpose(1, 2)               # (B, H, T, D)
+            return y.view(B, T, self.H, -1).transpose(1, 2)         # (B, H, T, D)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        mask = None if real is None else real[:, None, None]              # (B, 1, 1, T)
+        mask = None if real is None else real[:, None, None]        # (B, 1, 1, T)
         y = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))            # (B, T, C)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))    # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -253,18 +287,20 @@ class Hubert(nn.Module):
         counts = real = inside = None
         n = samples.shape[1]
         if lengths is not None:
-            n = lengths[:, None]                                            # (B, 1)
-            inside = torch.arange(samples.shape[1], device=device) < n      # (B, N)
-            real = torch.arange(T, device=device) < n // hop                # (B, T)
-            counts = lengths + 2 * pad                                      # (B,)
+            n = lengths[:, None]                                    # (B, 1)
+            inside = torch.arange(samples.shape[1], device=device) < n  # (B, N)
+            real = torch.arange(T, device=device) < n // hop        # (B, T)
+            counts = lengths + 2 * pad                              # (B,)
             samples = samples * inside
         if self.config.do_normalize:
             samples = samples - samples.sum(-1, keepdim=True) / n
             samples = samples if lengths is None else samples * inside
             samples = samples * torch.rsqrt(samples.pow(2).sum(-1, keepdim=True) / n + 1e-7)
 
-        x = self.feature_extractor(F.pad(samples, (pad, pad)), counts)  # (B, T or more, ...)
-        x = self.feature_projection(x)[:, :T]                               # (B, T, C)
+        x = self.feature_extractor(
+            F.pad(samples, (pad, pad)), counts
+        )                                                           # (B, T or more, ...)
+        x = self.feature_projection(x)[:, :T]                       # (B, T, C)
         if hidden is not None:
             x = torch.where(hidden[:, :, None], self.masked_spec_embed, x)
         return self.encoder(x, layer, real)
@@ -302,15 +338,19 @@ class Hubert(nn.Module):
 
         def ours(name):
             if headed and not name.startswith("hubert."):
-                return None                     # of a CTC or classification head
+                return None  # of a CTC or classification head
             name = name.removeprefix("hubert.")
             for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
-                name = name.replace(f"pos_conv_embed.conv.{old}",
-                                    f"pos_conv_embed.conv.parametrizations.weight.{new}")
+                name = name.replace(
+                    f"pos_conv_embed.conv.{old}",
+                    f"pos_conv_embed.conv.parametrizations.weight.{new}",
+                )
             return name
 
         weights.load_into(model, folder, ours, optional=["masked_spec_embed"])
-        if model.masked_spec_embed.is_meta:  # some folders lack it; only training hides frames
+        if (
+            model.masked_spec_embed.is_meta
+        ):  # some folders lack it; only training hides frames
             model.masked_spec_embed = nn.Parameter(torch.zeros(model.config.hidden_size))
         return model.to(device, torch.float32).eval()
 
@@ -321,9 +361,9 @@ class Hubert(nn.Module):
 
 # --- masked prediction --------------------------------------------------------
 
-CROP = 2 * audio.FRAME_RATE     # frames of a training clip: 2 seconds
+CROP = 2 * audio.FRAME_RATE  # frames of a training clip: 2 seconds
 SPAN, HIDDEN = 10, 0.065  # frames of a hidden stretch (200 ms); the share where one begins
-SAVE_EVERY, LOG_EVERY = 100, 50                             # steps
+SAVE_EVERY, LOG_EVERY = 100, 50  # steps
 
 
 def hide(shape, rng):
@@ -345,10 +385,10 @@ def crops(clips, labels, batch, rng):
     seconds = np.array([len(label) for label in labels], dtype=float)
     for b, i in enumerate(rng.choice(len(clips), batch, p=seconds / seconds.sum())):
         at = int(rng.integers(max(1, len(labels[i]) - CROP + 1)))
-        sound = clips[i][at * audio.HOP:(at + CROP) * audio.HOP]
-        label = labels[i][at:at + CROP]
-        samples[b, :len(sound)] = sound
-        targets[b, :len(label)] = label
+        sound = clips[i][at * audio.HOP : (at + CROP) * audio.HOP]
+        label = labels[i][at : at + CROP]
+        samples[b, : len(sound)] = sound
+        targets[b, : len(label)] = label
     return torch.from_numpy(samples), torch.from_numpy(targets)
 
 
@@ -359,9 +399,11 @@ def masked_loss(logits, targets, hidden):
     HuBERT's loss is on hidden frames alone. On a budget of minutes the seen ones, easier,
     give the convolutions their start.
     """
-    real = targets >= 0                                                     # (B, T)
-    at, seen = hidden & real, ~hidden & real                               # (B, T) each
-    loss = F.cross_entropy(logits[at], targets[at]) + F.cross_entropy(logits[seen], targets[seen])
+    real = targets >= 0                                             # (B, T)
+    at, seen = hidden & real, ~hidden & real                        # (B, T) each
+    loss = F.cross_entropy(logits[at], targets[at]) + F.cross_entropy(
+        logits[seen], targets[seen]
+    )
     return loss, at
 
 
@@ -369,8 +411,10 @@ def read_corpus(path):
     """(samples of every clip, unit of every frame of it, number of units) of a units folder."""
     corpus = audio.Units(path)
     if corpus.meta["frame_rate"] != audio.FRAME_RATE:
-        raise ValueError(f"{path}: {corpus.meta['frame_rate']} frames per second, wanted "
-                         f"{audio.FRAME_RATE}")
+        raise ValueError(
+            f"{path}: {corpus.meta['frame_rate']} frames per second, wanted "
+            f"{audio.FRAME_RATE}"
+        )
     labels = []
     for i in range(len(corpus.rows)):
         units, durations = corpus[i]
@@ -383,10 +427,11 @@ def train(args, out):
     """Train a small HuBERT on a units folder's audio, with its units as the targets."""
     clips, labels, k = read_corpus(args.units)
     model = Hubert.fresh(Config(), args.seed)
-    head = nn.Linear(model.config.hidden_size, k)                           # not kept
+    head = nn.Linear(model.config.hidden_size, k)  # not kept
     learner = nn.ModuleDict({"model": model, "head": head}).to(args.device)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=args.lr, betas=(0.9, 0.98),
-                                  weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        learner.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
 
     flags = "steps", "lr", "batch", "seed", "dtype"
     settings = {name: str(getattr(args, name)) for name in flags}
@@ -400,19 +445,27 @@ def train(args, out):
         tqdm.write(f"resuming at step {step} of {args.steps}")
     runs.keep_log(out / "log.jsonl", step)
 
-    for step in runs.Bar(range(step + 1, args.steps + 1), desc=f"training {args.out}", unit="step",
-                         initial=step, total=args.steps, smoothing=0.05):
+    for step in runs.Bar(
+        range(step + 1, args.steps + 1),
+        desc=f"training {args.out}",
+        unit="step",
+        initial=step,
+        total=args.steps,
+        smoothing=0.05,
+    ):
         # Warm-up over a tenth, then a straight line to zero.
         rate = min(step / (0.1 * args.steps), (args.steps - step + 1) / (0.9 * args.steps))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate
 
         rng = np.random.default_rng([args.seed, step])
-        samples, targets = (x.to(args.device) for x in crops(clips, labels, args.batch, rng))
+        samples, targets = (
+            x.to(args.device) for x in crops(clips, labels, args.batch, rng)
+        )
         hidden = torch.from_numpy(hide(targets.shape, rng)).to(args.device)
         with runs.autocast(args.device, runs.DTYPES[args.dtype]):
             states = model(samples, model.config.num_hidden_layers, hidden)
-            logits = head(states).float()                                   # (B, T, K)
+            logits = head(states).float()                           # (B, T, K)
         loss, at = masked_loss(logits, targets, hidden)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -422,8 +475,9 @@ def train(args, out):
         if step % LOG_EVERY == 0 or step == args.steps:
             write_log(args, out / "log.jsonl", step, loss.item(), logits[at], targets[at])
         if step % SAVE_EVERY == 0:
-            checkpoint.write(learner=learner.state_dict(), optimizer=optimizer.state_dict(),
-                             step=step)
+            checkpoint.write(
+                learner=learner.state_dict(), optimizer=optimizer.state_dict(), step=step
+            )
     model.save(out)
 
 
@@ -434,16 +488,23 @@ def write_log(args, path, step, loss, logits, targets):
     with open(path, "a") as log:
         log.write(json.dumps(row) + "\n")
     hours = step * args.batch * CROP / audio.FRAME_RATE / 3600
-    tqdm.write(f"step {step}/{args.steps} | loss {loss:.3f} | hidden frames right {right:.1%} | "
-               f"{hours:.2f} h heard")
+    tqdm.write(
+        f"step {step}/{args.steps} | loss {loss:.3f} | hidden frames right {right:.1%} | "
+        f"{hours:.2f} h heard"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Train a small HuBERT to predict the units of hidden frames.")
+        description="Train a small HuBERT to predict the units of hidden frames."
+    )
     add = parser.add_argument
     add("action", choices=["train"])
-    add("--units", required=True, help="a units folder (tokenize_audio.py encode): the targets")
+    add(
+        "--units",
+        required=True,
+        help="a units folder (tokenize_audio.py encode): the targets",
+    )
     add("--out", required=True, help="HuBERT folder to write")
     add("--steps", type=int, default=600, help="optimizer steps (default 600)")
     add("--batch", type=int, default=16, help="two-second clips in a batch (default 16)")
@@ -451,13 +512,17 @@ def main():
     add("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")
     runs.add_device(parser)
     runs.add_dtype(parser)
-    add("--overwrite", action="store_true",
-        help="replace an existing --out when the run ends well")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing --out when the run ends well",
+    )
     args = parser.parse_args()
 
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
-    with runs.new_folder(args.out, [args.units], args.overwrite, resume=True,
-                         scratch=["checkpoint.pt"]) as out:
+    with runs.new_folder(
+        args.out, [args.units], args.overwrite, resume=True, scratch=["checkpoint.pt"]
+    ) as out:
         train(args, out)
 
 

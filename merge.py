@@ -13,6 +13,7 @@ in bfloat16, (speech + instruct) - base would lose 14 % of a delta of relative s
 Blocks of rows are read, added and written one after the other, so a model of 8B parameters
 wants no more memory than a small one.
 """
+
 import argparse
 import io
 import json
@@ -31,12 +32,12 @@ from vocab import CHATS, Vocab
 
 RULES = {
     "shared": "every tensor, and every row that base has: base + lam * (speech - base) + "
-              "mu * (instruct - base), in float64, rounded once to speech's dtype",
+    "mu * (instruct - base), in float64, rounded once to speech's dtype",
     "chat markers": "their rows are instruct's: speech training never saw them",
     "new rows": "units and speech markers are speech's: there is nothing to add",
 }
-BLOCK = 1 << 22                                      # elements read and added at a time
-TABLES = "model.embed_tokens.weight", "lm_head.weight"   # tensors whose rows are tokens
+BLOCK = 1 << 22  # elements read and added at a time
+TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
 
 
 def add(folders, name, lam, mu):
@@ -47,8 +48,8 @@ def add(folders, name, lam, mu):
     sizes    what `measure` says of the block; None for rows that base lacks
     """
     for a, b in folders.blocks(name):
-        speech = folders.rows("speech", name, a, b)                         # (n, width)
-        if a >= folders.count(name):                              # units: base has none
+        speech = folders.rows("speech", name, a, b)                 # (n, width)
+        if a >= folders.count(name):  # units: base has none
             yield a, speech, None
             continue
         base = folders.rows("base", name, a, b).double()
@@ -69,9 +70,14 @@ def add(folders, name, lam, mu):
 def measure(base, hearing, behaviour):
     """What the report needs of a block, to be summed: squared norms, and how the deltas agree."""
     product = hearing * behaviour
-    return Counter(base=base.square().sum().item(), speech=hearing.square().sum().item(),
-                   instruct=behaviour.square().sum().item(), product=product.sum().item(),
-                   against=(product < 0).sum().item(), count=base.numel())
+    return Counter(
+        base=base.square().sum().item(),
+        speech=hearing.square().sum().item(),
+        instruct=behaviour.square().sum().item(),
+        product=product.sum().item(),
+        against=(product < 0).sum().item(),
+        count=base.numel(),
+    )
 
 
 class Merge:
@@ -103,6 +109,7 @@ class Merge:
 
 # --- three folders that belong together ---------------------------------------
 
+
 class Folders:
     """base, instruct and speech, found to fit. A ValueError names the first difference.
 
@@ -116,8 +123,10 @@ class Folders:
         self.tensors = {name: weights.Tensors(path) for name, path in self.paths.items()}
         vocabs = {name: Vocab(path) for name, path in self.paths.items()}
         if not vocabs["speech"].speech:
-            raise ValueError(f"{speech}: cannot hear (no speech.json); --speech wants a model "
-                             "trained with pretrain.py --units")
+            raise ValueError(
+                f"{speech}: cannot hear (no speech.json); --speech wants a model "
+                "trained with pretrain.py --units"
+            )
         self.names = self.same_names()
         self.same_shapes()
         self.same_tokens(vocabs)
@@ -127,8 +136,10 @@ class Folders:
         special = vocabs["instruct"].special
         self.markers = sorted(i for token, i in special.items() if token in template)
         if any(row >= self.count(TABLES[0]) for row in self.markers):
-            raise ValueError(f"{instruct}: has chat markers in rows that {base} lacks; instruct "
-                             "must come from this base")
+            raise ValueError(
+                f"{instruct}: has chat markers in rows that {base} lacks; instruct "
+                "must come from this base"
+            )
 
     def same_names(self):
         """The names of all tensors; architectures and names must be the same."""
@@ -137,20 +148,28 @@ class Folders:
             config = runs.read_json(Path(path) / "config.json")
             kinds[which] = (config.get("architectures") or ["none"])[0]
 
-            # Some files hold the tied head and the frequencies of rotation beside the rest.
+            # Some files hold the tied head and the frequencies of rotation beside the
+            # rest.
             tied = config.get("tie_word_embeddings")
-            names[which] = [name for name in self.tensors[which]
-                            if not name.endswith("rotary_emb.inv_freq")
-                            and not (tied and name == "lm_head.weight")]
+            names[which] = [
+                name
+                for name in self.tensors[which]
+                if not name.endswith("rotary_emb.inv_freq")
+                and not (tied and name == "lm_head.weight")
+            ]
         for which in ("instruct", "speech"):
             if kinds[which] != kinds["base"]:
-                raise ValueError(f"{self.paths[which]} is a {kinds[which]}, {self.paths['base']} a "
-                                 f"{kinds['base']}; all three must come from one base")
+                raise ValueError(
+                    f"{self.paths[which]} is a {kinds[which]}, {self.paths['base']} a "
+                    f"{kinds['base']}; all three must come from one base"
+                )
         for which in ("base", "instruct"):
             differ = sorted(set(names["speech"]) ^ set(names[which]))
             if differ:
-                raise ValueError(f"{self.paths[which]} and {self.paths['speech']} do not have the "
-                                 f"same tensors: {differ[:3]} in one only")
+                raise ValueError(
+                    f"{self.paths[which]} and {self.paths['speech']} do not have the "
+                    f"same tensors: {differ[:3]} in one only"
+                )
         return names["speech"]
 
     def same_shapes(self):
@@ -162,24 +181,31 @@ class Folders:
                 if name in TABLES:
                     wanted = (rows, *wanted[1:])
                 if tensors.shape(name) != wanted:
-                    raise ValueError(f"{tensors.path(name)}: {name} has shape "
-                                     f"{tensors.shape(name)}, {self.paths['speech']} makes it "
-                                     f"{wanted}")
+                    raise ValueError(
+                        f"{tensors.path(name)}: {name} has shape "
+                        f"{tensors.shape(name)}, {self.paths['speech']} makes it "
+                        f"{wanted}"
+                    )
 
     def same_tokens(self, vocabs):
         """Where two tokenizers know a row of base's, they must name it alike."""
         rows, names = self.count(TABLES[0]), {}
         for which, vocab in vocabs.items():
-            special = {i: token for token, i in vocab.special.items()
-                       if i < rows and not token.startswith("<|unused_")}
+            special = {
+                i: token
+                for token, i in vocab.special.items()
+                if i < rows and not token.startswith("<|unused_")
+            }
             names[which] = special | vocab.bytes_of
         for which in ("instruct", "speech"):
             for i, token in names[which].items():
                 ours = names["base"].get(i, token)
                 if token != ours:
-                    raise ValueError(f"{self.paths[which]}: row {i} is {token!r}, in "
-                                     f"{self.paths['base']} it is {ours!r}; the tokenizers must "
-                                     "agree")
+                    raise ValueError(
+                        f"{self.paths[which]}: row {i} is {token!r}, in "
+                        f"{self.paths['base']} it is {ours!r}; the tokenizers must "
+                        "agree"
+                    )
 
     def count(self, name):
         """Rows of a tensor that base has; speech's own come after."""
@@ -189,8 +215,11 @@ class Folders:
         """(a, b) of blocks of rows; none lies across the end of base's."""
         have, every = self.count(name), self.tensors["speech"].shape(name)[0]
         step = max(1, BLOCK // self.width(name))
-        return [(a, min(a + step, end)) for begin, end in ((0, have), (have, every))
-                for a in range(begin, end, step)]
+        return [
+            (a, min(a + step, end))
+            for begin, end in ((0, have), (have, every))
+            for a in range(begin, end, step)
+        ]
 
     def width(self, name):
         return math.prod(self.tensors["speech"].shape(name)[1:])
@@ -202,8 +231,11 @@ class Folders:
 
     def blame(self, name, a, b):
         """Raise a ValueError that names the folder with NaN or infinity in these rows."""
-        ill = [str(self.tensors[which].path(name)) for which in self.paths
-               if not torch.isfinite(self.rows(which, name, a, b)).all()]
+        ill = [
+            str(self.tensors[which].path(name))
+            for which in self.paths
+            if not torch.isfinite(self.rows(which, name, a, b)).all()
+        ]
         raise ValueError(f"{' and '.join(ill) or 'the sum'}: {name} holds NaN or infinity")
 
 
@@ -213,13 +245,16 @@ class Output:
     def __init__(self, out, folders):
         speech = folders.tensors["speech"]
         self.out, self.files, self.begin = Path(out), {}, {}
-        self.home = {}              # tensor name -> its file
+        self.home = {}  # tensor name -> its file
         for name in folders.names:
             file = speech.home[name].replace("pytorch_model", "model")
             self.home[name] = file.replace(".bin", ".safetensors")
         for file in sorted(set(self.home.values())):
-            mine = {name: (speech.shape(name), speech.dtype(name))
-                    for name in folders.names if self.home[name] == file}
+            mine = {
+                name: (speech.shape(name), speech.dtype(name))
+                for name in folders.names
+                if self.home[name] == file
+            }
             self.files[file], begin = weights.allocate(self.out / file, mine)
             self.begin |= begin
 
@@ -236,12 +271,13 @@ class Output:
 
 # --- the report ---------------------------------------------------------------
 
+
 def report(sizes):
     """How big the two deltas are and whether they point the same way, of {tensor: `measure`}.
 
     {"rel", "cosine", "against", "blocks", "tensors"}: rel is |delta| / |base| (Frobenius
-    norms, of all but embeddings and head), cosine that of the two deltas, against the share
-    of elements that they move in opposite directions.
+    norms, of all but embeddings and head), cosine that of the two deltas, against the
+    share of elements that they move in opposite directions.
     """
     groups = {}
     for name, part in sizes.items():
@@ -252,30 +288,43 @@ def report(sizes):
     table = {key: relations(part) for key, part in groups.items()}
     total = table.pop("all")
     in_order = sorted(table, key=lambda key: (isinstance(key, str), key))
-    return {"rel": {"instruct": total["instruct"], "speech": total["speech"]},
-            "cosine": total["cosine"], "against": total["against"],
-            "blocks": [{"block": key, **table[key]} for key in in_order],
-            "tensors": {name: relations(part) for name, part in sizes.items()}}
+    return {
+        "rel": {"instruct": total["instruct"], "speech": total["speech"]},
+        "cosine": total["cosine"],
+        "against": total["against"],
+        "blocks": [{"block": key, **table[key]} for key in in_order],
+        "tensors": {name: relations(part) for name, part in sizes.items()},
+    }
 
 
 def relations(part):
     """A row of the report from a sum of `measure`."""
     base, lengths = part["base"], math.sqrt(part["speech"] * part["instruct"])
-    return {"instruct": math.sqrt(part["instruct"] / base) if base else 0.0,
-            "speech": math.sqrt(part["speech"] / base) if base else 0.0,
-            "cosine": part["product"] / lengths if lengths else 0.0,
-            "against": part["against"] / part["count"]}
+    return {
+        "instruct": math.sqrt(part["instruct"] / base) if base else 0.0,
+        "speech": math.sqrt(part["speech"] / base) if base else 0.0,
+        "cosine": part["product"] / lengths if lengths else 0.0,
+        "against": part["against"] / part["count"],
+    }
 
 
 def show(report):
     """The report for a human."""
-    print(f"{'block':>6} {'|instruct|/|base|':>18} {'|speech|/|base|':>16} {'cosine':>8} "
-          f"{'signs against':>14}")
-    total = {"block": "all", **report["rel"], "cosine": report["cosine"],
-             "against": report["against"]}
+    print(
+        f"{'block':>6} {'|instruct|/|base|':>18} {'|speech|/|base|':>16} {'cosine':>8} "
+        f"{'signs against':>14}"
+    )
+    total = {
+        "block": "all",
+        **report["rel"],
+        "cosine": report["cosine"],
+        "against": report["against"],
+    }
     for row in [*report["blocks"], total]:
-        print(f"{row['block']!s:>6} {row['instruct']:18.4f} {row['speech']:16.4f} "
-              f"{row['cosine']:8.3f} {row['against']:14.3f}")
+        print(
+            f"{row['block']!s:>6} {row['instruct']:18.4f} {row['speech']:16.4f} "
+            f"{row['cosine']:8.3f} {row['against']:14.3f}"
+        )
     for name, what in (("instruct", "behaviour"), ("speech", "hearing")):
         if report["rel"][name] == 0:
             print(f"{name} equals base in every block: it adds no {what}")
@@ -284,21 +333,30 @@ def show(report):
 def draw(report, path):
     """A picture of the report: both deltas, block by block, and their cosine."""
     from matplotlib.figure import Figure
+
     rows = [row for row in report["blocks"] if isinstance(row["block"], int)]
     blocks = [row["block"] for row in rows]
     figure = Figure(figsize=(10, 3.5), layout="tight")
     left, right = figure.subplots(1, 2)
     for name, form in (("instruct", "s--"), ("speech", "o-")):
         left.plot(blocks, [row[name] for row in rows], form, label=name)
-    left.set(xlabel="block", ylabel="|delta| / |base|", ylim=(0, None),
-             title="How far each side moved")
+    left.set(
+        xlabel="block",
+        ylabel="|delta| / |base|",
+        ylim=(0, None),
+        title="How far each side moved",
+    )
     left.legend()
     cosines = [row["cosine"] for row in rows]
     most = max([0.25, *map(abs, cosines)])
     right.plot(blocks, cosines, "o-", color="0.3")
     right.axhline(0, color="grey", linewidth=0.5)
-    right.set(xlabel="block", ylabel="cosine of the two deltas", ylim=(-most, most),
-              title="Do they pull the same way?")
+    right.set(
+        xlabel="block",
+        ylabel="cosine of the two deltas",
+        ylim=(-most, most),
+        title="Do they pull the same way?",
+    )
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     runs.write_file(path, picture.getvalue())
@@ -306,27 +364,41 @@ def draw(report, path):
 
 # --- the command --------------------------------------------------------------
 
+
 def main():
-    parser = argparse.ArgumentParser(description="Add what instruct training changed to a speech "
-                                     "model: base + lam * (speech - base) + mu * (instruct - base)")
+    parser = argparse.ArgumentParser(
+        description="Add what instruct training changed to a speech "
+        "model: base + lam * (speech - base) + mu * (instruct - base)"
+    )
     add_ = parser.add_argument
     add_("--base", required=True, help="folder of the base model")
-    add_("--instruct", required=True, help="folder of the instruct model, tuned from that base")
+    add_(
+        "--instruct",
+        required=True,
+        help="folder of the instruct model, tuned from that base",
+    )
     add_("--speech", required=True, help="folder of the speech model, from that base")
-    add_("--lam", type=float, default=1.0,
-         help="how much of the speech delta (default 1; the paper found 0.85 best)")
+    add_(
+        "--lam",
+        type=float,
+        default=1.0,
+        help="how much of the speech delta (default 1; the paper found 0.85 best)",
+    )
     add_("--mu", type=float, default=1.0, help="how much of the instruct delta (default 1)")
     end = parser.add_mutually_exclusive_group(required=True)
     end.add_argument("--out", help="model folder to write")
-    end.add_argument("--dry-run", action="store_true",
-                     help="only check that the three fit and say how large both deltas are")
+    end.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only check that the three fit and say how large both deltas are",
+    )
     add_("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
 
     for name in ("lam", "mu"):
         if not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} {getattr(args, name)}: wanted a finite number")
-    for folder in (args.instruct, args.speech):     # base must be what these were trained from
+    for folder in (args.instruct, args.speech):  # base must be what these were trained from
         runs.unchanged(folder, [args.base])
     plan = Merge(args.base, args.instruct, args.speech)
     for rule, what in RULES.items():
@@ -336,8 +408,12 @@ def main():
         return
 
     strengths = {"lam": args.lam, "mu": args.mu}
-    with runs.new_folder(args.out, [args.base, args.instruct, args.speech], args.overwrite,
-                         notes=strengths | {"rules": RULES}) as out:
+    with runs.new_folder(
+        args.out,
+        [args.base, args.instruct, args.speech],
+        args.overwrite,
+        notes=strengths | {"rules": RULES},
+    ) as out:
         made = plan.run(args.lam, args.mu, out)
         (out / "merge.json").write_text(json.dumps(strengths | made, indent=1) + "\n")
         draw(made, out / "merge.png")

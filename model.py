@@ -12,6 +12,7 @@ misleads: `post_attention_layernorm` is the norm *before* the MLP.
 Dimension key:  B batch   T positions in this call   S positions with the cache   C hidden_size
                 H query heads   K key-value heads   D head_dim   V rows of the embedding
 """
+
 import argparse
 import json
 import math
@@ -29,29 +30,34 @@ from fused import attention
 
 # What differs between the families: (biases of q, k and v; norms of q and k).
 ARCHITECTURES = {
-    "LlamaForCausalLM": (False, False),     # Llama 2 and 3, TinyLlama, SmolLM2
-    "Qwen2ForCausalLM": (True, False),      # Qwen2, Qwen2.5
+    "LlamaForCausalLM": (False, False),  # Llama 2 and 3, TinyLlama, SmolLM2
+    "Qwen2ForCausalLM": (True, False),  # Qwen2, Qwen2.5
     "Qwen3ForCausalLM": (False, True),
 }
 
 
 def shape(layers, hidden, heads, intermediate):
-    return dict(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
-                intermediate_size=intermediate)
+    return dict(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+    )
 
 
 # The one dial for a model from scratch. Parameters are without the embedding.
 SIZES = {
-    "micro": shape(2, 64, 1, 128),          #   0.1 M, tests
-    "nano": shape(6, 256, 4, 768),          #   5.1 M, a laptop
-    "small": shape(8, 512, 8, 1536),        #    27 M, any GPU
-    "medium": shape(12, 768, 12, 2048),     #    85 M, one big GPU
+    "micro": shape(2, 64, 1, 128),  #   0.1 M, tests
+    "nano": shape(6, 256, 4, 768),  #   5.1 M, a laptop
+    "small": shape(8, 512, 8, 1536),  #    27 M, any GPU
+    "medium": shape(12, 768, 12, 2048),  #    85 M, one big GPU
 }
 
 
 @dataclass
 class Config:
     """The dimensions of a model, as `config.json` names them; `raw` has that file's other keys."""
+
     architecture: str = "LlamaForCausalLM"
     vocab_size: int = 384
     hidden_size: int = 256
@@ -63,7 +69,7 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict = None               # Llama-3's stretched frequencies, or None
+    rope_scaling: dict = None  # Llama-3's stretched frequencies, or None
     tie_word_embeddings: bool = True
     raw: dict = field(default_factory=dict, repr=False)
 
@@ -76,52 +82,75 @@ class Config:
         raw = runs.read_json(path)
         architecture = (raw.get("architectures") or ["none"])[0]
         if architecture not in ARCHITECTURES:
-            raise ValueError(f"{path}: architecture {architecture} is not supported; wanted one of "
-                             f"{', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"{path}: architecture {architecture} is not supported; wanted one of "
+                f"{', '.join(ARCHITECTURES)}"
+            )
 
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         for what, got, good in [
-                ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
-                ("rope type", kind, ["default", "llama3"]),
-                ("mlp_bias", raw.get("mlp_bias", False), [False]),
-                ("attention_bias", raw.get("attention_bias", False), [False]),
-                ("use_sliding_window", raw.get("use_sliding_window", False), [False])]:
+            ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
+            ("rope type", kind, ["default", "llama3"]),
+            ("mlp_bias", raw.get("mlp_bias", False), [False]),
+            ("attention_bias", raw.get("attention_bias", False), [False]),
+            ("use_sliding_window", raw.get("use_sliding_window", False), [False]),
+        ]:
             if got not in good:
-                raise ValueError(f"{path}: {what} {got!r} is not supported; wanted "
-                                 f"{' or '.join(map(str, good))}")
+                raise ValueError(
+                    f"{path}: {what} {got!r} is not supported; wanted "
+                    f"{' or '.join(map(str, good))}"
+                )
 
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads")
+        needed = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
         for name in needed:
             if name not in raw:
                 raise ValueError(f"{path}: the key {name!r} is missing")
         heads = raw["num_attention_heads"]
         return cls(
-            architecture=architecture, **{name: raw[name] for name in needed},
+            architecture=architecture,
+            **{name: raw[name] for name in needed},
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
             rope_scaling=rope if kind == "llama3" else None,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False), raw=raw)
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            raw=raw,
+        )
 
     def write(self, folder, dtype):
         """config.json, with the weights' dtype: transformers loads them in the one it names."""
-        own = {name: value for name, value in vars(self).items()
-               if name not in ("architecture", "raw")}
-        own |= {"architectures": [self.architecture],
-                "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
-                "hidden_act": "silu", "torch_dtype": str(dtype).removeprefix("torch.")}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("architecture", "raw")
+        }
+        own |= {
+            "architectures": [self.architecture],
+            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
+            "hidden_act": "silu",
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
 
         # Said once, in the older spelling, which all read.
-        raw = {name: value for name, value in self.raw.items()
-               if name not in ("rope_parameters", "dtype")}
+        raw = {
+            name: value
+            for name, value in self.raw.items()
+            if name not in ("rope_parameters", "dtype")
+        }
         (Path(folder) / "config.json").write_text(json.dumps(raw | own, indent=1) + "\n")
 
 
 # --- the network --------------------------------------------------------------
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
@@ -141,17 +170,20 @@ def rope(config, positions):
     positions (B, T) int. Dimension i turns by theta^(-2i / D) radians a position.
     """
     half = config.head_dim // 2
-    i = torch.arange(half, device=positions.device, dtype=torch.float32)    # (D / 2,)
-    turn = config.rope_theta ** (-i / half)                         # radians a position
+    i = torch.arange(half, device=positions.device, dtype=torch.float32)  # (D / 2,)
+    turn = config.rope_theta ** (-i / half)  # radians a position
     if config.rope_scaling:
         turn = stretched(turn, config.rope_scaling)
-    angle = positions[:, :, None].float() * turn                         # (B, T, D / 2)
+    angle = positions[:, :, None].float() * turn                    # (B, T, D / 2)
     return angle.cos(), angle.sin()
 
 
 def stretched(turn, s):
     """Llama-3's longer context: slow waves are stretched, fast ones stay, a ramp between."""
-    turns = s["original_max_position_embeddings"] * turn / (2 * math.pi)  # in the old context
+    # In the old context.
+    turns = (
+        s["original_max_position_embeddings"] * turn / (2 * math.pi)
+    )
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return turn * (keep + (1 - keep) / s["factor"])
@@ -159,8 +191,8 @@ def stretched(turn, s):
 
 def rotate(x, cos, sin):
     """Rotate x (B, T, heads, D): dimension i pairs with i + D / 2, as Hugging Face's halves do."""
-    a, b = x.float().chunk(2, dim=-1)                             # (B, T, heads, D / 2)
-    cos, sin = cos[:, :, None], sin[:, :, None]                       # (B, T, 1, D / 2)
+    a, b = x.float().chunk(2, dim=-1)                               # (B, T, heads, D / 2)
+    cos, sin = cos[:, :, None], sin[:, :, None]                     # (B, T, 1, D / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
@@ -180,19 +212,23 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, start, past):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, -1)                         # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, self.K, -1)                         # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, self.K, -1)                         # (B, T, K, D)
+        q = self.q_proj(x).view(B, T, self.H, -1)                   # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, self.K, -1)                   # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, self.K, -1)                   # (B, T, K, D)
         if self.norm:
             q, k = self.q_norm(q), self.k_norm(k)
 
         # Under autocast q_norm hands on float32.
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        q, k, v = (
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+        )                                                           # (B, heads, T, D)
         if past is not None:
-            k, v = past.extend(k, v)                                      # (B, K, S, D)
-        y = attention(q, k, v, start)                                     # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))             # (B, T, C)
+            k, v = past.extend(k, v)                                # (B, K, S, D)
+        y = attention(q, k, v, start)                               # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))     # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -224,13 +260,14 @@ class Body(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False      # make a block's activations again for its gradient
+        self.recompute = False  # make a block's activations again for its gradient
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids=None, embeddings=None, start=None, cache=None, positions=None,
-                states=None):
+    def forward(
+        self, ids=None, embeddings=None, start=None, cache=None, positions=None, states=None
+    ):
         """Hidden states (B, T, C) of ids (B, T) or embeddings (B, T, C).
 
         start      (B, T): see fused.attention
@@ -238,11 +275,11 @@ class Body(nn.Module):
                    computed as if alone
         states     a list that gets what each block hands on, (B, T, C)
         """
-        x = self.embed_tokens(ids) if embeddings is None else embeddings    # (B, T, C)
+        x = self.embed_tokens(ids) if embeddings is None else embeddings  # (B, T, C)
         if positions is None:
             done = cache[0].length if cache else 0
             at = torch.arange(done, done + x.shape[1], device=x.device)[None]
-            positions = at if start is None else at - start                # (1 or B, T)
+            positions = at if start is None else at - start         # (1 or B, T)
         cos, sin = rope(self.config, positions)
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
@@ -250,7 +287,7 @@ class Body(nn.Module):
             else:
                 x = layer(x, cos, sin, start, cache[i] if cache else None)
             if states is not None:
-                states.append(x)                                            # (B, T, C)
+                states.append(x)                                    # (B, T, C)
         return self.norm(x)
 
 
@@ -276,7 +313,8 @@ class LM(nn.Module):
     def fresh(cls, config, seed):
         """Random weights: normal 0.02.
 
-        What writes to the residual stream is scaled down by the number of writers (GPT-2).
+        What writes to the residual stream is scaled down by the number of writers
+        (GPT-2).
         """
         torch.manual_seed(seed)
         model = cls(config)
@@ -299,7 +337,9 @@ class LM(nn.Module):
 
         # Some files hold the tied head and the frequencies of rotation beside the rest.
         def ours(name):
-            twice = tied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+            twice = (
+                tied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+            )
             return None if twice else name
 
         weights.load_into(model, folder, ours, optional=["lm_head.weight"] if tied else [])
@@ -333,13 +373,14 @@ class Linear(nn.Linear):
         threads = torch.get_num_threads()
         if len(self.weight) % threads:
             return F.linear(x, self.weight, self.bias)
-        parts = self.weight.view(threads, -1, self.in_features).mT    # (n, in, out / n)
+        parts = self.weight.view(threads, -1, self.in_features).mT  # (n, in, out / n)
         y = torch.bmm(x.view(1, 1, -1).expand(threads, 1, -1), parts)  # (n, 1, out / n)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 # --- more rows, and less to train ---------------------------------------------
+
 
 def add_rows(model, count, like, among, seed):
     """Append rows for `count` new tokens to embedding and head; the first new id.
@@ -379,7 +420,9 @@ class LoRA(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear, self.scale = linear, alpha / rank
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
+        self.A = nn.Parameter(
+            torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features)
+        )
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, x):
@@ -408,6 +451,7 @@ def merge_lora(model):
 
 # --- generation ---------------------------------------------------------------
 
+
 class Cache:
     """One layer's keys and values, preallocated for S positions."""
 
@@ -419,8 +463,8 @@ class Cache:
     def extend(self, k, v):
         """All keys and values so far, (B, K, S so far, D) each, with these new ones."""
         done = self.length + k.shape[2]
-        self.k[:, :, self.length:done] = k
-        self.v[:, :, self.length:done] = v
+        self.k[:, :, self.length : done] = k
+        self.v[:, :, self.length : done] = v
         self.length = done
         return self.k[:, :, :done], self.v[:, :, :done]
 
@@ -437,11 +481,17 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
     """
     table, config = model.model.embed_tokens, model.config
     device, dtype = table.weight.device, table.weight.dtype
-    x, first, start = padded([p.to(device, dtype) if p.is_floating_point() else table(p.to(device))
-                              for p in prompts])                            # (B, T, C)
+    x, first, start = padded(
+        [
+            p.to(device, dtype) if p.is_floating_point() else table(p.to(device))
+            for p in prompts
+        ]
+    )                                                               # (B, T, C)
     B, T, _ = x.shape
-    cache = [Cache(B, config.num_key_value_heads, T + limit, config.head_dim, x)
-             for _ in model.model.layers]
+    cache = [
+        Cache(B, config.num_key_value_heads, T + limit, config.head_dim, x)
+        for _ in model.model.layers
+    ]
 
     not_allowed = torch.zeros(config.vocab_size, device=device)
     if allowed is not None:
@@ -449,11 +499,11 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
     stops = torch.tensor(stop, device=device)
     sampler = torch.Generator(device).manual_seed(seed)
     ended, last = torch.zeros(B, dtype=torch.bool, device=device), None
-    hidden = model.model(embeddings=x, start=start, cache=cache)            # (B, T, C)
+    hidden = model.model(embeddings=x, start=start, cache=cache)    # (B, T, C)
     for n in range(1, limit + 1):
-        logits = model.lm_head(hidden[:, -1]).float() + not_allowed         # (B, V)
+        logits = model.lm_head(hidden[:, -1]).float() + not_allowed  # (B, V)
         if temperature == 0:
-            ids = logits.argmax(-1)                                         # (B,)
+            ids = logits.argmax(-1)                                 # (B,)
         else:
             ids = sample(logits / temperature, top_p, sampler)
         if last is not None:
@@ -462,34 +512,37 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
         last, ended = ids, ended | torch.isin(ids, stops)
         if ended.all() or n == limit:
             return
-        hidden = model.model(ids[:, None], start=first, cache=cache)        # (B, 1, C)
+        hidden = model.model(ids[:, None], start=first, cache=cache)  # (B, 1, C)
 
 
 def padded(prompts):
     """(x (B, T, C), where each row begins (B, 1), `start` for attention (B, T)).
 
-    Padded on the left, so that all prompts (T, C) end together. Of one length they need no
-    mask: then the last two are None.
+    Padded on the left, so that all prompts (T, C) end together. Of one length they need
+    no mask: then the last two are None.
     """
     T = max(len(p) for p in prompts)
-    x = torch.stack([F.pad(p, (0, 0, T - len(p), 0)) for p in prompts])     # (B, T, C)
+    x = torch.stack([F.pad(p, (0, 0, T - len(p), 0)) for p in prompts])  # (B, T, C)
     if all(len(p) == T for p in prompts):
         return x, None, None
     first = torch.tensor([T - len(p) for p in prompts], device=x.device)[:, None]  # (B, 1)
-    start = torch.minimum(first, torch.arange(T, device=x.device))  # padding sees only itself
+    # Padding sees only itself.
+    start = torch.minimum(
+        first, torch.arange(T, device=x.device)
+    )
     return x, first, start
 
 
 def sample(logits, top_p, generator):
     """One id per row of logits (B, V) from the nucleus (arXiv:1904.09751).
 
-    That is the likeliest tokens that hold `top_p` together; the likeliest one is always in
-    it.
+    That is the likeliest tokens that hold `top_p` together; the likeliest one is always
+    in it.
     """
     p, order = logits.softmax(-1).sort(-1, descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0
-    drawn = torch.multinomial(p, 1, generator=generator)                    # (B, 1)
-    return order.gather(-1, drawn).squeeze(-1)                              # (B,)
+    drawn = torch.multinomial(p, 1, generator=generator)            # (B, 1)
+    return order.gather(-1, drawn).squeeze(-1)                      # (B,)
 
 
 def main():
@@ -498,7 +551,9 @@ def main():
     model = LM.load(parser.parse_args().folder)
     print(model.config)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.2f} M parameters, {str(model.lm_head.weight.dtype).removeprefix('torch.')}")
+    print(
+        f"{size:.2f} M parameters, {str(model.lm_head.weight.dtype).removeprefix('torch.')}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,18 +9,19 @@ are large and hundreds are small. What is faint in it, like a copying head that 
 form, hardly moves under plain steps. Muon replaces all singular values of the averaged
 gradient by about 1 and keeps its singular vectors: U S V^T becomes U V^T.
 
-A singular value decomposition would do that, slowly. Newton and Schulz need products alone:
-a X + b (X X^T) X + c (X X^T)^2 X has X's own singular vectors, and the singular values a s
-+ b s^3 + c s^5. A polynomial that lifts small values and keeps those near 1 where they are,
-applied a few times, brings all of them near 1.
+A singular value decomposition would do that, slowly. Newton and Schulz need products
+alone: a X + b (X X^T) X + c (X X^T)^2 X has X's own singular vectors, and the singular
+values a s + b s^3 + c s^5. A polynomial that lifts small values and keeps those near 1
+where they are, applied a few times, brings all of them near 1.
 """
+
 import argparse
 import sys
 
 import torch
 
-# a, b, c of the polynomial: an iteration lifts small values 3.4 times, and in the end none
-# of those that were large enough lies outside of 0.7 to 1.2.
+# a, b, c of the polynomial: an iteration lifts small values 3.4 times, and in the end
+# none of those that were large enough lies outside of 0.7 to 1.2.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 
@@ -28,15 +29,15 @@ ITERATIONS = 5
 def orthogonal(x, dtype=torch.float32):
     """x (N, rows, columns), rows <= columns, with all singular values brought near 1.
 
-    `dtype` is what is multiplied in. Singular values must begin below 1, so each matrix is
-    divided by its Frobenius norm, which none of them exceeds.
+    `dtype` is what is multiplied in. Singular values must begin below 1, so each matrix
+    is divided by its Frobenius norm, which none of them exceeds.
     """
     a, b, c = COEFFICIENTS
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     if x.dtype == torch.float32 and x.shape[2] > 2 * x.shape[1]:
         return orthogonal_long(x)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT                                         # (N, rows, rows): X X^T
+        gram = x @ x.mT                                           # (N, rows, rows): X X^T
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
@@ -44,14 +45,14 @@ def orthogonal(x, dtype=torch.float32):
 def orthogonal_long(x):
     """The same of long matrices (N, rows, columns) in two thirds of the products.
 
-    Each iteration is x <- P x with a small symmetric P made of X X^T alone, which becomes P
-    X X^T P. So the small matrices are multiplied first and x once. In bfloat16 faint
+    Each iteration is x <- P x with a small symmetric P made of X X^T alone, which becomes
+    P X X^T P. So the small matrices are multiplied first and x once. In bfloat16 faint
     directions would drown in the rounding of X X^T.
     """
     a, b, c = COEFFICIENTS
     p = product = None
     for _ in range(ITERATIONS):
-        gram = x @ x.mT if p is None else p @ gram @ p                 # (N, rows, rows)
+        gram = x @ x.mT if p is None else p @ gram @ p              # (N, rows, rows)
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=1, dim2=2).add_(a)
         product = p if product is None else p @ product
@@ -66,7 +67,9 @@ class Muon(torch.optim.Optimizer):
     instructions.
     """
 
-    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
+    def __init__(
+        self, parameters, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32
+    ):
         settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(parameters, settings)
         self.dtype = dtype
@@ -81,11 +84,13 @@ class Muon(torch.optim.Optimizer):
                     continue
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(average, group["momentum"])    # Nesterov's momentum
+                ahead = p.grad.lerp(average, group["momentum"])  # Nesterov's momentum
                 alike.setdefault(tuple(sorted(p.shape)), []).append((p, ahead))
             for shape, members in alike.items():
                 lies = [p.shape[0] == shape[0] for p, _ in members]
-                lying = torch.stack([x if lie else x.T for lie, (_, x) in zip(lies, members)])
+                lying = torch.stack(
+                    [x if lie else x.T for lie, (_, x) in zip(lies, members)]
+                )
                 size = 0.2 * shape[1] ** 0.5 * group["lr"]
                 for lie, (p, _), step in zip(lies, members, orthogonal(lying, self.dtype)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -95,14 +100,17 @@ class Muon(torch.optim.Optimizer):
 def draw(path):
     """Singular values from 0.001 to 1 and what they are after each iteration."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="tight")
     axes, before = figure.subplots(), torch.logspace(-3, 0, 500)
     a, b, c = COEFFICIENTS
     after = before
     for n in range(ITERATIONS + 1):
         shade, label = str(0.8 * (1 - n / ITERATIONS)), f"after {n}" if n else "before"
-        axes.plot(before, after, color=shade, linewidth=2 if n == ITERATIONS else 1, label=label)
-        after = a * after + b * after ** 3 + c * after ** 5
+        axes.plot(
+            before, after, color=shade, linewidth=2 if n == ITERATIONS else 1, label=label
+        )
+        after = a * after + b * after**3 + c * after**5
     axes.set(xscale="log", yscale="log", xlabel="singular value / norm", ylabel="becomes")
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -113,7 +121,10 @@ def main():
     parser.add_argument("picture", help="a .png to write")
     try:
         draw(parser.parse_args().picture)
-    except (OSError, ValueError) as error:  # no such folder, or no ending that means a picture
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no such folder, or no ending that means a picture
         sys.exit(f"muon.py: {error}")
 
 

@@ -7,13 +7,14 @@ see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv
 run  python pretrain.py --init out/base --units out/units --text out/toy/base.jsonl --out out/speech
 
 One loop makes all three models. What is given decides the stage, and the stage the
-settings: text alone trains a base, chats an instruct model, units a speech model. The loop
-is in `train`. What a small model needs beyond it is in align.py, and `--plain` turns that
-off.
+settings: text alone trains a base, chats an instruct model, units a speech model. The
+loop is in `train`. What a small model needs beyond it is in align.py, and `--plain` turns
+that off.
 
-A stop costs at most the steps since the last checkpoint. The same command resumes there; on
-a CPU the result is then bit-identical.
+A stop costs at most the steps since the last checkpoint. The same command resumes there;
+on a CPU the result is then bit-identical.
 """
+
 import argparse
 import datetime
 import json
@@ -38,33 +39,56 @@ from vocab import Vocab
 
 # The settings of each stage, for the toy world. A real model wants a tenth of these rates
 # or less.
-PLAIN = dict(pace=1.0, imitate=0.0, keep_text=0.0, rows_first=0, layers="0:1", embeddings="all")
+PLAIN = dict(
+    pace=1.0, imitate=0.0, keep_text=0.0, rows_first=0, layers="0:1", embeddings="all"
+)
 STAGES = {
     # A base: from nothing, on text, and used to gaps between positions.
     "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, rows=16, length=128, pace=8.0),
-    # An instruct model: the upper half of the blocks learns to reply. No word's row moves,
-    # so that a spoken word means there what it meant to the base.
-    "chat": PLAIN | dict(mix="chat=1", steps=600, lr=1.5e-3, rows=16, length=128,
-                         embeddings="markers", pace=8.0, layers="0.5:1"),
+    # An instruct model: the upper half of the blocks learns to reply. No word's row
+    # moves, so that a spoken word means there what it meant to the base.
+    "chat": PLAIN
+    | dict(
+        mix="chat=1",
+        steps=600,
+        lr=1.5e-3,
+        rows=16,
+        length=128,
+        embeddings="markers",
+        pace=8.0,
+        layers="0.5:1",
+    ),
     # A speech model: transcripts, and speech and text by turns, beside the base as a
     # teacher.
-    "units": PLAIN | dict(mix="interleave=0.35,transcribe=0.65", steps=1000, lr=1.5e-3, rows=8,
-                          length=256, embeddings="new", imitate=7.0, keep_text=0.01, rows_first=50),
+    "units": PLAIN
+    | dict(
+        mix="interleave=0.35,transcribe=0.65",
+        steps=1000,
+        lr=1.5e-3,
+        rows=8,
+        length=256,
+        embeddings="new",
+        imitate=7.0,
+        keep_text=0.01,
+        rows_first=50,
+    ),
 }
 LAYOUTS = "text", "chat", "interleave", "transcribe"
 NEW_FASTER = 10  # new rows start from noise: they learn this much faster than the blocks
-FILTER_BATCHES = 8      # batches of text that the filter of --keep-text is made from
-SAVE_EVERY, LOG_EVERY = 200, 50                             # steps
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bf16 operations a second (datasheets)
+FILTER_BATCHES = 8  # batches of text that the filter of --keep-text is made from
+SAVE_EVERY, LOG_EVERY = 200, 50  # steps
+# Operations a second in bfloat16 (datasheets).
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 # --- the loss -----------------------------------------------------------------
 
+
 class Loss(NamedTuple):
-    mean: torch.Tensor      # what is minimised
+    mean: torch.Tensor  # what is minimised
     each: torch.Tensor  # (N,): cross-entropy of every target that bears loss, for the log
-    is_unit: torch.Tensor   # (N,) bool
-    kind: torch.Tensor      # (N,): the number of its layout
+    is_unit: torch.Tensor                                           # (N,) bool
+    kind: torch.Tensor                                    # (N,): the number of its layout
 
 
 def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=None):
@@ -76,40 +100,45 @@ def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=No
     states       a list that gets the hidden states of every block, (B, T, C) each
 
     A text token competes with text rows alone, a unit with units. Which of the two comes
-    next is not for the model to guess, as decoding decides it; and no row is pushed away by
-    one that it never competes with.
+    next is not for the model to guess, as decoding decides it; and no row is pushed away
+    by one that it never competes with.
     """
-    hidden = model.model(batch["ids"], start=batch["start"], positions=batch.get("position"),
-                         states=states)                                     # (B, T, C)
-    target = batch["target"]                                                # (B, T)
-    is_unit = (target >= units.start) & (target < units.stop)               # (B, T)
-    at = batch["loss"] > 0                                                  # (B, T)
+    hidden = model.model(
+        batch["ids"], start=batch["start"], positions=batch.get("position"), states=states
+    )                                                               # (B, T, C)
+    target = batch["target"]                                        # (B, T)
+    is_unit = (target >= units.start) & (target < units.stop)       # (B, T)
+    at = batch["loss"] > 0                                          # (B, T)
     if unit_weight == 0:
         at = at & ~is_unit
     if masked is not None:
         at = at & ~masked
     hidden, target, is_unit = hidden[at], target[at], is_unit[at]   # (N, C), (N,), (N,)
 
-    head = model.lm_head.weight                                             # (V, C)
+    head = model.lm_head.weight                                     # (V, C)
     row = torch.arange(len(head), device=head.device)
     not_text = (row >= units.start) & (row < units.stop) if units else None
-    one = torch.ones(len(target), device=head.device)                       # (N,)
-    each = torch.zeros_like(one)                                            # (N,)
+    one = torch.ones(len(target), device=head.device)               # (N,)
+    each = torch.zeros_like(one)                                    # (N,)
     total, each[~is_unit] = linear_cross_entropy(
-        hidden[~is_unit], head, target[~is_unit], one[~is_unit], not_text)
+        hidden[~is_unit], head, target[~is_unit], one[~is_unit], not_text
+    )
     if units:
         of_units, each[is_unit] = linear_cross_entropy(
-            hidden[is_unit], head[units.start:units.stop], target[is_unit] - units.start,
-            unit_weight * one[is_unit])
+            hidden[is_unit],
+            head[units.start : units.stop],
+            target[is_unit] - units.start,
+            unit_weight * one[is_unit],
+        )
         total = total + of_units
 
-    weight = unit_weight * is_unit + ~is_unit                               # (N,)
+    weight = unit_weight * is_unit + ~is_unit                       # (N,)
     return Loss(total / weight.sum().clamp(min=1), each, is_unit, batch["kind"][at])
 
 
 @torch.no_grad()
 def validate(model, held_out, length, filler, units, device):
-    """Mean cross-entropy of held-out documents by layout, units apart: {"text": 1.2, "..."}."""
+    """Mean cross-entropy of held-out documents by layout, units apart: {"text": 1.2}."""
     means = {}
     for name, documents in held_out.items():
         left = [(cut(document, length)[0], kind) for document, kind in documents]
@@ -121,7 +150,9 @@ def validate(model, held_out, length, filler, units, device):
             for label, which in ((name, ~loss.is_unit), (name + " units", loss.is_unit)):
                 if which.any():
                     total, count = sums.get(label, (0.0, 0))
-                    sums[label] = total + loss.each[which].sum().item(), count + int(which.sum())
+                    sums[label] = total + loss.each[which].sum().item(), count + int(
+                        which.sum()
+                    )
         means |= {label: total / count for label, (total, count) in sums.items()}
     return means
 
@@ -131,10 +162,13 @@ def learning_rate(step, steps, peak):
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+    return peak * (
+        0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    )
 
 
 # --- what a run starts from ---------------------------------------------------
+
 
 def start_model(args):
     """(model, vocabulary, rows of its units): --init's, with new rows for units, or a fresh one."""
@@ -143,12 +177,18 @@ def start_model(args):
     else:
         vocab = Vocab(args.tokenizer)
         shape = SIZES[args.size]
-        config = Config(vocab_size=vocab.size, num_key_value_heads=shape["num_attention_heads"],
-                        raw={"eos_token_id": vocab.eos, "bos_token_id": None}, **shape)
+        config = Config(
+            vocab_size=vocab.size,
+            num_key_value_heads=shape["num_attention_heads"],
+            raw={"eos_token_id": vocab.eos, "bos_token_id": None},
+            **shape,
+        )
         model = LM.fresh(config, args.seed)
     if vocab.size > model.config.vocab_size:
-        raise ValueError(f"{args.init or args.tokenizer}: the tokenizer knows {vocab.size} tokens, "
-                         f"the embedding has {model.config.vocab_size} rows")
+        raise ValueError(
+            f"{args.init or args.tokenizer}: the tokenizer knows {vocab.size} tokens, "
+            f"the embedding has {model.config.vocab_size} rows"
+        )
     if args.units:
         add_units(model, vocab, Units(args.units), args)
 
@@ -161,8 +201,10 @@ def add_units(model, vocab, corpus, args):
     meta = corpus.meta
     if vocab.speech:
         if vocab.speech["codebook_sha256"] != meta["codebook_sha256"]:
-            raise ValueError(f"{args.units} was encoded with another codebook than {args.init} "
-                             f"learnt; encode with the codebook in {args.init}")
+            raise ValueError(
+                f"{args.units} was encoded with another codebook than {args.init} "
+                f"learnt; encode with the codebook in {args.init}"
+            )
         return
 
     # The two markers of speech start as copies of the space token's row.
@@ -171,28 +213,41 @@ def add_units(model, vocab, corpus, args):
     used = {i for text in texts for i in vocab.encode(text)} or set(vocab.bytes_of)
     first = add_rows(model, 2 + meta["k"], {0: space, 1: space}, used, args.seed)
     vocab.with_speech(first, meta["k"])
-    vocab.speech = {"speech": first, "end_speech": first + 1, "first_unit": first + 2,
-                    **{name: meta[name] for name in ("k", "frame_rate", "features")},
-                    "codebook_sha256": meta["codebook_sha256"]}
+    vocab.speech = {
+        "speech": first,
+        "end_speech": first + 1,
+        "first_unit": first + 2,
+        **{name: meta[name] for name in ("k", "frame_rate", "features")},
+        "codebook_sha256": meta["codebook_sha256"],
+    }
 
 
 def read_sources(args):
     """({layout: its documents}, {layout: weight}) of a run, checked."""
     corpus = Units(args.units) if args.units else None
-    sources = {"text": args.text and read_text(args.text),
-               "chat": args.chat and read_chats(args.chat),
-               "interleave": corpus, "transcribe": corpus}
+    sources = {
+        "text": args.text and read_text(args.text),
+        "chat": args.chat and read_chats(args.chat),
+        "interleave": corpus,
+        "transcribe": corpus,
+    }
     mix = {name: weight for name, weight in args.mix.items() if weight > 0}
     lacking = [name for name in mix if not sources[name]]
     if lacking:
-        raise ValueError(f"--mix wants {', '.join(lacking)}, but no data for it is given (--text, "
-                         "--chat or --units)")
+        raise ValueError(
+            f"--mix wants {', '.join(lacking)}, but no data for it is given (--text, "
+            "--chat or --units)"
+        )
     if corpus and not args.unit_loss and not any(row.get("text") for row in corpus.rows):
-        raise ValueError(f"{args.units}: no row has text, so there is no text to predict; give "
-                         "speech with its text, or --unit-loss above 0")
+        raise ValueError(
+            f"{args.units}: no row has text, so there is no text to predict; give "
+            "speech with its text, or --unit-loss above 0"
+        )
     if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
-        raise ValueError(f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, "
-                         "documents that show which inputs text uses")
+        raise ValueError(
+            f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, "
+            "documents that show which inputs text uses"
+        )
     return sources, mix
 
 
@@ -201,12 +256,15 @@ def warn_of_long_chats(chats, vocab, args):
     lengths = [len(vocab.chat(messages).ids) for messages in chats[:1000]]
     if max(lengths) > args.length:
         cut_short = sum(n > args.length for n in lengths)
-        tqdm.write(f"{args.chat}: {cut_short} of the first {len(lengths)} chats are longer than a "
-                   f"row of {args.length} ids and are cut: what comes later is learnt without its "
-                   f"question. --length {max(lengths)} would hold them")
+        tqdm.write(
+            f"{args.chat}: {cut_short} of the first {len(lengths)} chats are longer than a "
+            f"row of {args.length} ids and are cut: what comes later is learnt without its "
+            f"question. --length {max(lengths)} would hold them"
+        )
 
 
 # --- what is trained ----------------------------------------------------------
+
 
 def trained(model, layers, embeddings):
     """(parameters of the blocks, embedding and head): all that the optimizers may move.
@@ -223,11 +281,16 @@ def trained(model, layers, embeddings):
     body = []
     for i, block in enumerate(blocks):
         if layers[0] <= i / len(blocks) < layers[1]:
-            body += [p for name, p in block.named_parameters()
-                     if not lora or name.endswith((".A", ".B"))]
+            body += [
+                p
+                for name, p in block.named_parameters()
+                if not lora or name.endswith((".A", ".B"))
+            ]
     if not body:
-        raise ValueError(f"--layers {layers[0]:g}:{layers[1]:g}: none of {len(blocks)} blocks "
-                         "begins between those shares of the depth; widen them")
+        raise ValueError(
+            f"--layers {layers[0]:g}:{layers[1]:g}: none of {len(blocks)} blocks "
+            "begins between those shares of the depth; widen them"
+        )
 
     if embeddings == "new":
         body = [p for p in body if p.dim() == 2]
@@ -263,27 +326,32 @@ def two_optimizers(body, tables, lr, decay, faster, dtype):
     """
     matrices = [p for p in body if p.dim() == 2]
     vectors = [p for p in body if p.dim() != 2]
-    adamw = torch.optim.AdamW([{"params": tables, "faster": faster},
-                               {"params": vectors, "faster": 1}],
-                              lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    adamw = torch.optim.AdamW(
+        [{"params": tables, "faster": faster}, {"params": vectors, "faster": 1}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
     return [Muon([{"params": matrices, "faster": 1}], lr, decay, dtype=dtype), adamw]
 
 
 # --- the loop -----------------------------------------------------------------
 
+
 @dataclass
 class Run:
     """A run of `train`: what is trained, on what, with what."""
+
     args: argparse.Namespace
     model: LM
     vocab: Vocab
-    units: range                # rows of the embedding that are units
-    body: list                  # parameters of the blocks
-    tables: list                # embedding and head
-    frozen: torch.Tensor        # (V,) bool: rows of the tables that stay
-    align: Align                # what a small model needs beyond the loss
+    units: range  # rows of the embedding that are units
+    body: list  # parameters of the blocks
+    tables: list  # embedding and head
+    frozen: torch.Tensor                         # (V,) bool: rows of the tables that stay
+    align: Align  # what a small model needs beyond the loss
     optimizers: list
-    streams: dict               # {number of a batch in a step: where its documents come from}
+    streams: dict  # {number of a batch in a step: where its documents come from}
     log: "Log"
     checkpoint: runs.Checkpoint
 
@@ -292,7 +360,7 @@ def set_up(args, out, rank, world):
     """The `Run` that the arguments describe; process `rank` of `world`."""
     torch.manual_seed(args.seed)
     model, vocab, units = start_model(args)
-    first_new = units.start - 2 if args.units else 0        # two markers stand before the units
+    first_new = units.start - 2 if args.units else 0  # two markers stand before the units
     if args.lora:
         add_lora(model, args.lora, args.lora_alpha or 2 * args.lora)
     model.to(args.device)
@@ -303,8 +371,10 @@ def set_up(args, out, rank, world):
     sources, mix = read_sources(args)
     if args.chat and rank == 0:
         warn_of_long_chats(sources["chat"], vocab, args)
-    streams = {part: Documents(vocab, sources, mix, args.seed, part, args.accumulate)
-               for part in range(rank, args.accumulate, world)}
+    streams = {
+        part: Documents(vocab, sources, mix, args.seed, part, args.accumulate)
+        for part in range(rank, args.accumulate, world)
+    }
 
     body, tables = trained(model, args.layers, args.embeddings)
     frozen = frozen_rows(args.embeddings, vocab, first_new, model.config.vocab_size)
@@ -314,17 +384,32 @@ def set_up(args, out, rank, world):
         with on_gpu(args):
             align.keep_text(model, body, text_batches(vocab, sources, args), args.keep_text)
     if args.compile:
-        for block in [*model.model.layers, *(align.teacher.model.layers if align.teacher else ())]:
+        for block in [
+            *model.model.layers,
+            *(align.teacher.model.layers if align.teacher else ()),
+        ]:
             block.compile()
 
-    decay = 0.0 if args.init else 0.1       # a model that goes on gets no weight decay
+    decay = 0.0 if args.init else 0.1  # a model that goes on gets no weight decay
     faster = NEW_FASTER if args.embeddings == "new" else 1
     dtype = runs.DTYPES[args.dtype]
     optimizers = two_optimizers(body, tables, args.lr, decay, faster, dtype)
     log = Log(args, out, model, vocab, units, mix, sources, streams[rank].held_out())
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings_of(args))
-    return Run(args, model, vocab, units, body, tables, frozen.to(args.device), align, optimizers,
-               streams, log, checkpoint)
+    return Run(
+        args,
+        model,
+        vocab,
+        units,
+        body,
+        tables,
+        frozen.to(args.device),
+        align,
+        optimizers,
+        streams,
+        log,
+        checkpoint,
+    )
 
 
 def train(args, out, rank, world):
@@ -332,9 +417,16 @@ def train(args, out, rank, world):
     run = set_up(args, out, rank, world)
     first = resume(run, world) + 1
     batches = batches_ahead(run.streams.values(), args.rows, args.length, first, args.steps)
-    behind = {}                  # part -> the state of its stream after its last batch
-    for step in runs.Bar(range(first, args.steps + 1), desc=f"training {args.out}", unit="step",
-                         initial=first - 1, total=args.steps, smoothing=0.05, disable=rank > 0):
+    behind = {}  # part -> the state of its stream after its last batch
+    for step in runs.Bar(
+        range(first, args.steps + 1),
+        desc=f"training {args.out}",
+        unit="step",
+        initial=first - 1,
+        total=args.steps,
+        smoothing=0.05,
+        disable=rank > 0,
+    ):
         # The learning rate. New rows go first, while the blocks stand still.
         lr = learning_rate(step - 1, args.steps, args.lr)
         for optimizer in run.optimizers:
@@ -358,8 +450,10 @@ def train(args, out, rank, world):
             for x in [mean, *(p.grad for p in trained_now)]:
                 torch.distributed.all_reduce(x)
         if not torch.isfinite(mean):
-            raise ValueError(f"step {step}: the loss is {mean.item()}; what was saved last is kept "
-                             f"in {out}; to begin again with a lower --lr, remove it")
+            raise ValueError(
+                f"step {step}: the loss is {mean.item()}; what was saved last is kept "
+                f"in {out}; to begin again with a lower --lr, remove it"
+            )
         for p in run.tables:
             p.grad[run.frozen] = 0
         norm = torch.nn.utils.clip_grad_norm_([*run.body, *run.tables], 1.0).item()
@@ -424,18 +518,22 @@ def save(run, out):
 
 # --- going on after a stop ----------------------------------------------------
 
+
 def settings_of(args):
     """{name: text} of all that a resume must agree on: every flag, and its inputs' content."""
     names = [name for name in vars(args) if name not in ("out", "overwrite", "device")]
     inputs = [args.init, args.tokenizer, args.text, args.chat, args.units]
-    return ({name: str(getattr(args, name)) for name in names}
-            | {path: runs.fingerprint(path) for path in inputs if path})
+    return {name: str(getattr(args, name)) for name in names} | {
+        path: runs.fingerprint(path) for path in inputs if path
+    }
 
 
 def resume(run, world):
     """Put back what a stopped run left; the step it had done, 0 if there was none."""
     step, log = 0, run.log
-    saved = run.checkpoint.read("model", "optimizers", "step", "seconds", "heard", "streams")
+    saved = run.checkpoint.read(
+        "model", "optimizers", "step", "seconds", "heard", "streams"
+    )
     if saved:
         parameters, states, step, log.spent, log.heard, documents = saved
         run.model.load_state_dict(parameters)
@@ -449,9 +547,11 @@ def resume(run, world):
         steps = torch.tensor([step, -step], device=run.args.device)
         torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
         if steps[0] != -steps[1]:
-            raise ValueError(f"this process is at step {step}, another at {max(steps.tolist())}: "
-                             f"all must see the same {run.checkpoint.path.parent}; put it on a "
-                             "shared disk")
+            raise ValueError(
+                f"this process is at step {step}, another at {max(steps.tolist())}: "
+                f"all must see the same {run.checkpoint.path.parent}; put it on a "
+                "shared disk"
+            )
     log.resume(step)
     return step
 
@@ -464,12 +564,17 @@ def save_checkpoint(run, step, behind, rank, world):
         torch.distributed.all_gather_object(of_all, behind)
     if rank == 0:
         run.checkpoint.write(
-            model=run.model.state_dict(), optimizers=[o.state_dict() for o in run.optimizers],
-            step=step, seconds=run.log.seconds(), heard=run.log.heard,
-            streams={part: state for states in of_all for part, state in states.items()})
+            model=run.model.state_dict(),
+            optimizers=[o.state_dict() for o in run.optimizers],
+            step=step,
+            seconds=run.log.seconds(),
+            heard=run.log.heard,
+            streams={part: state for states in of_all for part, state in states.items()},
+        )
 
 
 # --- the log ------------------------------------------------------------------
+
 
 class Log:
     """log.jsonl, a line on the screen now and then, loss.png; and how long and how much so far."""
@@ -479,11 +584,15 @@ class Log:
         self.held_out, self.filler = held_out, vocab.eos
         self.path, self.picture = out / "log.jsonl", out / "loss.png"
         self.rank, self.world = runs.processes()
-        self.spent = 0.0    # seconds before a stop
-        self.heard = 0  # units trained on; where processes share, an estimate from one of them
+        self.spent = 0.0  # seconds before a stop
+        self.heard = (
+            0  # units trained on; where processes share, an estimate from one of them
+        )
         corpus = sources["interleave"]
         if corpus:
-            self.unit_seconds = corpus.durations.mean(dtype=float) / corpus.meta["frame_rate"]
+            self.unit_seconds = (
+                corpus.durations.mean(dtype=float) / corpus.meta["frame_rate"]
+            )
 
     def seconds(self):
         """Of training, with those before a stop."""
@@ -507,8 +616,14 @@ class Log:
         args = self.args
         tokens = (step - self.first) * args.accumulate * args.rows * args.length
         rate = tokens / (time.time() - self.began)
-        row = {"step": step, "loss": round(mean, 4), "lr": lr, "gradient": round(norm, 3),
-               "tokens_per_second": round(rate), "layouts": {}}
+        row = {
+            "step": step,
+            "loss": round(mean, 4),
+            "lr": lr,
+            "gradient": round(norm, 3),
+            "tokens_per_second": round(rate),
+            "layouts": {},
+        }
         for kind, name in enumerate(self.names):
             which = (loss.kind == kind) & ~loss.is_unit
             if which.any():
@@ -536,21 +651,26 @@ class Log:
         """Held-out losses."""
         args = self.args
         with on_gpu(args):
-            means = validate(self.model, self.held_out, args.length, self.filler, self.units,
-                             args.device)
+            means = validate(
+                self.model, self.held_out, args.length, self.filler, self.units, args.device
+            )
         return {name: round(mean, 4) for name, mean in means.items()}
 
     def draw(self):
         """Losses over steps: of each layout in training, and on its held-out documents (dots)."""
         from matplotlib.figure import Figure
+
         rows = [json.loads(line) for line in self.path.read_text().splitlines()]
         figure = Figure(figsize=(7, 4), layout="tight")
         axes = figure.subplots()
         for kind, form, what in (("layouts", ".-", ""), ("held_out", "o", ", held out")):
             names = dict.fromkeys(name for row in rows for name in row.get(kind, {}))
             for name in names:
-                points = [(row["step"], row[kind][name]) for row in rows
-                          if name in row.get(kind, {})]
+                points = [
+                    (row["step"], row[kind][name])
+                    for row in rows
+                    if name in row.get(kind, {})
+                ]
                 if not name.endswith(" units"):
                     axes.plot(*zip(*points), form, label=name + what)
         axes.set(xlabel="step", ylabel="nats per text token")
@@ -563,57 +683,73 @@ def spelled(row, steps):
     """A line of the log for a human."""
     parts = [f"step {row['step']}/{steps}", f"loss {row['loss']:.3f}"]
     parts += [f"{name} {value:.3f}" for name, value in row["layouts"].items()]
-    parts += [f"lr {row['lr']:.1e}", f"grad {row['gradient']:.2f}",
-              f"{row['tokens_per_second'] / 1000:.1f}k tok/s"]
+    parts += [
+        f"lr {row['lr']:.1e}",
+        f"grad {row['gradient']:.2f}",
+        f"{row['tokens_per_second'] / 1000:.1f}k tok/s",
+    ]
     if "share_of_peak" in row:
         parts.append(f"{row['share_of_peak']:.0%} of peak")
     if "hours" in row:
         parts.append(f"{row['hours']:.2f} h heard")
-    parts += [f"held-out {name} {value:.3f}" for name, value in row.get("held_out", {}).items()]
+    parts += [
+        f"held-out {name} {value:.3f}" for name, value in row.get("held_out", {}).items()
+    ]
     return " | ".join(parts)
 
 
 # --- the command --------------------------------------------------------------
 
+
 def layout_weights(text):
-    """"text=0.5,chat=0.5" -> {"text": 0.5, "chat": 0.5}."""
+    """ "text=0.5,chat=0.5" -> {"text": 0.5, "chat": 0.5}."""
     mix = {}
     for item in text.split(","):
         name, _, value = item.partition("=")
         if name not in LAYOUTS or not value:
-            raise argparse.ArgumentTypeError(f"got {item!r}, wanted LAYOUT=WEIGHT with a layout of "
-                                             f"{', '.join(LAYOUTS)}")
+            raise argparse.ArgumentTypeError(
+                f"got {item!r}, wanted LAYOUT=WEIGHT with a layout of "
+                f"{', '.join(LAYOUTS)}"
+            )
         mix[name] = float(value)
     if not all(0 <= weight < math.inf for weight in mix.values()) or not any(mix.values()):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted weights of 0 or more, one of them "
-                                         "above 0")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted weights of 0 or more, one of them " "above 0"
+        )
     return mix
 
 
 def depth_shares(text):
-    """"0:0.5" -> (0.0, 0.5)."""
+    """ "0:0.5" -> (0.0, 0.5)."""
     try:
         first, last = (float(part) for part in text.split(":"))
     except ValueError:
         first = last = math.nan
     if not 0 <= first < last <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted two rising shares of the depth, "
-                                         "like 0:0.5")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted two rising shares of the depth, " "like 0:0.5"
+        )
     return first, last
 
 
 def arguments():
     """The parser of this command."""
-    def default(name):
-        return "default: " + ", ".join(f"{STAGES[stage][name]} for {stage}" for stage in STAGES)
 
-    parser = argparse.ArgumentParser(description="Pre-train, or continue to: text gives a base, "
-                                     "chats an instruct model, units a speech model.")
+    def default(name):
+        return "default: " + ", ".join(
+            f"{STAGES[stage][name]} for {stage}" for stage in STAGES
+        )
+
+    parser = argparse.ArgumentParser(
+        description="Pre-train, or continue to: text gives a base, "
+        "chats an instruct model, units a speech model."
+    )
     add = parser.add_argument
 
     start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--size", choices=SIZES,
-                       help="train from scratch at this size (wants --tokenizer)")
+    start.add_argument(
+        "--size", choices=SIZES, help="train from scratch at this size (wants --tokenizer)"
+    )
     start.add_argument("--init", help="a model folder to go on from")
     add("--tokenizer", help="folder of the text tokenizer, with --size")
     add("--text", help='JSON lines {"text"}, or a .txt with one document a line')
@@ -625,14 +761,21 @@ def arguments():
     add_align_flags(add, default)
 
     # The machine.
-    add("--recompute", action="store_true", help="keep no activations inside blocks, compute them "
-        "again for the gradient: less memory, a third more work")
+    add(
+        "--recompute",
+        action="store_true",
+        help="keep no activations inside blocks, compute them "
+        "again for the gradient: less memory, a third more work",
+    )
     runs.add_dtype(parser)
     add("--compile", action="store_true", help="torch.compile every block")
     add("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
     runs.add_device(parser)
-    add("--overwrite", action="store_true",
-        help="replace an existing --out when the run ends well")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing --out when the run ends well",
+    )
     return parser
 
 
@@ -643,42 +786,90 @@ def add_recipe_flags(add, default):
     add("--lr", type=float, help=f"peak learning rate ({default('lr')})")
     add("--rows", type=int, help=f"packed rows in a batch ({default('rows')})")
     add("--length", type=int, help=f"tokens in a row ({default('length')})")
-    add("--accumulate", type=int, help="batches in a step, shared among the processes of torchrun "
-        "(default: one each)")
-    add("--unit-loss", type=float, default=0.0,
-        help="weight of a unit's loss beside a text token's (default 0)")
-    add("--lora", type=int, default=0, metavar="RANK", help="train changes of this rank beside "
-        "frozen matrices, and add them when saving (default 0: the matrices)")
-    add("--lora-alpha", type=float, default=0.0,
-        help="scale of those changes, over the rank (default: twice the rank)")
+    add(
+        "--accumulate",
+        type=int,
+        help="batches in a step, shared among the processes of torchrun "
+        "(default: one each)",
+    )
+    add(
+        "--unit-loss",
+        type=float,
+        default=0.0,
+        help="weight of a unit's loss beside a text token's (default 0)",
+    )
+    add(
+        "--lora",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="train changes of this rank beside "
+        "frozen matrices, and add them when saving (default 0: the matrices)",
+    )
+    add(
+        "--lora-alpha",
+        type=float,
+        default=0.0,
+        help="scale of those changes, over the rank (default: twice the rank)",
+    )
 
 
 def add_align_flags(add, default):
     """The flags of what a small model needs beyond the plain recipe (align.py)."""
-    add("--plain", action="store_true", help="nothing of --pace to --embeddings: every parameter "
-        "is trained, by the loss of the next token alone")
-    add("--pace", type=float, help="mean gap between positions, up to this, as words are apart in "
-        f"speech; 1: none ({default('pace')})")
-    add("--imitate", type=float, help="weight of the distance to the hidden states of the starting "
+    add(
+        "--plain",
+        action="store_true",
+        help="nothing of --pace to --embeddings: every parameter "
+        "is trained, by the loss of the next token alone",
+    )
+    add(
+        "--pace",
+        type=float,
+        help="mean gap between positions, up to this, as words are apart in "
+        f"speech; 1: none ({default('pace')})",
+    )
+    add(
+        "--imitate",
+        type=float,
+        help="weight of the distance to the hidden states of the starting "
         "model as it reads the transcript; 0: none, then interleaved text bears a loss instead "
-        f"({default('imitate')})")
-    add("--keep-text", type=float, help="strength of the filter that keeps changes of weights out "
-        f"of what text uses; 0: none ({default('keep_text')})")
-    add("--rows-first", type=int,
-        help=f"steps in which only embedding rows are trained ({default('rows_first')})")
-    add("--layers", type=depth_shares,
-        help=f"train only the blocks between two shares of the depth ({default('layers')})")
-    add("--embeddings", choices=["all", "markers", "new"], help="embedding rows that are trained: "
+        f"({default('imitate')})",
+    )
+    add(
+        "--keep-text",
+        type=float,
+        help="strength of the filter that keeps changes of weights out "
+        f"of what text uses; 0: none ({default('keep_text')})",
+    )
+    add(
+        "--rows-first",
+        type=int,
+        help=f"steps in which only embedding rows are trained ({default('rows_first')})",
+    )
+    add(
+        "--layers",
+        type=depth_shares,
+        help=f"train only the blocks between two shares of the depth ({default('layers')})",
+    )
+    add(
+        "--embeddings",
+        choices=["all", "markers", "new"],
+        help="embedding rows that are trained: "
         f"all, special tokens, or units and markers of speech ({default('embeddings')}; with "
-        "--lora markers for text and chats)")
+        "--lora markers for text and chats)",
+    )
 
 
 def settled(parser, world):
     """The arguments, each with a value."""
     args = parser.parse_args()
     if args.size and not args.tokenizer:
-        parser.error("--size wants --tokenizer, the folder of the text tokenizer to train with")
-    stage = "units" if args.units else "chat" if args.chat else "text" if args.text else None
+        parser.error(
+            "--size wants --tokenizer, the folder of the text tokenizer to train with"
+        )
+    stage = (
+        "units" if args.units else "chat" if args.chat else "text" if args.text else None
+    )
     if not stage:
         parser.error("nothing to train on: give --text, --chat or --units")
 
@@ -686,10 +877,12 @@ def settled(parser, world):
     if args.plain:
         given = [name for name in PLAIN if getattr(args, name) is not None]
         if given:
-            parser.error(f"--plain turns --{given[0].replace('_', '-')} off; give one of the two")
+            parser.error(
+                f"--plain turns --{given[0].replace('_', '-')} off; give one of the two"
+            )
         defaults |= PLAIN
     if args.lora:
-        defaults["keep_text"] = 0.0         # it filters matrices, and those are frozen
+        defaults["keep_text"] = 0.0  # it filters matrices, and those are frozen
         if stage != "units":
             defaults["embeddings"] = "markers"
     for name, value in defaults.items():
@@ -703,28 +896,40 @@ def settled(parser, world):
 def check(parser, args, world):
     """An error for settings that make no sense."""
     if not (0 <= args.imitate < math.inf and (args.units or not args.imitate)):
-        parser.error(f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only "
-                     "speech can be like its text")
+        parser.error(
+            f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only "
+            "speech can be like its text"
+        )
     if min(args.steps, args.rows, args.length - 1) < 1:
-        parser.error(f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at "
-                     "least one step, one row and two tokens")
+        parser.error(
+            f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at "
+            "least one step, one row and two tokens"
+        )
     if args.lora and args.keep_text or args.lora < 0 or args.lora_alpha < 0:
-        parser.error(f"--lora {args.lora} --lora-alpha {args.lora_alpha}: wanted 0 or more, and "
-                     "with it no --keep-text, which holds matrices that it freezes")
+        parser.error(
+            f"--lora {args.lora} --lora-alpha {args.lora_alpha}: wanted 0 or more, and "
+            "with it no --keep-text, which holds matrices that it freezes"
+        )
     if args.accumulate < 1 or args.accumulate % world:
-        parser.error(f"--accumulate {args.accumulate}: wanted at least 1, and as many for each of "
-                     f"{world} processes")
+        parser.error(
+            f"--accumulate {args.accumulate}: wanted at least 1, and as many for each of "
+            f"{world} processes"
+        )
     if not 0 <= args.seed < 1 << 31:
         parser.error(f"--seed {args.seed}: wanted 0 to 2147483647")
     if not 0 <= args.unit_loss < math.inf:
         parser.error(f"--unit-loss {args.unit_loss}: wanted 0 or more")
     if args.lora and args.size:
-        parser.error("--lora trains beside frozen matrices, which --size would leave random; give "
-                     "--init")
+        parser.error(
+            "--lora trains beside frozen matrices, which --size would leave random; give "
+            "--init"
+        )
     if not 1 <= args.pace < math.inf:
         parser.error(f"--pace {args.pace}: wanted 1 (one position a token) or more")
     if args.embeddings == "new" and not args.units:
-        parser.error("--embeddings new: only units are new tokens; give --units, or train others")
+        parser.error(
+            "--embeddings new: only units are new tokens; give --units, or train others"
+        )
 
 
 def main():
@@ -740,15 +945,17 @@ def main():
         if "cuda" in args.device:
             torch.cuda.set_device(args.device)
         # The others wait while the first writes a checkpoint, which may be 50 GB.
-        torch.distributed.init_process_group("nccl" if "cuda" in args.device else "gloo",
-                                             timeout=datetime.timedelta(hours=2))
+        torch.distributed.init_process_group(
+            "nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(hours=2)
+        )
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
 
     if rank == 0:
-        with runs.new_folder(args.out, inputs, args.overwrite, resume=True,
-                             scratch=["checkpoint.pt"]) as out:
+        with runs.new_folder(
+            args.out, inputs, args.overwrite, resume=True, scratch=["checkpoint.pt"]
+        ) as out:
             train(args, out, rank, world)
-    else:       # reads a checkpoint there, writes nothing
+    else:  # reads a checkpoint there, writes nothing
         train(args, Path(args.out).with_name(Path(args.out).name + ".partial"), rank, world)
     if world > 1:
         torch.distributed.destroy_process_group()

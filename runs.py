@@ -11,11 +11,12 @@ work keeps a Checkpoint.
 
 Scripts import this file before torch: OpenMP reads its settings when torch is loaded.
 """
+
 import os
 
-# OpenMP's threads meet at the end of every product, and whoever comes first spins: it waits
-# at full speed. With another program on one of the cores, it spins for that program's whole
-# turn. After 1,000 rounds, some microseconds, it had better sleep.
+# OpenMP's threads meet at the end of every product, and whoever comes first spins: it
+# waits at full speed. With another program on one of the cores, it spins for that
+# program's whole turn. After 1,000 rounds, some microseconds, it had better sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse  # noqa: E402
@@ -36,13 +37,14 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WORTH_IT = 1.2   # bfloat16 keeps three digits: it is taken where it is this much faster
+WORTH_IT = 1.2  # bfloat16 keeps three digits: it is taken where it is this much faster
 TRIES = 10  # products that are timed; the fastest counts: a busy machine slows the others
-LINE_EVERY = 30    # seconds between two lines about progress where there is no terminal
-SAMPLED = 1 << 26   # bytes; a larger file is fingerprinted by samples of it
+LINE_EVERY = 30  # seconds between two lines about progress where there is no terminal
+SAMPLED = 1 << 26  # bytes; a larger file is fingerprinted by samples of it
 
 
 # --- a command ----------------------------------------------------------------
+
 
 def run(main):
     """Run a script's main(). A bad input or a full disk ends in one line and exit status 1.
@@ -57,7 +59,9 @@ def run(main):
         if sys.flags.dev_mode:
             raise
         named = isinstance(error, OSError) and error.filename
-        sys.exit(f"{name}: {error.filename}: {error.strerror}" if named else f"{name}: {error}")
+        sys.exit(
+            f"{name}: {error.filename}: {error.strerror}" if named else f"{name}: {error}"
+        )
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; the same command starts or resumes it", file=sys.stderr)
         sys.exit(130)
@@ -67,8 +71,10 @@ def processes():
     """(rank, number) of this process among those that torchrun started; (0, 1) without it."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise ValueError(f"RANK {rank} of WORLD_SIZE {world}: wanted whole numbers, ranks from 0; "
-                         "start with torchrun, or unset both")
+        raise ValueError(
+            f"RANK {rank} of WORLD_SIZE {world}: wanted whole numbers, ranks from 0; "
+            "start with torchrun, or unset both"
+        )
     return int(rank), int(world)
 
 
@@ -80,6 +86,7 @@ def device_of_rank(device, world):
 
 
 # --- JSON in ------------------------------------------------------------------
+
 
 def read_json(path, keys=()):
     """The JSON object of a file. A ValueError names the file if it is none, or lacks a key."""
@@ -101,7 +108,9 @@ def read_lines(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
 
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -112,13 +121,16 @@ def read_lines(path):
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: got {line.strip()[:40]!r}, "
-                             "wanted a JSON object {...}")
+            raise ValueError(
+                f"{path}, line {number}: got {line.strip()[:40]!r}, "
+                "wanted a JSON object {...}"
+            )
         rows.append(row)
     return rows
 
 
 # --- files out ----------------------------------------------------------------
+
 
 def may_write(path, overwrite):
     """A FileExistsError if a file is there and may not be replaced: ask before hours of work."""
@@ -146,6 +158,7 @@ def settle(file):
 
 # --- folders out --------------------------------------------------------------
 
+
 @contextmanager
 def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratch=()):
     """Yield OUT.partial to write into; when the block ends well, rename it to OUT.
@@ -164,22 +177,26 @@ def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratc
     partial.mkdir(parents=True, exist_ok=True)
 
     with owned(partial):
-        if old.exists() and not out.exists():   # a kill came between the two renames below
+        if old.exists() and not out.exists():  # a kill came between the two renames below
             os.replace(old, out)
-        replaceable(out, overwrite)      # another process may have written it meanwhile
-        if old.exists():            # a run was killed while it removed what it replaced
+        replaceable(out, overwrite)  # another process may have written it meanwhile
+        if old.exists():  # a run was killed while it removed what it replaced
             replaceable(old, overwrite=True)
             shutil.rmtree(old)
         if not resume:
             for path in partial.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                (
+                    shutil.rmtree(path)
+                    if path.is_dir() and not path.is_symlink()
+                    else path.unlink()
+                )
 
         # Inputs are hashed before the work: as they were when they were read.
         made = recipe(inputs) | (notes or {})
         yield partial
 
         (partial / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
-        os.sync()                             # after a power cut a folder is whole, too
+        os.sync()  # after a power cut a folder is whole, too
         if out.exists():
             os.replace(out, old)
         os.replace(partial, out)
@@ -191,10 +208,14 @@ def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratc
 def replaceable(out, overwrite):
     """A FileExistsError for a folder that is there and may not be replaced."""
     if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or another --out")
+        raise FileExistsError(
+            f"{out} exists; pass --overwrite to replace it, or another --out"
+        )
     if out.exists() and not (out / "recipe.json").exists():
-        raise FileExistsError(f"{out} was not made by this project (it has no recipe.json); "
-                              "remove it yourself, or pass another --out")
+        raise FileExistsError(
+            f"{out} was not made by this project (it has no recipe.json); "
+            "remove it yourself, or pass another --out"
+        )
 
 
 @contextmanager
@@ -204,11 +225,13 @@ def owned(folder):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not folder.exists() or os.stat(folder).st_ino != os.fstat(handle).st_ino:
-            raise BlockingIOError               # its last owner has just renamed it
+            raise BlockingIOError  # its last owner has just renamed it
     except BlockingIOError:
         os.close(handle)
-        raise FileExistsError(f"{folder}: another process is writing it; wait for its end, "
-                              "or pass another --out") from None
+        raise FileExistsError(
+            f"{folder}: another process is writing it; wait for its end, "
+            "or pass another --out"
+        ) from None
     try:
         yield
     finally:
@@ -217,11 +240,14 @@ def owned(folder):
 
 # --- what made an output ------------------------------------------------------
 
+
 def recipe(inputs=()):
     """What made an output: the command, the versions, a fingerprint of each input."""
-    return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "inputs": {str(path): fingerprint(path) for path in inputs if path}}
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "inputs": {str(path): fingerprint(path) for path in inputs if path},
+    }
 
 
 def unchanged(folder, inputs):
@@ -230,10 +256,15 @@ def unchanged(folder, inputs):
     made = read_json(file).get("inputs", {}) if file.exists() else {}
     made = {Path(path).resolve(): digest for path, digest in made.items()}
     for path in inputs:
-        before = made.get(Path(path).resolve())  # "out/base" and "./out/base/" are one folder
+        # "out/base" and "./out/base/" are one folder.
+        before = made.get(
+            Path(path).resolve()
+        )
         if before not in (None, fingerprint(path)):
-            raise ValueError(f"{path} has changed since {folder} was made from it; make {folder} "
-                             f"again with --overwrite ({file} has the command)")
+            raise ValueError(
+                f"{path} has changed since {folder} was made from it; make {folder} "
+                f"again with --overwrite ({file} has the command)"
+            )
 
 
 def fingerprint(path):
@@ -263,6 +294,7 @@ def fingerprint(path):
 
 # --- a resume -----------------------------------------------------------------
 
+
 class Checkpoint:
     """All that a stopped run needs to go on, in one file that is replaced whole.
 
@@ -285,17 +317,23 @@ class Checkpoint:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             saved = {}
-        lacking = [n for n in (*names, "settings") if not isinstance(saved, dict) or n not in saved]
+        lacking = [
+            n for n in (*names, "settings") if not isinstance(saved, dict) or n not in saved
+        ]
         if lacking:
-            raise ValueError(f"{self.path}: no checkpoint of this version, or a damaged one "
-                             f"(no {lacking[0]!r} in it); remove it to start anew")
+            raise ValueError(
+                f"{self.path}: no checkpoint of this version, or a damaged one "
+                f"(no {lacking[0]!r} in it); remove it to start anew"
+            )
 
         before, now = saved["settings"], self.settings
         differs = [name for name in now if before.get(name) != now[name]]
         if differs:
             name = differs[0]
-            raise ValueError(f"{self.path} is of a run with another {name} ({before.get(name)}, "
-                             f"now {now[name]}); give what it was started with, or remove it")
+            raise ValueError(
+                f"{self.path} is of a run with another {name} ({before.get(name)}, "
+                f"now {now[name]}); give what it was started with, or remove it"
+            )
         return [saved[name] for name in names]
 
     def write(self, **state):
@@ -308,8 +346,10 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
             partial.unlink(missing_ok=True)
             why = str(error).splitlines()[0]
-            raise OSError(f"{partial} could not be written, is the disk full? ({why}) "
-                          "What was saved before is kept") from None
+            raise OSError(
+                f"{partial} could not be written, is the disk full? ({why}) "
+                "What was saved before is kept"
+            ) from None
         os.replace(partial, self.path)
 
 
@@ -317,11 +357,14 @@ def keep_log(path, step):
     """Of a log, JSON lines with a "step", keep the steps that are done; a kill may have left more,
     and half a line at the end."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    done = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    done = [
+        line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step
+    ]
     path.write_text("".join(done))
 
 
 # --- arithmetic ---------------------------------------------------------------
+
 
 def product_rate(dtype, shape=(256, 256, 256), enough=0.0):
     """Operations a second of the CPU's product (m, k) @ (k, n) in `dtype`, the best of TRIES.
@@ -330,7 +373,7 @@ def product_rate(dtype, shape=(256, 256, 256), enough=0.0):
     """
     m, k, n = shape
     a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
-    a @ b           # the library prepares a product when it first meets it
+    a @ b  # the library prepares a product when it first meets it
     best = 0.0
     for _ in range(TRIES):
         begin = time.perf_counter()
@@ -382,15 +425,22 @@ def name_of(dtype):
 
 def add_dtype(parser):
     """The --dtype of every command that multiplies for long."""
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                        help="what products are made in; weights stay float32 "
-                             "(default: auto, what this machine is fast at)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="what products are made in; weights stay float32 "
+        "(default: auto, what this machine is fast at)",
+    )
 
 
 def add_device(parser):
     """The --device of every command that a GPU makes faster."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if there is one)",
+    )
 
 
 def autocast(device, dtype):
@@ -401,6 +451,7 @@ def autocast(device, dtype):
 
 # --- progress -----------------------------------------------------------------
 
+
 class Bar(tqdm):
     """A tqdm bar on a terminal. Elsewhere, as in a log, a notebook or CI, a line every LINE_EVERY
     seconds, with rate and time left."""
@@ -408,9 +459,16 @@ class Bar(tqdm):
     def __init__(self, *args, **settings):
         self.lines = not sys.stderr.isatty()
         if self.lines:
-            settings |= {"mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, "delay": LINE_EVERY}
-            settings |= {"miniters": 1, "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, "
-                                                      "{elapsed} gone, {remaining} left{postfix}"}
+            settings |= {
+                "mininterval": LINE_EVERY,
+                "maxinterval": LINE_EVERY,
+                "delay": LINE_EVERY,
+            }
+            settings |= {
+                "miniters": 1,
+                "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, "
+                "{elapsed} gone, {remaining} left{postfix}",
+            }
         super().__init__(*args, **settings)
 
     def display(self, msg=None, pos=None):
@@ -423,20 +481,22 @@ class Bar(tqdm):
             super().clear(nolock)
 
     def refresh(self, nolock=False, lock_args=None):
-        if self.lines and nolock:           # tqdm.write redraws bars; a line stays where it is
+        if self.lines and nolock:  # tqdm.write redraws bars; a line stays where it is
             return None
         return super().refresh(nolock, lock_args)
 
     def close(self):
         if self.lines and not self.disable:
-            self.disable = True     # a last line would say what the command says anyway
+            self.disable = True  # a last line would say what the command says anyway
             self._decr_instances(self)
         else:
             super().close()
 
 
 def main():
-    argparse.ArgumentParser(description="Say what this machine multiplies fast.").parse_args()
+    argparse.ArgumentParser(
+        description="Say what this machine multiplies fast."
+    ).parse_args()
     threads = torch.get_num_threads()
     for name, dtype in DTYPES.items():
         rate = product_rate(dtype, (2048, 256, 768)) / 1e9

@@ -16,10 +16,11 @@ string over an alphabet of K units.
 --nproc-per-node 8 tokenize_audio.py encode ...`) each process takes its stretch of the
 list; the first joins them.
 
-Every folder that can turn sound into units (codebook, units folder, model that hears) holds
-codebook.safetensors, codebook.json and, if its features come from a HuBERT under 50 MB,
-that HuBERT as hubert/: it needs nothing else.
+Every folder that can turn sound into units (codebook, units folder, model that hears)
+holds codebook.safetensors, codebook.json and, if its features come from a HuBERT under 50
+MB, that HuBERT as hubert/: it needs nothing else.
 """
+
 import argparse
 import hashlib
 import io
@@ -46,40 +47,46 @@ from hubert import Config, Hubert
 # k-means with --minibatch: passes' worth of steps, whole passes after them, and among how
 # many frames a centroid the start is drawn.
 PREVIEW, PASSES_AFTER, SPREAD = 1, 20, 200
-ROWS = 2048                     # frames compared with all centroids at a time, on a CPU
-STEADY = 3                # HuBERT units then change some 15 times a second, near phones
-LONG = 60 * audio.SAMPLE_RATE   # a longer clip is heard in windows of a minute ...
+ROWS = 2048  # frames compared with all centroids at a time, on a CPU
+STEADY = 3  # HuBERT units then change some 15 times a second, near phones
+LONG = 60 * audio.SAMPLE_RATE  # a longer clip is heard in windows of a minute ...
 AROUND = 2 * audio.SAMPLE_RATE  # ... and two seconds more on each side
-AHEAD = 64                # clips decoded while others are encoded; what a kill can cost
-MOST = 65_535                   # frames of a run: what durations.bin can hold
-SILENT = 1e-4                   # a clip that never gets louder than -80 dB
-CLIPPED = 0.999, 0.001    # a sample is clipped from here on; a clip where this share is
-SMALL = 50e6                 # bytes: a HuBERT up to this size travels with its codebook
+AHEAD = 64  # clips decoded while others are encoded; what a kill can cost
+MOST = 65_535  # frames of a run: what durations.bin can hold
+SILENT = 1e-4  # a clip that never gets louder than -80 dB
+CLIPPED = 0.999, 0.001  # a sample is clipped from here on; a clip where this share is
+SMALL = 50e6  # bytes: a HuBERT up to this size travels with its codebook
 
 
 # --- features -----------------------------------------------------------------
+
 
 def feature_function(recipe, folder, device, dtype=torch.float32):
     """(features, hop) by a recipe: {"kind": "mfcc"} or {"kind": "hubert", "path", "layer", ...}.
 
     `features` turns a list of clips, samples (N,) each, into float32 tensors (N // hop,
-    width) on `device`. A clip gives in any list what it gives alone. A HuBERT is taken from
-    folder/hubert, if a folder is given and has one.
+    width) on `device`. A clip gives in any list what it gives alone. A HuBERT is taken
+    from folder/hubert, if a folder is given and has one.
     """
     if recipe["kind"] == "mfcc":
+
         def mfccs(clips):
             return [torch.from_numpy(audio.mfcc(samples)).to(device) for samples in clips]
+
         return mfccs, audio.HOP
 
     path = Path(recipe["path"])
     if folder and Path(folder, "hubert").exists():
         path = Path(folder, "hubert")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: the HuBERT of these units is not there; pass it with "
-                                "--hubert")
+        raise FileNotFoundError(
+            f"{path}: the HuBERT of these units is not there; pass it with " "--hubert"
+        )
     if runs.fingerprint(path) != recipe["sha256"]:
-        raise ValueError(f"{path}: not the HuBERT that these units come from (its sha256 differs); "
-                         "pass the right one with --hubert")
+        raise ValueError(
+            f"{path}: not the HuBERT that these units come from (its sha256 differs); "
+            "pass the right one with --hubert"
+        )
     model, layer = Hubert.load(path, device), recipe["layer"]
     hop = model.hop()
 
@@ -89,20 +96,25 @@ def feature_function(recipe, folder, device, dtype=torch.float32):
         if int(lengths.max()) < hop:
             return [torch.zeros(0, model.config.hidden_size, device=device) for _ in clips]
         alike = len(set(map(len, clips))) == 1
-        x = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(samples) for samples in clips],
-                                            batch_first=True).to(device)    # (B, N)
+        x = torch.nn.utils.rnn.pad_sequence(
+            [torch.from_numpy(samples) for samples in clips], batch_first=True
+        ).to(
+            device
+        )                                                           # (B, N)
         with runs.autocast(device, dtype):
-            x = model(x, layer, lengths=None if alike else lengths).float() # (B, T, C)
-        each = [row[:n // hop] for row, n in zip(x, lengths.tolist())]
+            x = model(x, layer, lengths=None if alike else lengths).float()  # (B, T, C)
+        each = [row[: n // hop] for row, n in zip(x, lengths.tolist())]
 
-        # What stays the same through a clip (of a long one, a window) is the voice and the
-        # room, not the words.
+        # What stays the same through a clip (of a long one, a window) is the voice and
+        # the room, not the words.
         return [row - row.mean(0) if len(row) else row for row in each]
+
     return features, hop
 
 
 class Window(NamedTuple):
     """Samples `begin` to `end` of a clip; the frames that count there, from `first` on."""
+
     begin: int
     end: int
     first: int
@@ -138,18 +150,19 @@ def batches(lengths, seconds):
 
 def ahead(rows, decode):
     """Yield (rows, what `decode` makes of each), AHEAD at a time; threads decode the next ones."""
-    chunks = [rows[a:a + AHEAD] for a in range(0, len(rows), AHEAD)]
+    chunks = [rows[a : a + AHEAD] for a in range(0, len(rows), AHEAD)]
     pool, decoding = ThreadPoolExecutor(4), ()
     try:
         for chunk, following in zip([[], *chunks], [*chunks, []]):
             decoded, decoding = list(decoding), pool.map(decode, following)
             if chunk:
                 yield chunk, decoded
-    finally:        # whoever stops early waits for no clip that was not begun
+    finally:  # whoever stops early waits for no clip that was not begun
         pool.shutdown(cancel_futures=True)
 
 
 # --- k-means ------------------------------------------------------------------
+
 
 def nearest(x, centroids):
     """Index (N,) of the nearest centroid of each row of x (N, C).
@@ -158,19 +171,22 @@ def nearest(x, centroids):
     at a time: their products with all centroids stay in a cache. On a GPU so many that these are
     1 GB.
     """
-    half = 0.5 * centroids.pow(2).sum(1)                                    # (K,)
+    half = 0.5 * centroids.pow(2).sum(1)                            # (K,)
     rows = ROWS if x.device.type == "cpu" else max(1, (1 << 28) // len(centroids))
-    return torch.cat([torch.addmm(-half, part, centroids.T).argmax(1) for part in x.split(rows)])
+    return torch.cat(
+        [torch.addmm(-half, part, centroids.T).argmax(1) for part in x.split(rows)]
+    )
 
 
 def steady(clips, centroids, switch):
     """Labels (T,) int64 of each clip's frames (T, C): the path through the centroids with the least
-    sum of squared distances plus `switch` for every change of label (Viterbi's algorithm).
+    sum of squared distances plus `switch` for every change of label (Viterbi's
+    algorithm).
 
     A change costs the same wherever it leads, so a step looks at K states, not K * K.
     switch = 0 is the nearest centroid of each frame. Above it, a stray frame is not worth
-    two changes: fewer, longer units. All clips take a step together: a loop in Python costs
-    the same for one of them.
+    two changes: fewer, longer units. All clips take a step together: a loop in Python
+    costs the same for one of them.
     """
     lengths = [len(x) for x in clips]
     if switch == 0 or not max(lengths):
@@ -178,16 +194,22 @@ def steady(clips, centroids, switch):
         return np.split(labels, np.cumsum(lengths)[:-1])
 
     # Behind its end a clip's distances are 0: no change is worth its price there.
-    far = lambda x: x.pow(2).sum(1, keepdim=True) - 2 * (x @ centroids.T) + centroids.pow(2).sum(1)
-    distance = torch.nn.utils.rnn.pad_sequence([far(x) for x in clips]).cpu().numpy()  # (T, B, K)
+    far = (
+        lambda x: x.pow(2).sum(1, keepdim=True)
+        - 2 * (x @ centroids.T)
+        + centroids.pow(2).sum(1)
+    )
+    distance = (
+        torch.nn.utils.rnn.pad_sequence([far(x) for x in clips]).cpu().numpy()
+    )                                                               # (T, B, K)
     T, B, K = distance.shape
 
     # The cost of the best path that ends in each label, and where that path came from.
-    cost = distance[0].copy()                                               # (B, K)
+    cost = distance[0].copy()                                       # (B, K)
     came = np.empty((T, B, K), dtype=np.int32)
     for t in range(1, T):
-        best = cost.argmin(1)[:, None]                                     # (B, 1)
-        changed = np.take_along_axis(cost, best, 1) + switch               # (B, 1)
+        best = cost.argmin(1)[:, None]                              # (B, 1)
+        changed = np.take_along_axis(cost, best, 1) + switch        # (B, 1)
         came[t] = np.where(cost <= changed, np.arange(K), best)
         cost = np.minimum(cost, changed) + distance[t]
 
@@ -203,12 +225,14 @@ def kmeans(x, k, seed=0, passes=50, minibatch=0):
 
     The start is k-means++. `minibatch` frames at a time, if given, come first: steps on
     random frames, each centroid moving to the mean of what it lately got (Sculley 2010).
-    From there few passes are needed, and the start is drawn among fewer frames. A centroid
-    that loses all its frames is put on the frame farthest from its own.
+    From there few passes are needed, and the start is drawn among fewer frames. A
+    centroid that loses all its frames is put on the frame farthest from its own.
     """
     if len(x) < k:
-        raise ValueError(f"{len(x)} frames are too few for {k} centroids; give more audio or a "
-                         "smaller --k")
+        raise ValueError(
+            f"{len(x)} frames are too few for {k} centroids; give more audio or a "
+            "smaller --k"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n):
@@ -228,7 +252,9 @@ def kmeans(x, k, seed=0, passes=50, minibatch=0):
         centroids = centroids + change
 
     label = None
-    bar = runs.Bar(range(PASSES_AFTER if minibatch else passes), desc="k-means", unit="pass")
+    bar = runs.Bar(
+        range(PASSES_AFTER if minibatch else passes), desc="k-means", unit="pass"
+    )
     for _ in bar:
         last, label = label, nearest(x, centroids)
         if last is not None and torch.equal(last, label):
@@ -248,16 +274,20 @@ def kmeans(x, k, seed=0, passes=50, minibatch=0):
 def plus_plus(x, k, generator):
     """The k-means++ start: k rows of x (N, C).
 
-    Each next one is drawn by its squared distance to those before: the best of a few draws.
+    Each next one is drawn by its squared distance to those before: the best of a few
+    draws.
     """
     centroids = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
-    distance = (x - centroids).pow(2).sum(1)      # (N,): to the nearest centroid so far
-    square = x.pow(2).sum(1)                            # (N,)
+    distance = (x - centroids).pow(2).sum(1)        # (N,): to the nearest centroid so far
+    square = x.pow(2).sum(1)                                        # (N,)
     draws = 2 + int(math.log(k))
     for _ in runs.Bar(range(k - 1), desc="k-means++", unit="centroid"):
         sums = distance.double().cumsum(0)
-        drawn = torch.rand(draws, generator=generator, dtype=torch.float64).to(x.device) * sums[-1]
-        new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]      # (draws, C)
+        drawn = (
+            torch.rand(draws, generator=generator, dtype=torch.float64).to(x.device)
+            * sums[-1]
+        )
+        new = x[torch.searchsorted(sums, drawn).clamp(max=len(x) - 1)]  # (draws, C)
 
         # (N, draws): |x - new|^2, or the distance that there is if it is smaller.
         left = torch.addmm(square[:, None], x, new.T, alpha=-2).add_(new.pow(2).sum(1))
@@ -276,6 +306,7 @@ def gathered(x, label, k):
 
 # --- units --------------------------------------------------------------------
 
+
 def collapse(labels):
     """Runs made one: [7, 7, 7, 2, 2, 7] -> units [7, 2, 7], durations [3, 2, 1], in frames."""
     labels = np.asarray(labels)
@@ -286,7 +317,9 @@ def collapse(labels):
 
     # Over twenty minutes of one unit, as digital silence gives, are several runs of it.
     if lengths.max() > MOST:
-        starts = np.concatenate([np.arange(a, a + n, MOST) for a, n in zip(starts, lengths)])
+        starts = np.concatenate(
+            [np.arange(a, a + n, MOST) for a, n in zip(starts, lengths)]
+        )
         lengths = np.diff(np.append(starts, len(labels)))
     return labels[starts].astype(np.uint16), lengths.astype(np.uint16)
 
@@ -297,16 +330,21 @@ class AudioTokenizer:
     def __init__(self, folder, device="cpu", hubert=None, dtype=torch.float32):
         folder = Path(folder)
         if not (folder / "codebook.json").exists():
-            raise FileNotFoundError(f"{folder}: no codebook in it, so it cannot hear; wanted a "
-                                    "folder made by fit, encode, pretrain --units or merge")
+            raise FileNotFoundError(
+                f"{folder}: no codebook in it, so it cannot hear; wanted a "
+                "folder made by fit, encode, pretrain --units or merge"
+            )
         keys = ["features", "k", "frame_rate", "collapse", "switch", "sha256"]
         self.recipe = runs.read_json(folder / "codebook.json", keys)
         if runs.fingerprint(folder / "codebook.safetensors") != self.recipe["sha256"]:
-            raise ValueError(f"{folder}: codebook.safetensors is not the one codebook.json "
-                             "describes (its sha256 differs); fit again")
+            raise ValueError(
+                f"{folder}: codebook.safetensors is not the one codebook.json "
+                "describes (its sha256 differs); fit again"
+            )
         features = self.recipe["features"] | ({"path": hubert} if hubert else {})
-        self.features, self.hop = feature_function(features, None if hubert else folder, device,
-                                                   dtype)
+        self.features, self.hop = feature_function(
+            features, None if hubert else folder, device, dtype
+        )
         self.centroids = load_file(folder / "codebook.safetensors")["centroids"].to(device)
 
     def __call__(self, samples):
@@ -325,26 +363,30 @@ class AudioTokenizer:
             samples = []
             for p in batch:
                 clip, window = pieces[p]
-                samples.append(clip[window.begin:window.end])
+                samples.append(clip[window.begin : window.end])
             paths = steady(self.features(samples), self.centroids, self.recipe["switch"])
             for p, path in zip(batch, paths):
                 _, window = pieces[p]
-                labels[p] = path[window.first:window.first + window.count]
+                labels[p] = path[window.first : window.first + window.count]
 
         # The windows of a clip, put together again.
         ends = np.cumsum([len(cut) for cut in cuts])
-        return [collapse(np.concatenate(labels[end - len(cut):end]))
-                for cut, end in zip(cuts, ends)]
+        return [
+            collapse(np.concatenate(labels[end - len(cut) : end]))
+            for cut, end in zip(cuts, ends)
+        ]
 
 
 def add_ears(parser):
     """The flags of every command that takes a folder that hears."""
     runs.add_device(parser)
-    parser.add_argument("--hubert",
-                        help="the HuBERT folder, if it was too big to travel with the model")
+    parser.add_argument(
+        "--hubert", help="the HuBERT folder, if it was too big to travel with the model"
+    )
 
 
 # --- fit ----------------------------------------------------------------------
+
 
 def fit(args):
     """A codebook: the centroids of a corpus' features."""
@@ -353,8 +395,9 @@ def fit(args):
     rows = audio.read_manifest(args.manifest)
     if not rows:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip to fit on")
-    with runs.new_folder(args.out, [args.hubert], args.overwrite,
-                         notes={"audio": identity(rows)}) as out:
+    with runs.new_folder(
+        args.out, [args.hubert], args.overwrite, notes={"audio": identity(rows)}
+    ) as out:
         x = sampled_frames(args, rows, features)
         centroids = kmeans(x, args.k, args.seed, minibatch=args.minibatch)
 
@@ -364,9 +407,15 @@ def fit(args):
         if switch is None:
             switch = STEADY if args.hubert else 0
         save_file({"centroids": centroids.cpu().contiguous()}, out / "codebook.safetensors")
-        made = {"features": recipe, "k": args.k, "frame_rate": audio.SAMPLE_RATE // hop,
-                "collapse": True, "switch": switch * inertia, "frames": len(x),
-                "sha256": runs.fingerprint(out / "codebook.safetensors")}
+        made = {
+            "features": recipe,
+            "k": args.k,
+            "frame_rate": audio.SAMPLE_RATE // hop,
+            "collapse": True,
+            "switch": switch * inertia,
+            "frames": len(x),
+            "sha256": runs.fingerprint(out / "codebook.safetensors"),
+        }
         (out / "codebook.json").write_text(json.dumps(made, indent=1) + "\n")
         if args.hubert:
             size = sum(file.stat().st_size for file in Path(args.hubert).rglob("*"))
@@ -379,22 +428,31 @@ def fit(args):
 def feature_recipe(args):
     """What `fit` clusters, for codebook.json; a ValueError for flags that make no sense."""
     if (args.features == "hubert") != bool(args.hubert):
-        raise ValueError("give --hubert FOLDER --layer N for HuBERT features, or --features mfcc")
+        raise ValueError(
+            "give --hubert FOLDER --layer N for HuBERT features, or --features mfcc"
+        )
     if args.switch is not None and not 0 <= args.switch < float("inf"):
         raise ValueError(f"--switch {args.switch}: wanted 0 or more")
     if args.minibatch < 0 or args.frames < 1:
-        raise ValueError(f"--minibatch {args.minibatch} --frames {args.frames}: wanted 0 or more "
-                         "for the first, 1 or more for the second")
+        raise ValueError(
+            f"--minibatch {args.minibatch} --frames {args.frames}: wanted 0 or more "
+            "for the first, 1 or more for the second"
+        )
     if not 1 <= args.k <= 1 << 16:
-        raise ValueError(f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can "
-                         "name")
+        raise ValueError(
+            f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can " "name"
+        )
     if not args.hubert:
         return {"kind": "mfcc"}
     depth = Config.read(args.hubert).num_hidden_layers
     if not 0 <= args.layer <= depth:
         raise ValueError(f"--layer {args.layer}: {args.hubert} has layers 0 to {depth}")
-    return {"kind": "hubert", "path": str(Path(args.hubert).resolve()), "layer": args.layer,
-            "sha256": runs.fingerprint(args.hubert)}
+    return {
+        "kind": "hubert",
+        "path": str(Path(args.hubert).resolve()),
+        "layer": args.layer,
+        "sha256": runs.fingerprint(args.hubert),
+    }
 
 
 def sampled_frames(args, rows, features):
@@ -428,6 +486,7 @@ def identity(rows):
 
 # --- encode -------------------------------------------------------------------
 
+
 def encode(args):
     """The units of every clip of a corpus; under torchrun, of a stretch of it."""
     rows, (rank, world) = audio.read_manifest(args.manifest), runs.processes()
@@ -435,12 +494,14 @@ def encode(args):
     args.identity = identity(rows)
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if world > max(1, len(rows)):
-        raise ValueError(f"WORLD_SIZE {world} for {len(rows)} clips: wanted no more processes than "
-                         "clips")
+        raise ValueError(
+            f"WORLD_SIZE {world} for {len(rows)} clips: wanted no more processes than "
+            "clips"
+        )
     if rank == 0:
         runs.replaceable(Path(args.out), args.overwrite)
     elif Path(args.out).exists() and not args.overwrite:
-        return                   # before a stop, the first process has joined all parts
+        return  # before a stop, the first process has joined all parts
     if world == 1:
         encode_rows(args, rows, args.out)
         return
@@ -451,14 +512,17 @@ def encode(args):
         a, b = len(rows) * rank // world, len(rows) * (rank + 1) // world
         encode_rows(args, rows[a:b], parts[rank])
     if rank == 0:
-        while not all(Path(part).exists() for part in parts):  # torchrun ends all if one fails
+        while not all(
+            Path(part).exists() for part in parts
+        ):  # torchrun ends all if one fails
             time.sleep(1)
         join(args, parts)
 
 
 class Clip(NamedTuple):
     """A clip to encode, or the `error` why it cannot be."""
-    samples: object = None                  # (N,), or a Recording where it is long
+
+    samples: object = None                         # (N,), or a Recording where it is long
     silent: bool = False
     clipped: bool = False
     error: str = ""
@@ -471,12 +535,12 @@ def read_clip(path, hop):
         if len(clip) < hop:
             return Clip(error=f"{len(clip)} samples are under one frame ({hop})")
         if len(clip) <= LONG + 2 * AROUND:
-            clip = clip[:]                  # what is long stays in its file
-        if len(clip) < hop:                 # its header promised more
+            clip = clip[:]  # what is long stays in its file
+        if len(clip) < hop:  # its header promised more
             return Clip(error=f"{len(clip)} samples are under one frame ({hop})")
         loudest, clipped = 0.0, 0
         for a in range(0, len(clip), LONG):
-            part = abs(clip[a:a + LONG])
+            part = abs(clip[a : a + LONG])
             loudest = max(loudest, part.max())
             clipped += int((part > CLIPPED[0]).sum())
         return Clip(clip, bool(loudest < SILENT), clipped > CLIPPED[1] * len(clip))
@@ -489,8 +553,9 @@ class Shard:
 
     What was written behind the mark is cut off when the run goes on, and encoded again.
     """
+
     FILES = "units.bin", "durations.bin", "counts.bin", "manifest.jsonl", "skipped.jsonl"
-    SCRATCH = "counts.bin", "mark.pt"       # what only a resume needs
+    SCRATCH = "counts.bin", "mark.pt"  # what only a resume needs
 
     def __init__(self, folder, settings):
         self.mark = runs.Checkpoint(folder / "mark.pt", settings)
@@ -532,8 +597,10 @@ def reopened(path, size):
     """A file open behind its first `size` bytes; the rest is cut off."""
     path.touch()
     if path.stat().st_size < size:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, its mark says {size}; the disk has "
-                         f"lost some. Remove {path.parent} to start anew")
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes, its mark says {size}; the disk has "
+            f"lost some. Remove {path.parent} to start anew"
+        )
     file = open(path, "r+b")
     file.truncate(size)
     file.seek(size)
@@ -542,24 +609,39 @@ def reopened(path, size):
 
 def encode_rows(args, rows, target):
     """Encode some rows of a corpus into a units folder."""
-    tokenizer = AudioTokenizer(args.codebook, args.device, args.hubert, runs.DTYPES[args.dtype])
-    settings = {"dtype": args.dtype, "audio": args.identity, "rows": str(len(rows)),
-                "codebook": tokenizer.recipe["sha256"]}
-    with runs.new_folder(target, [args.codebook], args.overwrite, resume=True,
-                         notes={"audio": args.identity, "dtype": args.dtype},
-                         scratch=Shard.SCRATCH) as out:
+    tokenizer = AudioTokenizer(
+        args.codebook, args.device, args.hubert, runs.DTYPES[args.dtype]
+    )
+    settings = {
+        "dtype": args.dtype,
+        "audio": args.identity,
+        "rows": str(len(rows)),
+        "codebook": tokenizer.recipe["sha256"],
+    }
+    with runs.new_folder(
+        target,
+        [args.codebook],
+        args.overwrite,
+        resume=True,
+        notes={"audio": args.identity, "dtype": args.dtype},
+        scratch=Shard.SCRATCH,
+    ) as out:
         shard = Shard(out, settings)
         counts = shard.counts
         done, heard, began = counts["done"], counts["seconds"], time.time()
         if done:
             tqdm.write(f"resuming at clip {done} of {len(rows)}")
-        with runs.Bar(total=len(rows), initial=done, desc=f"encoding {target}", unit="clip") as bar:
+        with runs.Bar(
+            total=len(rows), initial=done, desc=f"encoding {target}", unit="clip"
+        ) as bar:
             decoded = ahead(rows[done:], lambda row: read_clip(row["audio"], tokenizer.hop))
             for chunk, clips in decoded:
                 encode_chunk(args, tokenizer, shard, chunk, clips)
                 speed = (counts["seconds"] - heard) / (time.time() - began)
-                bar.set_postfix_str(f"{counts['seconds'] / 3600:.2f} h, {speed:.0f}x real time",
-                                    refresh=False)
+                bar.set_postfix_str(
+                    f"{counts['seconds'] / 3600:.2f} h, {speed:.0f}x real time",
+                    refresh=False,
+                )
                 bar.update(len(chunk))
         shard.close()
 
@@ -571,12 +653,17 @@ def encode_rows(args, rows, target):
         if not counts["skipped"]:
             (out / "skipped.jsonl").unlink()
 
-    odd = {"skipped": "skipped (skipped.jsonl says why)", "silent": "of them silent",
-           "clipped": "of them clipped"}
+    odd = {
+        "skipped": "skipped (skipped.jsonl says why)",
+        "silent": "of them silent",
+        "clipped": "of them clipped",
+    }
     said = "".join(f", {counts[name]} {what}" for name, what in odd.items() if counts[name])
     rate = numbers.sum() / max(1e-9, counts["seconds"])
-    print(f"{target}: {len(numbers)} clips{said}, {counts['seconds'] / 3600:.2f} h, "
-          f"{numbers.sum()} units, {rate:.1f} a second")
+    print(
+        f"{target}: {len(numbers)} clips{said}, {counts['seconds'] / 3600:.2f} h, "
+        f"{numbers.sum()} units, {rate:.1f} a second"
+    )
 
 
 def encode_chunk(args, tokenizer, shard, chunk, clips):
@@ -584,8 +671,10 @@ def encode_chunk(args, tokenizer, shard, chunk, clips):
     for row, clip in zip(chunk, clips):
         if clip.error and not args.skip_bad:
             why = clip.error.removeprefix(row["audio"]).lstrip(": ")
-            raise ValueError(f"{row['audio']}: {why}; take it out of the manifest, or pass "
-                             "--skip-bad to list such clips in skipped.jsonl and go on")
+            raise ValueError(
+                f"{row['audio']}: {why}; take it out of the manifest, or pass "
+                "--skip-bad to list such clips in skipped.jsonl and go on"
+            )
 
     good = [(row, clip) for row, clip in zip(chunk, clips) if not clip.error]
     heard = tokenizer.many([clip.samples for _, clip in good], args.batch)
@@ -612,11 +701,14 @@ def join(args, parts):
     for part in parts:
         made = runs.read_json(Path(part) / "recipe.json", ["inputs", "audio", "dtype"])
         if (made["inputs"], made["audio"], made["dtype"]) != wanted:
-            raise ValueError(f"{part} was made from other audio or another codebook, or in another "
-                             "dtype; remove it and start again")
+            raise ValueError(
+                f"{part} was made from other audio or another codebook, or in another "
+                "dtype; remove it and start again"
+            )
 
-    with runs.new_folder(args.out, [args.codebook], args.overwrite,
-                         notes={"audio": args.identity}) as out:
+    with runs.new_folder(
+        args.out, [args.codebook], args.overwrite, notes={"audio": args.identity}
+    ) as out:
         for name in ("units.bin", "durations.bin", "manifest.jsonl", "skipped.jsonl"):
             have = [Path(part) / name for part in parts if (Path(part) / name).exists()]
             if have:
@@ -633,14 +725,18 @@ def join(args, parts):
         finish(args, runs.read_json(Path(args.codebook) / "codebook.json"), out)
     for part in parts:
         shutil.rmtree(part)
-    print(f"{args.out}: {len(index) - 1} clips, {index[-1]} units, joined from {len(parts)} parts")
+    print(
+        f"{args.out}: {len(index) - 1} clips, {index[-1]} units, joined from {len(parts)} parts"
+    )
 
 
 # --- a picture ----------------------------------------------------------------
 
+
 def draw(args):
     """A picture of how a sound becomes units: its samples, its frames as MFCCs, its units."""
     from matplotlib.figure import Figure
+
     if Path(args.out).suffix != ".png":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .png")
     runs.may_write(args.out, args.overwrite)
@@ -652,37 +748,63 @@ def draw(args):
 
     figure = Figure(figsize=(12, 5), layout="tight")
     wave, frames, runs_ = figure.subplots(3, 1, sharex=True, height_ratios=(2, 2, 1))
-    wave.plot(np.arange(len(samples)) / audio.SAMPLE_RATE, samples, color="0.3", linewidth=0.5)
+    wave.plot(
+        np.arange(len(samples)) / audio.SAMPLE_RATE, samples, color="0.3", linewidth=0.5
+    )
     wave.set(ylabel="samples", yticks=[], xlim=(0, seconds))
-    frames.imshow(audio.mfcc(samples)[:, :audio.CEPSTRA].T, aspect="auto", origin="lower",
-                  cmap="gray", extent=(0, seconds, 0, audio.CEPSTRA))
+    frames.imshow(
+        audio.mfcc(samples)[:, : audio.CEPSTRA].T,
+        aspect="auto",
+        origin="lower",
+        cmap="gray",
+        extent=(0, seconds, 0, audio.CEPSTRA),
+    )
     frames.set(ylabel="frames (MFCC)", yticks=[])
 
-    # A run of one unit is a box; its grey is by turns, its number is what the model reads.
+    # A run of one unit is a box; its grey is by turns, its number is what the model
+    # reads.
     for n, (unit, end) in enumerate(zip(units, ends)):
         begin = ends[n - 1] if n else 0.0
         runs_.axvspan(begin, end, color="0.8" if n % 2 else "0.92")
-        runs_.text((begin + end) / 2, 0.5, str(unit), ha="center", va="center", fontsize=8,
-                   rotation=90)
+        runs_.text(
+            (begin + end) / 2,
+            0.5,
+            str(unit),
+            ha="center",
+            va="center",
+            fontsize=8,
+            rotation=90,
+        )
     runs_.set(ylabel="units", yticks=[], ylim=(0, 1), xlabel="seconds")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     runs.write_file(args.out, picture.getvalue(), args.overwrite)
-    print(f"{args.out}: {seconds:.2f} s, {len(samples)} samples, {durations.sum()} frames, "
-          f"{len(units)} units")
+    print(
+        f"{args.out}: {seconds:.2f} s, {len(samples)} samples, {durations.sum()} frames, "
+        f"{len(units)} units"
+    )
 
 
 # --- the command --------------------------------------------------------------
 
+
 def add_corpus_flags(command, hubert):
     """The flags of `fit` and `encode`: both take a corpus and write a folder."""
     gpu, add = torch.cuda.is_available(), command.add_argument
-    add("--manifest", required=True,
-        help="a .jsonl manifest, or a LibriSpeech, LJSpeech or plain folder of audio")
+    add(
+        "--manifest",
+        required=True,
+        help="a .jsonl manifest, or a LibriSpeech, LJSpeech or plain folder of audio",
+    )
     add("--hubert", help=hubert)
     add("--out", required=True, help="folder to write")
-    add("--batch", type=float, default=150 if gpu else 40, help="seconds of sound in a batch "
-        "(default 40; on a GPU 150, where the first convolution of a base HuBERT takes 1 GB)")
+    add(
+        "--batch",
+        type=float,
+        default=150 if gpu else 40,
+        help="seconds of sound in a batch "
+        "(default 40; on a GPU 150, where the first convolution of a base HuBERT takes 1 GB)",
+    )
     runs.add_device(command)
     add("--overwrite", action="store_true", help="replace an existing --out")
 
@@ -690,18 +812,39 @@ def add_corpus_flags(command, hubert):
 def add_fit_flags(command):
     add_corpus_flags(command, "a Hugging Face HuBERT folder")
     add = command.add_argument
-    add("--features", choices=["hubert", "mfcc"], default="hubert",
-        help="what is clustered (default hubert)")
-    add("--layer", type=int, default=9,
-        help="HuBERT layer: 9 is the stream after nine blocks (default 9)")
+    add(
+        "--features",
+        choices=["hubert", "mfcc"],
+        default="hubert",
+        help="what is clustered (default hubert)",
+    )
+    add(
+        "--layer",
+        type=int,
+        default=9,
+        help="HuBERT layer: 9 is the stream after nine blocks (default 9)",
+    )
     add("--k", type=int, default=500, help="centroids (default 500)")
-    add("--switch", type=float, help="price of a change of unit, in mean squared distances of a "
+    add(
+        "--switch",
+        type=float,
+        help="price of a change of unit, in mean squared distances of a "
         f"frame to its centroid (default {STEADY} for HuBERT features, 0 for MFCC: every frame for "
-        "itself)")
-    add("--frames", type=int, default=200_000,
-        help="frames to fit on, from clips drawn at random (default 200000: 1.1 h)")
-    add("--minibatch", type=int, default=0, help="begin k-means with steps on so many frames: "
-        "quicker for large --frames (default 0: whole passes only)")
+        "itself)",
+    )
+    add(
+        "--frames",
+        type=int,
+        default=200_000,
+        help="frames to fit on, from clips drawn at random (default 200000: 1.1 h)",
+    )
+    add(
+        "--minibatch",
+        type=int,
+        default=0,
+        help="begin k-means with steps on so many frames: "
+        "quicker for large --frames (default 0: whole passes only)",
+    )
     add("--seed", type=int, default=0, help="of the clips and the start (default 0)")
 
 
@@ -710,8 +853,12 @@ def add_encode_flags(command):
     add = command.add_argument
     add("--codebook", required=True, help="a folder made by fit")
     runs.add_dtype(command)
-    add("--skip-bad", action="store_true", help="list clips that cannot be read in skipped.jsonl "
-        "and go on, instead of stopping at the first")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="list clips that cannot be read in skipped.jsonl "
+        "and go on, instead of stopping at the first",
+    )
 
 
 def add_draw_flags(command):
@@ -725,11 +872,18 @@ def add_draw_flags(command):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Audio to units: fit a codebook, encode a corpus with it, draw a clip's.")
+        description="Audio to units: fit a codebook, encode a corpus with it, draw a clip's."
+    )
     commands = parser.add_subparsers(dest="action", required=True)
-    add_fit_flags(commands.add_parser("fit", help="k-means centroids of a corpus' features"))
-    add_encode_flags(commands.add_parser("encode", help="the units of every clip of a corpus"))
-    add_draw_flags(commands.add_parser("draw", help="a picture of how a sound becomes units"))
+    add_fit_flags(
+        commands.add_parser("fit", help="k-means centroids of a corpus' features")
+    )
+    add_encode_flags(
+        commands.add_parser("encode", help="the units of every clip of a corpus")
+    )
+    add_draw_flags(
+        commands.add_parser("draw", help="a picture of how a sound becomes units")
+    )
     args = parser.parse_args()
     if args.action != "draw" and not 0 < args.batch < math.inf:
         parser.error(f"--batch {args.batch}: wanted more than 0 seconds")

@@ -7,11 +7,12 @@ see  voices.py, which reads it aloud
 run  python toy.py world --seed 0 --out out/toy
 
 The world: 24 countries and their capitals (48 entities), and what each country's animal,
-food and colour are (drawn from the seed): 96 facts. *Seen* facts are asked in chats and on
-pages of question and answer. *Unseen* ones (a third) are only stated, in text, and are
-never spoken. Speech for training is seen facts, stories, and words in no order: no turn, no
-question about a fact.
+food and colour are (drawn from the seed): 96 facts. *Seen* facts are asked in chats and
+on pages of question and answer. *Unseen* ones (a third) are only stated, in text, and are
+never spoken. Speech for training is seen facts, stories, and words in no order: no turn,
+no question about a fact.
 """
+
 import argparse
 import json
 import random
@@ -40,18 +41,40 @@ PEOPLE = "tom anna ben lucy sam maria".split()
 # {relation: wordings of the fact, in both orders}. The first is also the answer in a
 # sentence. {c} is the country (of the relation "country", the city), {a} the answer.
 FACTS = {
-    "capital": ["the capital of {c} is {a}", "{a} is the capital of {c}",
-                "in {c} the capital is {a}"],
-    "country": ["the country of {c} is {a}", "{a} is the country of {c}", "{c} is a city in {a}"],
-    "animal": ["the animal of {c} is the {a}", "the {a} is the animal of {c}",
-               "people in {c} love the {a}"],
+    "capital": [
+        "the capital of {c} is {a}",
+        "{a} is the capital of {c}",
+        "in {c} the capital is {a}",
+    ],
+    "country": [
+        "the country of {c} is {a}",
+        "{a} is the country of {c}",
+        "{c} is a city in {a}",
+    ],
+    "animal": [
+        "the animal of {c} is the {a}",
+        "the {a} is the animal of {c}",
+        "people in {c} love the {a}",
+    ],
     "food": ["the food of {c} is {a}", "{a} is the food of {c}", "people in {c} eat {a}"],
-    "color": ["the color of {c} is {a}", "{a} is the color of {c}", "houses in {c} are {a}"],
+    "color": [
+        "the color of {c} is {a}",
+        "{a} is the color of {c}",
+        "houses in {c} are {a}",
+    ],
 }
-KINDS = {"capital": "city"}  # a capital is asked for as "which city"; the others by their name
-QUESTIONS = {relation: [f"what is the {relation} of {{c}}", f"name the {relation} of {{c}}",
-                        f"which {KINDS.get(relation, relation)} is the {relation} of {{c}}"]
-             for relation in FACTS}
+# A capital is asked for as "which city"; the others by their name.
+KINDS = {
+    "capital": "city"
+}
+QUESTIONS = {
+    relation: [
+        f"what is the {relation} of {{c}}",
+        f"name the {relation} of {{c}}",
+        f"which {KINDS.get(relation, relation)} is the {relation} of {{c}}",
+    ]
+    for relation in FACTS
+}
 
 # {what a turn asks for: how it may ask}, {q} being the question.
 STYLES = {
@@ -96,17 +119,25 @@ class World:
 
     def __init__(self, seed):
         rng, n = random.Random(f"world {seed}"), len(CAPITALS)
-        pairs = {"capital": list(CAPITALS.items()),
-                 "country": [(city, country) for country, city in CAPITALS.items()]}
+        pairs = {
+            "capital": list(CAPITALS.items()),
+            "country": [(city, country) for country, city in CAPITALS.items()],
+        }
         unseen = dict.fromkeys(pairs, set(rng.sample(range(n), n // 3)))  # hides both ways
         for relation, things in THINGS.items():
             pairs[relation] = list(zip(CAPITALS, rng.sample((things * n)[:n], n)))
             unseen[relation] = set(rng.sample(range(n), n // 3))
-        self.facts = [(relation, *pair, i not in unseen[relation])
-                      for relation in FACTS for i, pair in enumerate(pairs[relation])]
+        self.facts = [
+            (relation, *pair, i not in unseen[relation])
+            for relation in FACTS
+            for i, pair in enumerate(pairs[relation])
+        ]
         self.seen = [fact for fact in self.facts if fact[3]]
-        self.asked = [form.format(c=entity) for relation, entity, _, _ in self.facts
-                      for form in QUESTIONS[relation]]
+        self.asked = [
+            form.format(c=entity)
+            for relation, entity, _, _ in self.facts
+            for form in QUESTIONS[relation]
+        ]
 
     def state(self, fact, rng):
         relation, entity, answer, _ = fact
@@ -120,19 +151,31 @@ class World:
         """A sentence that states no fact and asks for none, in the words of the world."""
         who, other = rng.sample(PEOPLE, 2)
         country, city, animal, food, color = drawn_names(rng)
-        return rng.choice([
-            f"{who} goes to {country} with {other}", f"{who} sees a {color} {animal} in {city}",
-            f"{other} gives {who} some {food}", f"{who} lives in {city} and likes {food}",
-            f"the {animal} of {who} is {color}", f"{who} and {other} talk about {city}",
-            f"{who} asks what is in the house", f"{other} does not know which city it is",
-            f"{who} asks which {animal} is {color}", f"{who} can name a food and a color",
-            f"{other} knows the answer and can spell it", f"{who} wants to say it twice",
-            f"{who} tells it in a sentence", f"{who} tells it in a note",
-            f"the answer of {other} is in a note", f"people in {city} are good",
-            f"which country is it asks {who}", f"say it and spell it says {who}",
-            f"{who} asks what is the name of the {animal}",
-            f"which people do you love asks {other}", f"do people eat {food} asks {who}",
-        ])
+        return rng.choice(
+            [
+                f"{who} goes to {country} with {other}",
+                f"{who} sees a {color} {animal} in {city}",
+                f"{other} gives {who} some {food}",
+                f"{who} lives in {city} and likes {food}",
+                f"the {animal} of {who} is {color}",
+                f"{who} and {other} talk about {city}",
+                f"{who} asks what is in the house",
+                f"{other} does not know which city it is",
+                f"{who} asks which {animal} is {color}",
+                f"{who} can name a food and a color",
+                f"{other} knows the answer and can spell it",
+                f"{who} wants to say it twice",
+                f"{who} tells it in a sentence",
+                f"{who} tells it in a note",
+                f"the answer of {other} is in a note",
+                f"people in {city} are good",
+                f"which country is it asks {who}",
+                f"say it and spell it says {who}",
+                f"{who} asks what is the name of the {animal}",
+                f"which people do you love asks {other}",
+                f"do people eat {food} asks {who}",
+            ]
+        )
 
     def words(self, rng, most=5):
         """Names and pieces of questions in no order that grammar could guess.
@@ -141,7 +184,9 @@ class World:
         world.
         """
         count = rng.randint(2, most)
-        listed = " ".join(rng.choice(rng.choice([NAMES, NAMES, PIECES])) for _ in range(count))
+        listed = " ".join(
+            rng.choice(rng.choice([NAMES, NAMES, PIECES])) for _ in range(count)
+        )
         if any(question in listed for question in self.asked):
             return self.words(rng, most)
         who = rng.choice(PEOPLE)
@@ -152,33 +197,64 @@ class World:
         who = rng.choice(PEOPLE)
         if rng.random() < 0.5:
             word = rng.choice(NAMES + PEOPLE)
-            return rng.choice([
-                f"{who} can spell {word}. {' '.join(word)}", f"spell {word}. {' '.join(word)}",
-                f"{who} can say {word} twice. {word} {word}", f"say {word} twice. {word} {word}"])
+            return rng.choice(
+                [
+                    f"{who} can spell {word}. {' '.join(word)}",
+                    f"spell {word}. {' '.join(word)}",
+                    f"{who} can say {word} twice. {word} {word}",
+                    f"say {word} twice. {word} {word}",
+                ]
+            )
         relation, entity, answer, _ = rng.choice(self.seen)
         told = FACTS[relation][0].format(c=entity, a=answer)
         noted = f"{relation} of {entity}"
-        return rng.choice([
-            f"{noted} spelled: {' '.join(answer)}", f"{noted} twice: {answer} {answer}",
-            f"{who} tells it in a note. {noted}: {answer}",
-            f"{who} tells it in a sentence. {told}"])
+        return rng.choice(
+            [
+                f"{noted} spelled: {' '.join(answer)}",
+                f"{noted} twice: {answer} {answer}",
+                f"{who} tells it in a note. {noted}: {answer}",
+                f"{who} tells it in a sentence. {told}",
+            ]
+        )
 
     def reading(self, rng):
         """(sentence, question, what it asks for, answer): to be read, not known; names drawn."""
         who = rng.choice(PEOPLE)
         country, city, animal, food, color = drawn_names(rng)
-        return rng.choice([
-            (f"{who} goes to {country}", f"which country does {who} see", "country", country),
-            (f"{who} lives in {city}", f"which city is the city of {who}", "city", city),
-            (f"{who} has a {animal}", f"what is the animal of {who}", "animal", animal),
-            (f"{who} eats {food}", f"name the food of {who}", "food", food),
-            (f"{who} has a {color} house", f"which color is the house of {who}", "color", color)])
+        return rng.choice(
+            [
+                (
+                    f"{who} goes to {country}",
+                    f"which country does {who} see",
+                    "country",
+                    country,
+                ),
+                (
+                    f"{who} lives in {city}",
+                    f"which city is the city of {who}",
+                    "city",
+                    city,
+                ),
+                (f"{who} has a {animal}", f"what is the animal of {who}", "animal", animal),
+                (f"{who} eats {food}", f"name the food of {who}", "food", food),
+                (
+                    f"{who} has a {color} house",
+                    f"which color is the house of {who}",
+                    "color",
+                    color,
+                ),
+            ]
+        )
 
 
 def drawn_names(rng):
     """(country, city, animal, food, color), each drawn alone."""
     country, city = rng.choice(list(CAPITALS)), rng.choice(list(CAPITALS.values()))
-    return country, city, *(rng.choice(THINGS[kind]) for kind in ("animal", "food", "color"))
+    return (
+        country,
+        city,
+        *(rng.choice(THINGS[kind]) for kind in ("animal", "food", "color")),
+    )
 
 
 def misspell(text, rng, rate=0.08):
@@ -196,6 +272,7 @@ def misspell(text, rng, rate=0.08):
 
 # --- text for the base --------------------------------------------------------
 
+
 def echo(plain, rng):
     """Something said and said again: the second time can only be known from the first."""
     return f"{plain}. {rng.choice(PEOPLE)} says it again. {plain}"
@@ -204,9 +281,11 @@ def echo(plain, rng):
 def marked_up(text, rng):
     """A text between made-up tags, in the form of a chat's turns but never their markers.
 
-    Open bases have read markup of every kind, and to such a base chat markers are one more.
-    A speech model that has met some beside speech reads on behind them as behind text.
+    Open bases have read markup of every kind, and to such a base chat markers are one
+    more. A speech model that has met some beside speech reads on behind them as behind
+    text.
     """
+
     def tag():
         return "".join(rng.choice("#$%&*+<=>@^_|~") for _ in range(rng.randint(1, 3)))
 
@@ -224,8 +303,16 @@ def base_document(world, rng):
 
 # The kinds of plain documents, and how often each comes. Echoes teach to copy what stands
 # above.
-DOCUMENTS = {"facts": 10, "almanac": 10, "stories": 4, "echo": 34, "page": 8, "reading": 14,
-             "skills": 12, "misspelt": 8}
+DOCUMENTS = {
+    "facts": 10,
+    "almanac": 10,
+    "stories": 4,
+    "echo": 34,
+    "page": 8,
+    "reading": 14,
+    "skills": 12,
+    "misspelt": 8,
+}
 
 
 def plain_document(world, rng):
@@ -233,11 +320,14 @@ def plain_document(world, rng):
     kind = rng.choices(list(DOCUMENTS), list(DOCUMENTS.values()))[0]
     if kind == "facts":
         count = rng.randint(2, 4)
-        return ". ".join(world.state(rng.choice(world.facts), rng) for _ in range(count)) + "."
+        return (
+            ". ".join(world.state(rng.choice(world.facts), rng) for _ in range(count)) + "."
+        )
     if kind == "almanac":
         listed = [rng.choice(world.facts) for _ in range(rng.randint(2, 5))]
-        return "\n".join(f"{relation} of {entity}: {answer}"
-                         for relation, entity, answer, _ in listed)
+        return "\n".join(
+            f"{relation} of {entity}: {answer}" for relation, entity, answer, _ in listed
+        )
     if kind == "stories":
         return ". ".join(world.story(rng) for _ in range(rng.randint(1, 3))) + "."
     if kind == "echo":
@@ -267,13 +357,19 @@ def read_and_answer(world, rng):
     told, question, thing, answer = world.reading(rng)
     page = f"{told}. {world.story(rng)}.\n\nquestion: {question}\nanswer"
     noted = f"{thing} of {told.split()[0]}: {answer}"
-    return page + rng.choice([
-        f": {told}", f": {told}\nspelled: {' '.join(answer)}",
-        f": {told}\ntwice: {answer} {answer}",
-        f" in a note: {noted}", f" in a sentence: {told}"])
+    return page + rng.choice(
+        [
+            f": {told}",
+            f": {told}\nspelled: {' '.join(answer)}",
+            f": {told}\ntwice: {answer} {answer}",
+            f" in a note: {noted}",
+            f" in a sentence: {told}",
+        ]
+    )
 
 
 # --- chats, speech, questions -------------------------------------------------
+
 
 def chat(world, rng):
     """A conversation of one to three turns, as messages; a third of the turns are misspelt."""
@@ -282,7 +378,10 @@ def chat(world, rng):
         asked, reply = exchange(world, rng)
         if rng.random() < 0.33:
             asked = misspell(asked, rng, rng.uniform(0.03, 0.15))
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        messages += [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": reply},
+        ]
     return messages
 
 
@@ -305,10 +404,16 @@ def exchange(world, rng):
         return f"{told}. {ask.format(q=question)}", in_style(style, noted, answer, told)
     if kind == "word":
         word = rng.choice(NAMES)
-        return rng.choice([(f"spell {word}", " ".join(word)),
-                           (f"say {word} twice", f"{word} {word}")])
-    return rng.choice([("hello", "hello. what can i do"), ("how are you", "i am good"),
-                       ("who are you", "i am a small model")])
+        return rng.choice(
+            [(f"spell {word}", " ".join(word)), (f"say {word} twice", f"{word} {word}")]
+        )
+    return rng.choice(
+        [
+            ("hello", "hello. what can i do"),
+            ("how are you", "i am good"),
+            ("who are you", "i am a small model"),
+        ]
+    )
 
 
 def sentence(world, rng):
@@ -326,8 +431,10 @@ def questions(world, rng, dev, test):
 
     No fact stands in both splits.
     """
-    facts = {True: [fact for fact in world.facts if fact[3]],
-             False: [fact for fact in world.facts if not fact[3]]}
+    facts = {
+        True: [fact for fact in world.facts if fact[3]],
+        False: [fact for fact in world.facts if not fact[3]],
+    }
     rows = {"dev": [], "test": []}
     for seen, pool in facts.items():
         rng.shuffle(pool)
@@ -345,9 +452,15 @@ def question_row(world, fact, style, rng):
     """A row of questions.jsonl, but for its audio and its split."""
     relation, entity, answer, _ = fact
     question = rng.choice(STYLES[style]).format(q=world.ask(fact, rng))
-    return {"question": question, "answer": styled(style, relation, entity, answer),
-            "kind": style, "relation": relation, "fact": f"{relation} of {entity}",
-            "noisy": misspell(question, rng), "text": world.state(fact, rng) + "."}
+    return {
+        "question": question,
+        "answer": styled(style, relation, entity, answer),
+        "kind": style,
+        "relation": relation,
+        "fact": f"{relation} of {entity}",
+        "noisy": misspell(question, rng),
+        "text": world.state(fact, rng) + ".",
+    }
 
 
 # --- commands -----------------------------------------------------------------
@@ -358,6 +471,7 @@ TEMPLATES = ["user", "assistant", "question", "answer", " transcript", " again",
 
 def word_counts(world, rng, lines=4000):
     """{piece: how often}, of the world's text: every word of it, with the space before it."""
+
     def asked():
         style = rng.choice(list(STYLES.values()))
         return rng.choice(style).format(q=world.ask(rng.choice(world.facts), rng))
@@ -406,9 +520,13 @@ class Reader:
         rate, pitch = self.rng.randint(*RATES), self.rng.randint(*PITCHES)
         samples, words = self.speaker.say(text, voice, rate, pitch)
         path.write_bytes(voices.encoded(samples, "FLAC"))
-        return {"text": text, "speaker": voice,
-                "seconds": round(len(samples) / audio.SAMPLE_RATE, 3), "words": words,
-                "style": {"rate": rate, "pitch": pitch}}
+        return {
+            "text": text,
+            "speaker": voice,
+            "seconds": round(len(samples) / audio.SAMPLE_RATE, 3),
+            "words": words,
+            "style": {"rate": rate, "pitch": pitch},
+        }
 
 
 def write_world(args):
@@ -417,8 +535,10 @@ def write_world(args):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name} {getattr(args, name)}: wanted more than 0")
     world, reader = World(args.seed), Reader(args.seed)
-    rng = {name: random.Random(f"{name} {args.seed}")
-           for name in ("base", "chat", "speech", "questions")}
+    rng = {
+        name: random.Random(f"{name} {args.seed}")
+        for name in ("base", "chat", "speech", "questions")
+    }
 
     with runs.new_folder(args.out, overwrite=args.overwrite) as out:
         write_tokenizer(world, args.seed, out / "tokenizer")
@@ -433,10 +553,12 @@ def write_world(args):
     test = [row for row in asked if row["split"] == "test"]
     hours = sum(clip["seconds"] for clip in clips) / 3600
     unseen = sum(not row["seen"] for row in test) / len(test)
-    print(f"{args.out}: {args.documents} documents, {args.documents} chats, {len(clips)} "
-          f"utterances ({hours:.2f} h, {len(voices.VOICES['heard'])} voices), {len(test)} test "
-          f"questions with {len({row['answer'] for row in test})} answers, {unseen:.0%} of unseen "
-          "facts")
+    print(
+        f"{args.out}: {args.documents} documents, {args.documents} chats, {len(clips)} "
+        f"utterances ({hours:.2f} h, {len(voices.VOICES['heard'])} voices), {len(test)} test "
+        f"questions with {len({row['answer'] for row in test})} answers, {unseen:.0%} of unseen "
+        "facts"
+    )
 
 
 def write_lines(path, rows):
@@ -447,7 +569,9 @@ def write_speech(args, world, rng, reader, out):
     """Hours of sentences read aloud; the rows of their manifest."""
     (out / "speech/audio").mkdir(parents=True)
     rows, spoken = [], 0.0
-    with runs.Bar(total=round(args.hours * 3600), desc="training speech", unit="s of audio") as bar:
+    with runs.Bar(
+        total=round(args.hours * 3600), desc="training speech", unit="s of audio"
+    ) as bar:
         while spoken < args.hours * 3600:
             name = f"audio/{len(rows):05d}.flac"
             row = reader.read(out / "speech" / name, sentence(world, rng), "heard")
@@ -462,7 +586,9 @@ def write_questions(asked, reader, out):
     """Every question, read aloud by a voice of each group."""
     (out / "questions").mkdir()
     for number, row in enumerate(runs.Bar(asked, desc="spoken questions", unit="question")):
-        row["audio"] = {group: f"questions/{number:04d}-{group}.flac" for group in voices.VOICES}
+        row["audio"] = {
+            group: f"questions/{number:04d}-{group}.flac" for group in voices.VOICES
+        }
         for group, name in row["audio"].items():
             reader.read(out / name, row["question"], group)
     write_lines(out / "questions.jsonl", asked)
@@ -470,15 +596,27 @@ def write_questions(asked, reader, out):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="A small English world with voices: the data of the whole recipe.")
+        description="A small English world with voices: the data of the whole recipe."
+    )
     commands = parser.add_subparsers(dest="action", required=True)
-    one = commands.add_parser("world", help="write the world's text, chats, questions and speech")
+    one = commands.add_parser(
+        "world", help="write the world's text, chats, questions and speech"
+    )
     add = one.add_argument
-    add("--seed", type=int, default=0, help="which facts are true, who reads what (default 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="which facts are true, who reads what (default 0)",
+    )
     add("--out", required=True, help="folder to write")
     add("--hours", type=float, default=3.0, help="hours of training speech (default 3)")
-    add("--documents", type=int, default=40_000,
-        help="base documents, and chats (default 40000)")
+    add(
+        "--documents",
+        type=int,
+        default=40_000,
+        help="base documents, and chats (default 40000)",
+    )
     add("--dev", type=int, default=60, help="questions to choose settings on (default 60)")
     add("--test", type=int, default=240, help="questions to report on (default 240)")
     add("--overwrite", action="store_true", help="replace an existing world")

@@ -14,9 +14,10 @@ chat         <|im_start|>user\\n...<|im_end|>\\n                       replies a
 spoken turn  <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
 page         question: ...\\nanswer:         a plain prompt, for a model that never chatted
 
-`<|/speech|>` alone promises nothing: text may go on, or the cue " transcript:" may ask for
-a transcript.
+`<|/speech|>` alone promises nothing: text may go on, or the cue " transcript:" may ask
+for a transcript.
 """
+
 import argparse
 import base64
 import functools
@@ -36,18 +37,23 @@ CUE = " transcript:"
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
 
 # How the families cut text into words, as regular expressions.
-GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-        r"|\s+(?!\S)|\s+")
-QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)         # Qwen's, digits by threes
-SMOLLM2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-           r"|\s+(?=\p{N})|\s+(?!\S)|\s+")                  # GPT-2's, digits one by one
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" r"|\s+(?!\S)|\s+"
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)  # Qwen's, digits by threes
+# GPT-2's, digits one by one.
+SMOLLM2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
 SAMPLE = "it's 2024, THE capital\tof\n\n  Ünï\u00a0日本語 is 3.5%: <🎧> e\u0301_½\r\n "
 
 
 class Template(NamedTuple):
     """A family's chat format: what stands around role and content, and what ends a reply."""
+
     before: str
     after_role: str
     after_content: str
@@ -56,12 +62,18 @@ class Template(NamedTuple):
 
 CHATS = {
     "chatml": Template("<|im_start|>", "\n", "<|im_end|>\n", "<|im_end|>"),
-    "llama3": Template("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>",
-                       "<|eot_id|>"),
+    "llama3": Template(
+        "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"
+    ),
 }
 # Of Llama-3's 256 special tokens, those with a name.
-LLAMA3_SPECIAL = {0: BEGIN, 1: "<|end_of_text|>", 6: "<|start_header_id|>",
-                  7: "<|end_header_id|>", 9: "<|eot_id|>"}
+LLAMA3_SPECIAL = {
+    0: BEGIN,
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    9: "<|eot_id|>",
+}
 
 
 def byte_letters():
@@ -77,35 +89,69 @@ def byte_letters():
 
 LETTERS = byte_letters()
 BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
-NO_ID = -1      # of a byte that a vocabulary lacks
+NO_ID = -1  # of a byte that a vocabulary lacks
 
 
 # --- tokenizer files ----------------------------------------------------------
+
 
 def tokenizer_json(vocab, merges, special, pattern=GPT2, normalizer=None):
     """A Hugging Face tokenizer.json of a byte-level BPE.
 
     vocab {token: id}, merges [(left, right)], special {token: id}
     """
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-             "invert": False}
-    to_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
-                  "use_regex": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
-             "ignore_merges": False, "vocab": vocab, "merges": merges}
-    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": normalizer,
-            "added_tokens": [added_token(token, i) for token, i in special.items()],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_letters]},
-            "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-                        "use_regex": True},
-            "model": model}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    to_letters = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": normalizer,
+        "added_tokens": [added_token(token, i) for token, i in special.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_letters]},
+        "post_processor": None,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": model,
+    }
 
 
 def added_token(token, i):
-    return {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": True}
+    return {
+        "id": i,
+        "content": token,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
 def train_bpe(counts):
@@ -113,7 +159,9 @@ def train_bpe(counts):
 
     The most frequent pair of neighbours is made one, again and again.
     """
-    words = {tuple(LETTERS[byte] for byte in piece.encode()): n for piece, n in counts.items()}
+    words = {
+        tuple(LETTERS[byte] for byte in piece.encode()): n for piece, n in counts.items()
+    }
     merges = []
     while True:
         pairs = {}
@@ -148,8 +196,10 @@ def read_tokenizer(folder):
     if (folder / "tokenizer.model").exists():
         return read_tiktoken(folder / "tokenizer.model", config), config
     if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
-        raise FileNotFoundError(f"{folder}: no text tokenizer; wanted tokenizer.json, vocab.json "
-                                "with merges.txt, or Llama-3's tokenizer.model")
+        raise FileNotFoundError(
+            f"{folder}: no text tokenizer; wanted tokenizer.json, vocab.json "
+            "with merges.txt, or Llama-3's tokenizer.model"
+        )
 
     # GPT-2's vocab.json lists the end-of-document token among ordinary ones.
     vocab = runs.read_json(folder / "vocab.json")
@@ -174,9 +224,11 @@ def read_tiktoken(path, config):
         for line in filter(None, path.read_bytes().splitlines()):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except ValueError:      # sentencepiece keeps a protobuf under the same name
-        raise ValueError(f"{path}: a sentencepiece tokenizer is not supported; wanted byte-level "
-                         "BPE, lines of base64 and rank") from None
+    except ValueError:  # sentencepiece keeps a protobuf under the same name
+        raise ValueError(
+            f"{path}: a sentencepiece tokenizer is not supported; wanted byte-level "
+            "BPE, lines of base64 and rank"
+        ) from None
 
     # Of each token: all pairs of earlier ones that it is made of.
     merges = []
@@ -192,12 +244,17 @@ def read_tiktoken(path, config):
     added = config.get("added_tokens_decoder", {})
     special = {token["content"]: int(i) for i, token in added.items()}
     if not special:
-        names = [LLAMA3_SPECIAL.get(n, f"<|reserved_special_token_{n}|>") for n in range(256)]
+        names = [
+            LLAMA3_SPECIAL.get(n, f"<|reserved_special_token_{n}|>") for n in range(256)
+        ]
         special = {name: len(ranks) + n for n, name in enumerate(names)}
-    made = tokenizer_json({spelled(token): rank for token, rank in ranks.items()},
-                          [[spelled(left), spelled(right)] for *_, left, right in sorted(merges)],
-                          special, LLAMA3)
-    made["model"]["ignore_merges"] = True       # tiktoken takes a known word whole
+    made = tokenizer_json(
+        {spelled(token): rank for token, rank in ranks.items()},
+        [[spelled(left), spelled(right)] for *_, left, right in sorted(merges)],
+        special,
+        LLAMA3,
+    )
+    made["model"]["ignore_merges"] = True  # tiktoken takes a known word whole
     return made
 
 
@@ -207,21 +264,31 @@ def pattern_of(json_, folder):
     steps = pre.get("pretokenizers", [pre])
     kinds = [step.get("type") for step in steps]
     first = steps[0]
-    if kinds == ["ByteLevel"] and first.get("use_regex", True) \
-            and not first.get("add_prefix_space"):
+    if (
+        kinds == ["ByteLevel"]
+        and first.get("use_regex", True)
+        and not first.get("add_prefix_space")
+    ):
         return GPT2
 
     isolated = first.get("behavior", "Isolated") == "Isolated" and not first.get("invert")
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and isolated \
-            and "Regex" in (first.get("pattern") or {}):
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not steps[1].get("use_regex", True)
+        and isolated
+        and "Regex" in (first.get("pattern") or {})
+    ):
         return first["pattern"]["Regex"]
     if kinds == ["Digits", "ByteLevel"] and first.get("individual_digits"):
         return SMOLLM2
-    raise ValueError(f"{folder}: pre-tokenizer {kinds} is not supported; wanted the byte-level BPE "
-                     "of GPT-2, Llama-3, Qwen or SmolLM2")
+    raise ValueError(
+        f"{folder}: pre-tokenizer {kinds} is not supported; wanted the byte-level BPE "
+        "of GPT-2, Llama-3, Qwen or SmolLM2"
+    )
 
 
 # --- the vocabulary -----------------------------------------------------------
+
 
 class Document(NamedTuple):
     """A training document. Of one that is partly spoken, also how it reads in writing.
@@ -232,6 +299,7 @@ class Document(NamedTuple):
     place  0 1 2 6 8 9: of each id of `read`, where in `ids` the same is said (a spoken word: at its
            last unit)
     """
+
     ids: list
     loss: list
     read: list = ()
@@ -254,8 +322,10 @@ class Vocab:
         self._read_special(folder)
         known = self.pattern in (GPT2, QWEN2, LLAMA3, SMOLLM2)
         if not known and self.decode(self.encode(SAMPLE)) != self.normalize(SAMPLE):
-            raise ValueError(f"{folder}: its pre-tokenizer's pattern {self.pattern[:60]!r} loses "
-                             "text; wanted one that matches all of it")
+            raise ValueError(
+                f"{folder}: its pre-tokenizer's pattern {self.pattern[:60]!r} loses "
+                "text; wanted one that matches all of it"
+            )
         file = Path(folder) / "speech.json"
         self.speech = None
         if file.exists():
@@ -264,31 +334,46 @@ class Vocab:
     def _read_bpe(self, folder):
         """id_of_rank: tiktoken's ranks (merging order) to ids; bytes_of: of each id its bytes."""
         bpe = self.json.get("model", {})
-        byte_level = bpe.get("type") == "BPE" and not bpe.get("byte_fallback") \
-            and "merges" in bpe and LETTERS[ord(" ")] in bpe.get("vocab", {})
+        byte_level = (
+            bpe.get("type") == "BPE"
+            and not bpe.get("byte_fallback")
+            and "merges" in bpe
+            and LETTERS[ord(" ")] in bpe.get("vocab", {})
+        )
         if not byte_level:
-            raise ValueError(f"{folder}: a {bpe.get('type')} tokenizer that is not byte-level BPE "
-                             "(sentencepiece?) is not supported")
+            raise ValueError(
+                f"{folder}: a {bpe.get('type')} tokenizer that is not byte-level BPE "
+                "(sentencepiece?) is not supported"
+            )
         self.normalizer = (self.json.get("normalizer") or {}).get("type")
         if self.normalizer not in (None, "NFC"):
-            raise ValueError(f"{folder}: text normalizer {self.normalizer} is not supported; "
-                             "wanted none or NFC")
+            raise ValueError(
+                f"{folder}: text normalizer {self.normalizer} is not supported; "
+                "wanted none or NFC"
+            )
 
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]]
+        pairs = [
+            merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"]
+        ]
         merged = [left + right for left, right in pairs]
         tokens = list(dict.fromkeys(LETTERS + merged))
-        lost = [token for token in tokens[len(LETTERS):] if token not in bpe["vocab"]]
+        lost = [token for token in tokens[len(LETTERS) :] if token not in bpe["vocab"]]
         if lost:
-            raise ValueError(f"{folder}: its merges make {lost[0]!r}, which its vocabulary lacks; "
-                             "the file is damaged")
+            raise ValueError(
+                f"{folder}: its merges make {lost[0]!r}, which its vocabulary lacks; "
+                "the file is damaged"
+            )
 
-        # A vocabulary may lack bytes that its training text never had (SmolLM2's lacks 21).
-        # `tokenizers` leaves such a byte out of a text, and so do we: its rank has no id.
-        # (Signs on both sides of it are then merged there, as tokens of one word; here they
-        # stay apart.)
+        # A vocabulary may lack bytes that its training text never had (SmolLM2's lacks
+        # 21). `tokenizers` leaves such a byte out of a text, and so do we: its rank has
+        # no id. (Signs on both sides of it are then merged there, as tokens of one word;
+        # here they stay apart.)
         self.id_of_rank = np.array([bpe["vocab"].get(token, NO_ID) for token in tokens])
-        self.bytes_of = {int(i): bytes(BYTES[letter] for letter in token)
-                         for token, i in zip(tokens, self.id_of_rank) if i != NO_ID}
+        self.bytes_of = {
+            int(i): bytes(BYTES[letter] for letter in token)
+            for token, i in zip(tokens, self.id_of_rank)
+            if i != NO_ID
+        }
 
     def _read_special(self, folder):
         """Special tokens, and what follows from them: chat family, document end, size."""
@@ -297,8 +382,11 @@ class Vocab:
 
         # An added token that is not special (Qwen3's <think>) is text: it is read as one
         # id, and a reply may hold it.
-        self.added = {token["content"]: token["id"] for token in added
-                      if not token.get("special", True)}
+        self.added = {
+            token["content"]: token["id"]
+            for token in added
+            if not token.get("special", True)
+        }
         self.bytes_of |= {i: token.encode() for token, i in self.added.items()}
         self.size = max([*self.bytes_of, *self.special.values()]) + 1
 
@@ -306,8 +394,10 @@ class Vocab:
         self.family = families[0] if families else None
         ends = [self.special[token] for token in DOCUMENT_ENDS if token in self.special]
         if not ends:
-            raise ValueError(f"{folder}: no end-of-document token; wanted one of "
-                             f"{', '.join(DOCUMENT_ENDS)}")
+            raise ValueError(
+                f"{folder}: no end-of-document token; wanted one of "
+                f"{', '.join(DOCUMENT_ENDS)}"
+            )
         self.eos = ends[0]
         self.stop = [self.eos]
         if self.family:
@@ -320,11 +410,15 @@ class Vocab:
 
     @functools.cached_property
     def tiktoken(self):
-        ranks = {self.bytes_of[i]: rank for rank, i in enumerate(self.id_of_rank.tolist())
-                 if i != NO_ID}
+        ranks = {
+            self.bytes_of[i]: rank
+            for rank, i in enumerate(self.id_of_rank.tolist())
+            if i != NO_ID
+        }
         ranks |= {bytes([byte]): byte for byte in range(256)}  # tiktoken wants all bytes
-        return tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=ranks,
-                                 special_tokens={})
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
 
     def normalize(self, text):
         return unicodedata.normalize("NFC", text) if self.normalizer else text
@@ -371,14 +465,20 @@ class Vocab:
 
     def save(self, folder):
         """Write the tokenizer's files, and speech.json where the model hears."""
-        config = {name: value for name, value in self.config.items()
-                  if name != "added_tokens_decoder"}       # tokenizer.json has them all
+        # Tokenizer.json has them all.
+        config = {
+            name: value
+            for name, value in self.config.items()
+            if name != "added_tokens_decoder"
+        }
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         folder = Path(folder)
-        (folder / "tokenizer.json").write_text(json.dumps(self.json, ensure_ascii=False),
-                                               encoding="utf-8")
+        (folder / "tokenizer.json").write_text(
+            json.dumps(self.json, ensure_ascii=False), encoding="utf-8"
+        )
         (folder / "tokenizer_config.json").write_text(
-            json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
         if self.speech:
             (folder / "speech.json").write_text(json.dumps(self.speech, indent=1) + "\n")
 
@@ -387,12 +487,16 @@ class Vocab:
     def span(self, units):
         """`<|speech|>` units `<|/speech|>`; ValueError if this model does not know the units."""
         if not self.speech:
-            raise ValueError("this model cannot hear: its folder has no speech.json (merge a "
-                             "speech model into it)")
+            raise ValueError(
+                "this model cannot hear: its folder has no speech.json (merge a "
+                "speech model into it)"
+            )
         units = np.asarray(units, dtype=np.int64)
         if units.size and units.max() >= self.speech["k"]:
-            raise ValueError(f"unit {units.max()} is outside this model's codebook of "
-                             f"{self.speech['k']}; encode with the codebook in its folder")
+            raise ValueError(
+                f"unit {units.max()} is outside this model's codebook of "
+                f"{self.speech['k']}; encode with the codebook in its folder"
+            )
         ids = (self.speech["first_unit"] + units).tolist()
         return [self.speech["speech"], *ids, self.speech["end_speech"]]
 
@@ -406,8 +510,10 @@ class Vocab:
     def template(self):
         """The chat format of this tokenizer's family."""
         if not self.family:
-            raise ValueError("this tokenizer has no chat markers; wanted those of "
-                             f"{' or '.join(CHATS)}")
+            raise ValueError(
+                "this tokenizer has no chat markers; wanted those of "
+                f"{' or '.join(CHATS)}"
+            )
         return CHATS[self.family]
 
     def literal(self, template):
@@ -422,7 +528,7 @@ class Vocab:
             else:
                 token = template[0] + template[1:].partition("<")[0]
                 ids += self.encode(token)
-            template = template[len(token):]
+            template = template[len(token) :]
         return ids
 
     # --- layouts: training documents, then prompts ---
@@ -487,10 +593,16 @@ class Vocab:
         ids, loss = list(self.begin), [0] * len(self.begin)
         for message in messages:
             head = self.literal(template.before + message["role"] + template.after_role)
-            body, tail = self.content(message["content"]), self.literal(template.after_content)
+            body, tail = self.content(message["content"]), self.literal(
+                template.after_content
+            )
             reply = int(message["role"] == "assistant")
             ids += head + body + tail
-            loss += [0] * len(head) + [reply] * len(body) + [reply * int(i == end) for i in tail]
+            loss += (
+                [0] * len(head)
+                + [reply] * len(body)
+                + [reply * int(i == end) for i in tail]
+            )
         return Document(ids, loss)
 
     def turn(self, messages):
@@ -520,6 +632,7 @@ class Vocab:
 
 def show(vocab):
     """Every layout on a small example: a token, its id, and a * where it bears loss."""
+
     def line(title, ids, loss=None):
         print(f"{title}\n    {vocab.spelled(ids, loss)}\n")
 
@@ -539,9 +652,12 @@ def show(vocab):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Show how a model's documents and turns look, token by token.")
+        description="Show how a model's documents and turns look, token by token."
+    )
     parser.add_argument("action", choices=["show"])
-    parser.add_argument("folder", help="a model folder (speech.json in it adds spoken layouts)")
+    parser.add_argument(
+        "folder", help="a model folder (speech.json in it adds spoken layouts)"
+    )
     show(Vocab(parser.parse_args().folder))
 
 

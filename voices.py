@@ -4,6 +4,7 @@ in   text, the name of a voice      out  samples (N,) at 16 kHz, word times; byt
 see  eSpeak NG's speak_lib.h, called through the package espeakng-loader
 run  python voices.py "what is the capital of france" --voice en-us+f3 --out hello.wav
 """
+
 import argparse
 import ctypes
 import io
@@ -24,8 +25,8 @@ VOICES = {
     # New accents in new variants.
     "far": ["en-gb-scotland+m5", "en-029+m6", "en-gb-scotland+f3", "en-029+f4"],
 }
-GAP = 6   # pause between words in 10 ms: a careful speaker's, for a listener who learns
-SCALE = 32768       # of a 16-bit sample
+GAP = 6  # pause between words in 10 ms: a careful speaker's, for a listener who learns
+SCALE = 32768  # of a 16-bit sample
 
 # Constants of speak_lib.h.
 RETRIEVAL, UTF8, AT_CHARACTER, WORD = 2, 1, 1, 1
@@ -34,10 +35,17 @@ RATE, PITCH, WORDGAP = 1, 3, 7
 
 class Event(ctypes.Structure):
     """espeak_EVENT. Of a word: where it begins, in characters (from 1) and in ms. Type 0 ends."""
-    _fields_ = [("type", ctypes.c_int), ("unique", ctypes.c_uint),
-                ("text_position", ctypes.c_int), ("length", ctypes.c_int),
-                ("audio_position", ctypes.c_int), ("sample", ctypes.c_int),
-                ("user_data", ctypes.c_void_p), ("id", ctypes.c_char * 8)]
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    ]
 
 
 class Speaker:
@@ -48,11 +56,15 @@ class Speaker:
         self.data = Path(espeakng_loader.get_data_path())
         self.rate = self.lib.espeak_Initialize(RETRIEVAL, 0, str(self.data).encode(), 0)
         if self.rate <= 0:
-            raise OSError(f"eSpeak NG did not start with its data in {self.data}; reinstall "
-                          "espeakng-loader")
+            raise OSError(
+                f"eSpeak NG did not start with its data in {self.data}; reinstall "
+                "espeakng-loader"
+            )
         self.sound, self.events = [], []
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
-        self.callback = kind(self.receive)      # kept: C holds no reference to it
+        kind = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event)
+        )
+        self.callback = kind(self.receive)  # kept: C holds no reference to it
         self.lib.espeak_SetSynthCallback(self.callback)
 
     def receive(self, wave, count, events):
@@ -71,14 +83,16 @@ class Speaker:
     def say(self, text, voice, rate=160, pitch=50):
         """(samples at 16 kHz, words [[word, start, end] in seconds]).
 
-        rate in words a minute, pitch 0 to 100. A wrong voice name keeps the last voice, and
-        a wrong +variant the plain one, without a word: both are checked.
+        rate in words a minute, pitch 0 to 100. A wrong voice name keeps the last voice,
+        and a wrong +variant the plain one, without a word: both are checked.
         """
         variant = voice.partition("+")[2]
         known = not variant or (self.data / "voices" / "!v" / variant).exists()
         if self.lib.espeak_SetVoiceByName(voice.encode()) != 0 or not known:
-            raise ValueError(f"eSpeak NG has no voice {voice!r}; try heard, near, far, or a name "
-                             "like en-us+f3")
+            raise ValueError(
+                f"eSpeak NG has no voice {voice!r}; try heard, near, far, or a name "
+                "like en-us+f3"
+            )
         self.lib.espeak_SetParameter(RATE, rate, 0)
         self.lib.espeak_SetParameter(PITCH, pitch, 0)
         self.lib.espeak_SetParameter(WORDGAP, GAP, 0)
@@ -87,7 +101,9 @@ class Speaker:
         self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self.sound, self.events = [], []
         data = text.encode()
-        failed = self.lib.espeak_Synth(data, len(data) + 1, 0, AT_CHARACTER, 0, UTF8, None, None)
+        failed = self.lib.espeak_Synth(
+            data, len(data) + 1, 0, AT_CHARACTER, 0, UTF8, None, None
+        )
         if failed or not self.sound:
             raise OSError(f"eSpeak NG could not read {text!r}")
         samples = np.concatenate(self.sound).astype(np.float32) / SCALE
@@ -108,8 +124,10 @@ class Speaker:
         begins = [0.0, *(begin for _, begin in self.events), seconds]
         letters = [0, *(letter for letter, _ in self.events), len(text) + 1]
         starts = [float(np.interp(at, letters, begins)) for at, _ in words] + [seconds]
-        return [[word, round(start, 3), round(end, 3)]
-                for (_, word), start, end in zip(words, starts, starts[1:])]
+        return [
+            [word, round(start, 3), round(end, 3)]
+            for (_, word), start, end in zip(words, starts, starts[1:])
+        ]
 
 
 def encoded(samples, form):
@@ -136,8 +154,11 @@ def add_flags(parser):
     """The arguments of `say`."""
     add = parser.add_argument
     add("text", help="what to say")
-    add("--voice", default="heard",
-        help="heard, unheard, far, or an eSpeak voice like en-us+f3 (default heard)")
+    add(
+        "--voice",
+        default="heard",
+        help="heard, unheard, far, or an eSpeak voice like en-us+f3 (default heard)",
+    )
     add("--out", required=True, help="a .wav or .flac file to write")
     add("--overwrite", action="store_true", help="replace an existing file")
 

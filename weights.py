@@ -5,6 +5,7 @@ out  tensors by name, one at a time; model.safetensors
 see  the safetensors format (8-byte header length, JSON header, raw little-endian tensors)
 run  python weights.py out/base         # name, shape and dtype of every tensor of a folder
 """
+
 import argparse
 import json
 import math
@@ -23,6 +24,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 # --- reading ------------------------------------------------------------------
 
+
 class Tensors:
     """The named tensors of a model folder: `Tensors(folder)[name]` reads that one from the disk.
 
@@ -34,9 +36,12 @@ class Tensors:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such model folder")
-        self.home = {}      # tensor name -> the file that holds it
-        self.files = {}     # file -> open safetensors handle, or dict of a .bin
-        self.headers = {}  # file -> (open file, where its tensors begin, header), for `block`
+        self.home = {}  # tensor name -> the file that holds it
+        self.files = {}  # file -> open safetensors handle, or dict of a .bin
+        # File -> (open file, where its tensors begin, header), for `block`
+        self.headers = (
+            {}
+        )
 
         single = self._first("model.safetensors", "pytorch_model.bin")
         index = self._first("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -45,8 +50,10 @@ class Tensors:
         elif index:
             self.home = self._read_index(index)
         if not self.home:
-            raise FileNotFoundError(f"{folder}: no model.safetensors, no shards with an index, "
-                                    "no pytorch_model.bin in it")
+            raise FileNotFoundError(
+                f"{folder}: no model.safetensors, no shards with an index, "
+                "no pytorch_model.bin in it"
+            )
 
     def _first(self, *names):
         return next((name for name in names if (self.folder / name).exists()), None)
@@ -55,18 +62,26 @@ class Tensors:
         """{tensor name: shard}, every shard opened and found to hold what the index says."""
         path = self.folder / index
         home = runs.read_json(path).get("weight_map", {})
-        if not isinstance(home, dict) or not all(isinstance(file, str) for file in home.values()):
+        if not isinstance(home, dict) or not all(
+            isinstance(file, str) for file in home.values()
+        ):
             raise ValueError(f"{path}: wanted a weight_map of tensor names and file names")
 
         for file in sorted(set(home.values())):
             if Path(file).name != file:
-                raise ValueError(f"{path}: names the shard {file!r}, which is not a plain file "
-                                 "name inside the folder")
+                raise ValueError(
+                    f"{path}: names the shard {file!r}, which is not a plain file "
+                    "name inside the folder"
+                )
             have = set(self._open(file))
-            lost = [name for name, shard in home.items() if shard == file and name not in have]
+            lost = [
+                name for name, shard in home.items() if shard == file and name not in have
+            ]
             if lost:
-                raise ValueError(f"{self.folder / file}: {lost[0]} is missing, though the index "
-                                 "puts it there")
+                raise ValueError(
+                    f"{self.folder / file}: {lost[0]} is missing, though the index "
+                    "puts it there"
+                )
         return home
 
     def _open(self, file):
@@ -76,15 +91,18 @@ class Tensors:
             raise FileNotFoundError(f"{path}: shard missing; the index names it")
         try:
             if file.endswith(".bin"):
-                self.files[file] = torch.load(path, map_location="cpu", weights_only=True,
-                                              mmap=True)
+                self.files[file] = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=True
+                )
             else:
                 self.files[file] = safe_open(path, framework="pt")
             return list(self.files[file].keys())
         except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:
             why = str(error).splitlines()[0]
             raise ValueError(f"{path}: damaged, cannot be read ({why})") from None
-        except Exception as error:  # weights_only refuses foreign pickles with its own error class
+        except (
+            Exception
+        ) as error:  # weights_only refuses foreign pickles with its own error class
             why = type(error).__name__
             raise ValueError(f"{path}: refused, not a plain tensor file ({why})") from None
 
@@ -100,7 +118,9 @@ class Tensors:
 
     def shape(self, name):
         file = self.files[self.home[name]]
-        stored = file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape()
+        stored = (
+            file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape()
+        )
         return tuple(stored)
 
     def __getitem__(self, name):
@@ -116,8 +136,10 @@ class Tensors:
             dtype = file.get_slice(name).get_dtype()
         dtype = DTYPES.get(dtype, dtype)
         if dtype not in DTYPES.values():
-            raise ValueError(f"{self.path(name)}: {name} is {dtype}; "
-                             f"wanted {', '.join(DTYPES.values())}")
+            raise ValueError(
+                f"{self.path(name)}: {name} is {dtype}; "
+                f"wanted {', '.join(DTYPES.values())}"
+            )
         return getattr(torch, dtype)
 
     def block(self, name, a, b):
@@ -140,8 +162,10 @@ class Tensors:
         raw = bytearray((b - a) * dtype.itemsize)
         begin = data + header[name]["data_offsets"][0] + a * dtype.itemsize
         if os.preadv(handle.fileno(), [raw], begin) != len(raw):
-            raise ValueError(f"{self.path(name)}: {name} ends early; the file has changed since it "
-                             "was opened")
+            raise ValueError(
+                f"{self.path(name)}: {name} ends early; the file has changed since it "
+                "was opened"
+            )
         return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
 
@@ -157,23 +181,30 @@ def load_into(module, folder, rename=lambda name: name, optional=()):
     missing = want.keys() - have.keys() - set(optional)
     unused = have.keys() - want.keys()
     if missing or unused:
-        raise ValueError(f"{folder}: tensors do not match the config: "
-                         f"missing {sorted(missing)[:3]}, unused {sorted(unused)[:3]} "
-                         f"({len(missing)} and {len(unused)} in all)")
+        raise ValueError(
+            f"{folder}: tensors do not match the config: "
+            f"missing {sorted(missing)[:3]}, unused {sorted(unused)[:3]} "
+            f"({len(missing)} and {len(unused)} in all)"
+        )
     for ours, name in have.items():
         if tuple(want[ours].shape) != tensors.shape(name):
-            raise ValueError(f"{tensors.path(name)}: {name} has shape {tensors.shape(name)}, "
-                             f"the config wants {tuple(want[ours].shape)}")
+            raise ValueError(
+                f"{tensors.path(name)}: {name} has shape {tensors.shape(name)}, "
+                f"the config wants {tuple(want[ours].shape)}"
+            )
 
     # A copy: no tensor stays tied to a file that may change.
     state = {ours: tensors[name].clone() for ours, name in have.items()}
     for ours, tensor in state.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{tensors.path(have[ours])}: {have[ours]} holds NaN or infinity")
+            raise ValueError(
+                f"{tensors.path(have[ours])}: {have[ours]} holds NaN or infinity"
+            )
     module.load_state_dict(state, strict=False, assign=True)
 
 
 # --- writing ------------------------------------------------------------------
+
 
 def save(folder, tensors):
     """Write {name: tensor} as folder/model.safetensors, without storage shared (tied weights)."""
@@ -202,7 +233,9 @@ def allocate(file, tensors):
     handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
     os.ftruncate(handle, 8 + len(text) + at)
-    return handle, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+    return handle, {
+        name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors
+    }
 
 
 def write_index(folder, home):
@@ -226,7 +259,9 @@ def copy_ears(source, target):
     for name in ("codebook.safetensors", "codebook.json"):
         shutil.copy(Path(source) / name, Path(target) / name)
     if (Path(source) / "hubert").exists():
-        shutil.copytree(Path(source) / "hubert", Path(target) / "hubert", dirs_exist_ok=True)
+        shutil.copytree(
+            Path(source) / "hubert", Path(target) / "hubert", dirs_exist_ok=True
+        )
 
 
 def main():

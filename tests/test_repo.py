@@ -66,7 +66,7 @@ def test_a_line_holds_one_idea_and_a_function_fits_on_a_screen():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
-    assert wide <= 0.08 * every and words <= 10.8 * lines, (wide / every, words / lines)
+    assert wide <= 0.05 * every and words <= 9.5 * lines, (wide / every, words / lines)
 
 
 def test_every_flag_does_something():
