@@ -221,8 +221,7 @@ class Documents:
         kind = int(rng.choice(len(self.names), p=self.odds))
         name = self.names[kind]
 
-        # Which one: the next of this pass through the source. Every pass has its own
-        # order.
+        # Which one: the next of this pass through the source. Every pass has its own order.
         n = self.count(name)
         held_out = n // HELD_OUT
         passes, at = divmod(self.drawn[name] * self.parts + self.part, n - held_out)

@@ -347,18 +347,11 @@ def table(args):
             answers, models["instruct"], plain, prompt=prompts["instruct"], bar=bar
         )
         rows["cascade"] = cascade(models["speech"], vocab, spoken, test, ask)
-        sweep = [
-            swept_at(
-                model_at(plan, config, lam, args.device),
-                vocab,
-                lam,
-                dev,
-                dev_near,
-                prompts["merged"],
-                bar,
-            )
-            for lam in LAMS
-        ]
+        sweep = []
+        for lam in LAMS:
+            model = model_at(plan, config, lam, args.device)
+            row = swept_at(model, vocab, dev, dev_near, prompts["merged"], bar)
+            sweep.append({"lam": lam} | row)
 
     deltas = plan.run(1.0, 1.0)
     result = how_trained(args) | {
@@ -417,13 +410,12 @@ def cascade(ears, vocab, spoken, test, ask):
     return row
 
 
-def swept_at(model, vocab, lam, dev, dev_near, prompt, bar):
+def swept_at(model, vocab, dev, dev_near, prompt, bar):
     """A row of the sweep: on dev questions, as settings are never chosen on test questions."""
     typed = answers(model, vocab, [q["question"] for q in dev], prompt, bar)
     spoken = answers(model, vocab, dev_near, prompt, bar)
     heard = transcripts(model, vocab, dev_near, bar)
     return {
-        "lam": lam,
         "typed": exact(typed, dev)["value"],
         "spoken_near": exact(spoken, dev)["value"],
         "wer_near": word_errors(heard, dev)["value"],

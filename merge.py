@@ -40,29 +40,29 @@ BLOCK = 1 << 22  # elements read and added at a time
 TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
 
 
-def add(folders, name, lam, mu):
+def add(plan, name, lam, mu):
     """Yield (first row, rows, sizes) of a tensor of the sum, block by block of its rows.
 
-    folders  `Folders`: the three of them
-    rows     (n, width) in speech's dtype
-    sizes    what `measure` says of the block; None for rows that base lacks
+    plan   `Merge`: the three folders
+    rows   (n, width) in speech's dtype
+    sizes  what `measure` says of the block; None for rows that base lacks
     """
-    for a, b in folders.blocks(name):
-        speech = folders.rows("speech", name, a, b)                 # (n, width)
-        if a >= folders.count(name):  # units: base has none
+    for a, b in plan.blocks(name):
+        speech = plan.rows("speech", name, a, b)                 # (n, width)
+        if a >= plan.count(name):  # units: base has none
             yield a, speech, None
             continue
-        base = folders.rows("base", name, a, b).double()
-        instruct = folders.rows("instruct", name, a, b).double()
+        base = plan.rows("base", name, a, b).double()
+        instruct = plan.rows("instruct", name, a, b).double()
 
         hearing = speech.double() - base
         behaviour = instruct - base
         merged = base + lam * hearing + mu * behaviour
 
         if not torch.isfinite(merged).all():
-            folders.blame(name, a, b)
+            plan.blame(name, a, b)
         if name in TABLES:
-            markers = [row - a for row in folders.markers if a <= row < b]
+            markers = [row - a for row in plan.markers if a <= row < b]
             merged[markers] = instruct[markers]
         yield a, merged.to(speech.dtype), measure(base, hearing, behaviour)
 
@@ -81,41 +81,12 @@ def measure(base, hearing, behaviour):
 
 
 class Merge:
-    """The sum of three folders, to be written or held in memory."""
-
-    def __init__(self, base, instruct, speech):
-        self.folders = Folders(base, instruct, speech)
-        self.names = self.folders.names
-
-    def merged(self, name, lam, mu=1.0):
-        """A whole tensor of the sum."""
-        parts = [rows for _, rows, _ in add(self.folders, name, lam, mu)]
-        return torch.cat(parts).view(self.folders.tensors["speech"].shape(name))
-
-    def run(self, lam, mu, out=None):
-        """Write the sum to the folder `out`, if given, in speech's own files; the report."""
-        file = Output(out, self.folders) if out else None
-        sizes = {}
-        for name in runs.Bar(self.names, desc="merging", unit="tensor"):
-            for first, rows, part in add(self.folders, name, lam, mu):
-                if part:
-                    sizes.setdefault(name, Counter()).update(part)
-                if file:
-                    file.write(name, first, rows)
-        if file:
-            file.close()
-        return report(sizes)
-
-
-# --- three folders that belong together ---------------------------------------
-
-
-class Folders:
-    """base, instruct and speech, found to fit. A ValueError names the first difference.
+    """base, instruct and speech, found to fit, and their sum.
 
     tensors  {"base", "instruct", "speech": weights.Tensors}
     names    of tensors, the same in all three
     markers  rows that are instruct's: the tokens of its chat template
+    A ValueError names the first difference that makes a sum impossible.
     """
 
     def __init__(self, base, instruct, speech):
@@ -141,6 +112,27 @@ class Folders:
                 "must come from this base"
             )
 
+    def merged(self, name, lam, mu=1.0):
+        """A whole tensor of the sum."""
+        parts = [rows for _, rows, _ in add(self, name, lam, mu)]
+        return torch.cat(parts).view(self.tensors["speech"].shape(name))
+
+    def run(self, lam, mu, out=None):
+        """Write the sum to the folder `out`, if given, in speech's own files; the report."""
+        file = Output(out, self) if out else None
+        sizes = {}
+        for name in runs.Bar(self.names, desc="merging", unit="tensor"):
+            for first, rows, part in add(self, name, lam, mu):
+                if part:
+                    sizes.setdefault(name, Counter()).update(part)
+                if file:
+                    file.write(name, first, rows)
+        if file:
+            file.close()
+        return report(sizes)
+
+    # --- do the three fit? ---
+
     def same_names(self):
         """The names of all tensors; architectures and names must be the same."""
         kinds, names = {}, {}
@@ -148,8 +140,7 @@ class Folders:
             config = runs.read_json(Path(path) / "config.json")
             kinds[which] = (config.get("architectures") or ["none"])[0]
 
-            # Some files hold the tied head and the frequencies of rotation beside the
-            # rest.
+            # Some files hold the tied head and the frequencies of rotation beside the rest.
             tied = config.get("tie_word_embeddings")
             names[which] = [
                 name
@@ -242,17 +233,17 @@ class Folders:
 class Output:
     """Files like speech's, of one or several shards, whose blocks come one after the other."""
 
-    def __init__(self, out, folders):
-        speech = folders.tensors["speech"]
+    def __init__(self, out, plan):
+        speech = plan.tensors["speech"]
         self.out, self.files, self.begin = Path(out), {}, {}
         self.home = {}  # tensor name -> its file
-        for name in folders.names:
+        for name in plan.names:
             file = speech.home[name].replace("pytorch_model", "model")
             self.home[name] = file.replace(".bin", ".safetensors")
         for file in sorted(set(self.home.values())):
             mine = {
                 name: (speech.shape(name), speech.dtype(name))
-                for name in folders.names
+                for name in plan.names
                 if self.home[name] == file
             }
             self.files[file], begin = weights.allocate(self.out / file, mine)

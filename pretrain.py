@@ -58,8 +58,7 @@ STAGES = {
         pace=8.0,
         layers="0.5:1",
     ),
-    # A speech model: transcripts, and speech and text by turns, beside the base as a
-    # teacher.
+    # A speech model: transcripts, and speech and text by turns, beside the base as a teacher.
     "units": PLAIN
     | dict(
         mix="interleave=0.35,transcribe=0.65",

@@ -761,8 +761,7 @@ def draw(args):
     )
     frames.set(ylabel="frames (MFCC)", yticks=[])
 
-    # A run of one unit is a box; its grey is by turns, its number is what the model
-    # reads.
+    # A run of one unit is a box; its grey is by turns, its number is what the model reads.
     for n, (unit, end) in enumerate(zip(units, ends)):
         begin = ends[n - 1] if n else 0.0
         runs_.axvspan(begin, end, color="0.8" if n % 2 else "0.92")

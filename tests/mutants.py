@@ -24,7 +24,7 @@ STEP = f"{PRETRAIN} -k 'flag or rows_go_first or beside_imitation or reader or c
 MUTANTS = [     # (file, what stands there, what is planted, the tests that should notice)
     ("evaluate.py", "model_at(plan, config, 0.0, args.device)", "model_at(plan, config, 1.0, args.device)", EVALUATE),
     ("evaluate.py", 'answers, models["instruct"], plain', 'answers, models["speech"], plain', EVALUATE),
-    ("evaluate.py", "                model_at(plan, config, lam, args.device),", "                model_at(plan, config, 1.0, args.device),", EVALUATE),
+    ("evaluate.py", "            model = model_at(plan, config, lam, args.device)", "            model = model_at(plan, config, 1.0, args.device)", EVALUATE),
     ("evaluate.py", "spoken = {group: hear(ears, folder, test, group)", 'spoken = {group: hear(ears, folder, test, "near")', EVALUATE),
     ("evaluate.py", "not_text[vocab.text_rows()] = False", "not_text[:] = False", EVALUATE),
     ("evaluate.py", "LIMIT, stop, vocab.text_rows()))", "LIMIT, stop, None))", EVALUATE),

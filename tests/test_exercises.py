@@ -57,7 +57,7 @@ def test_exercise_2_a_small_delta_is_mostly_lost_where_every_step_is_rounded():
 def test_exercise_3_at_lam_0_the_sum_is_instruct_with_the_speech_models_new_rows(speedrun):
     plan = Merge(*(speedrun / name for name in ("base", "instruct", "speech")))
     for name in plan.names:
-        merged, (instruct, speech) = plan.merged(name, 0.0), (plan.folders.tensors[which][name] for which in ("instruct", "speech"))
+        merged, (instruct, speech) = plan.merged(name, 0.0), (plan.tensors[which][name] for which in ("instruct", "speech"))
         assert torch.equal(merged[:len(instruct)], instruct)               # every tensor and row that base has
         assert torch.equal(merged[len(instruct):], speech[len(instruct):])                                    # units and speech markers
 
