@@ -36,7 +36,7 @@ RULES = {
     "chat markers": "their rows are instruct's: speech training never saw them",
     "new rows": "units and speech markers are speech's: there is nothing to add",
 }
-BLOCK = 1 << 22  # elements read and added at a time
+BLOCK = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
 TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
 
 
@@ -69,15 +69,18 @@ def add(plan, name, lam, mu):
 
 def measure(base, hearing, behaviour):
     """What the report needs of a block, to be summed: squared norms, and how the deltas agree."""
-    product = hearing * behaviour
     return Counter(
-        base=base.square().sum().item(),
-        speech=hearing.square().sum().item(),
-        instruct=behaviour.square().sum().item(),
-        product=product.sum().item(),
-        against=(product < 0).sum().item(),
+        base=dot(base, base),
+        speech=dot(hearing, hearing),
+        instruct=dot(behaviour, behaviour),
+        product=dot(hearing, behaviour),
+        against=(hearing * behaviour < 0).sum().item(),
         count=base.numel(),
     )
+
+
+def dot(x, y):
+    return x.flatten().dot(y.flatten()).item()
 
 
 class Merge:
