@@ -355,15 +355,19 @@ def between(units, durations, begin, end, rate):
 MELS, CEPSTRA = 40, 13
 
 
-@lru_cache
-def mel_filters():
-    """Triangles (WINDOW // 2 + 1, MELS), evenly spaced on the mel scale from 0 to 8 kHz."""
-    mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MELS + 2)
-    hertz = 700 * (10 ** (mel / 2595) - 1)
+def triangles(hertz):
+    """Filters (WINDOW // 2 + 1, len(hertz) - 2): each rises from an edge to the next, and falls."""
     at = np.fft.rfftfreq(WINDOW, 1 / SAMPLE_RATE)[:, None]
     rise = (at - hertz[:-2]) / np.diff(hertz)[:-1]
     fall = (hertz[2:] - at) / np.diff(hertz)[1:]
     return np.clip(np.minimum(rise, fall), 0, None)
+
+
+@lru_cache
+def mel_filters():
+    """Triangles (WINDOW // 2 + 1, MELS), evenly spaced on the mel scale from 0 to 8 kHz."""
+    mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MELS + 2)
+    return triangles(700 * (10 ** (mel / 2595) - 1))
 
 
 def slopes(y):

@@ -40,7 +40,7 @@ from vocab import Vocab
 # The settings of each stage, for the toy world. A real model wants a tenth of these rates
 # or less.
 PLAIN = dict(
-    pace=1.0, imitate=0.0, keep_text=0.0, rows_first=0, layers="0:1", embeddings="all"
+    pace=1.0, imitate=0.0, keep_text=0.0, rows_first=0.0, layers="0:1", embeddings="all"
 )
 STAGES = {
     # A base: from nothing, on text, and used to gaps between positions.
@@ -69,7 +69,7 @@ STAGES = {
         embeddings="new",
         imitate=7.0,
         keep_text=0.01,
-        rows_first=50,
+        rows_first=0.05,
     ),
 }
 LAYOUTS = "text", "chat", "interleave", "transcribe"
@@ -432,7 +432,7 @@ def train(args, out, rank, world):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["faster"]
         for p in run.body:
-            p.requires_grad_(step > args.rows_first)
+            p.requires_grad_(step > args.rows_first * args.steps)
 
         # Forward and backward, batch by batch: gradients add up.
         run.model.zero_grad(set_to_none=True)
@@ -842,8 +842,9 @@ def add_align_flags(add, default):
     )
     add(
         "--rows-first",
-        type=int,
-        help=f"steps in which only embedding rows are trained ({default('rows_first')})",
+        type=float,
+        help="share of the steps in which only embedding rows are trained "
+        f"({default('rows_first')})",
     )
     add(
         "--layers",
@@ -899,6 +900,8 @@ def check(parser, args, world):
             f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only "
             "speech can be like its text"
         )
+    if not 0 <= args.rows_first <= 1:
+        parser.error(f"--rows-first {args.rows_first}: wanted a share of the steps, 0 to 1")
     if min(args.steps, args.rows, args.length - 1) < 1:
         parser.error(
             f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at "

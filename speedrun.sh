@@ -35,8 +35,8 @@ step tokenize_audio.py encode --manifest $out/toy/speech/train.jsonl --codebook 
 
 # Hearing, from the *base*: 1,000 steps on transcripts (two thirds) and on speech and text by turns.
 # No chat, no question with its answer. The base, frozen, is the teacher (weight 7). Changes that
-# text would feel are filtered out (strength 0.01). The first 50 steps train the new rows alone,
-# which learn ten times as fast; no other row, no norm and no output changes.
+# text would feel are filtered out (strength 0.01). The first twentieth of the steps trains the new
+# rows alone, which learn ten times as fast; no other row, no norm and no output changes.
 step pretrain.py --init $out/base --units $out/units --text $out/toy/base.jsonl --seed $seed --out $out/speech
 
 # The idea: base + lam * (speech - base) + (instruct - base). This lam was chosen once, on seed 0's

@@ -55,7 +55,7 @@ def shrink(words):
     """A command of speedrun.sh made small: later flags win over earlier ones."""
     line = " ".join(words)
     extra = next((flags for start, flags in SMALL.items() if line.startswith(start)), "")
-    extra += " --rows-first 2" if words[0] == "pretrain.py" and "--units" in words else ""
+    extra += " --rows-first 0.25" if words[0] == "pretrain.py" and "--units" in words else ""
     return [{"nano": "micro"}.get(w, w) for w in words] + extra.split()
 
 

@@ -84,7 +84,7 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("align.py", "+ strength * C\n", "+ 0 * C\n", STEP),
     ("align.py", "stretch = torch.where(draw() < 1 / 8", "stretch = torch.where(draw() < 2", STEP),
 
-    ("pretrain.py", "p.requires_grad_(step > args.rows_first)", "p.requires_grad_(True)", STEP),
+    ("pretrain.py", "p.requires_grad_(step > args.rows_first * args.steps)", "p.requires_grad_(True)", STEP),
     ("pretrain.py", 'NEW_FASTER if args.embeddings == "new" else 1', "1", STEP),
     ("pretrain.py", "args.lora_alpha or 2 * args.lora", "2 * args.lora", STEP),
     ("pretrain.py", "return peak * (step + 1) / warm", "return peak", STEP),

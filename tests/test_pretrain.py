@@ -181,7 +181,7 @@ def test_chats_too_can_keep_text(speedrun, tmp_path, monkeypatch):
 def test_a_killed_run_resumes_to_the_bit(stage, speedrun, tmp_path, monkeypatch):
     common = ["--steps", "6", "--rows", "2", "--seed", "0", "--device", "cpu"]
     words = {"base": ["--size", "micro", "--tokenizer", str(speedrun / "toy/tokenizer"), "--text", str(speedrun / "toy/base.jsonl")],
-             "speech": ["--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "2"]}[stage]
+             "speech": ["--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "0.34"]}[stage]
     command = ["pretrain.py", *words, *common]
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
     call([*command, "--out", str(tmp_path / "straight")], monkeypatch)
@@ -287,7 +287,7 @@ def test_rows_of_the_wrong_form_are_shown(flag, line, wanted, speedrun, tmp_path
 
 def trained_with(folder, speedrun, *flags):
     """The words of two tiny steps of speech training."""
-    return ["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "1",
+    return ["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "0.34",
             "--steps", "3", "--rows", "2", "--device", "cpu", "--out", str(folder), *flags]
 
 
