@@ -21,10 +21,9 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
+from desta import load
 from evaluate import BATCH, edit_distance, normal, ratio, replies, share
-from model import LM
-from tokenize_audio import AudioTokenizer, add_ears
-from vocab import Vocab
+from tokenize_audio import add_ears
 
 METRICS = ["exact", "wer", "choice"]
 READ = 16  # prompts read at once for the likelihood of all their ids
@@ -36,27 +35,15 @@ READ = 16  # prompts read at once for the likelihood of all their ids
 def in_batches(args, items, work):
     """work(list of items) -> list of results, for all items, batch by batch."""
     runs.may_write(args.out, args.overwrite)
-    settings = runs.recipe([args.folder, args.rows])["inputs"] | {
-        "hubert": str(args.hubert)
-    }
-    checkpoint = runs.Checkpoint(f"{args.out}.rows", settings)
-    checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
-    saved = checkpoint.read("done")
-    done = saved[0] if saved else []
-    with runs.Bar(total=len(items), initial=len(done), desc=args.action, unit="row") as bar:
-        while len(done) < len(items):
-            results = work(items[len(done) : len(done) + BATCH])
-            done += results
-            checkpoint.write(done=done)
-            bar.update(len(results))
-    return done
+    settings = runs.recipe([args.folder, args.rows])["inputs"]
+    settings["hubert"] = str(args.hubert)
+    return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, "row")
 
 
 def finish(args, scores, answers):
-    """Write the scores and every answer, print the scores, and forget the checkpoint."""
+    """Write the scores and every answer, and print the scores."""
     made = scores | {"rows": answers, "made": runs.recipe([args.folder, args.rows])}
-    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
-    Path(f"{args.out}.rows").unlink()
+    runs.finish_pieces(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(json.dumps(scores, indent=1))
 
 
@@ -68,7 +55,7 @@ def log_probabilities(model, prompts):
         part = [torch.tensor(prompt) for prompt in prompts[a : a + READ]]
         # What fills up a batch stands behind the prompts, where they do not see it.
         ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)  # (B, T)
-        for hidden, prompt in zip(model.model(ids), part):          # (T, C)
+        for hidden, prompt in zip(model.model(ids), part):  # (T, C)
             yield model.lm_head(hidden[: len(prompt)]).float().log_softmax(-1)
 
 
@@ -131,12 +118,9 @@ def meaning(letter, row):
 def score_rows(args):
     """Score a model on rows of questions."""
     rows, folder = read_rows(args.rows), Path(args.rows).parent
-    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(
-        args.folder
-    )
-    ears = None
-    if any(row.get("audio") for row in rows):
-        ears = AudioTokenizer(args.folder, args.device, args.hubert)
+    model, vocab, ears = load(args.folder, args.device, args.hubert, torch.float32)
+    if any(row.get("audio") for row in rows) and not ears:
+        raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
 
     def content(row):
         """A user's turn: units, if there are any, then what is written."""
@@ -222,10 +206,7 @@ def read_pairs(path):
 def score_pairs(args):
     """Share of pairs in which the model finds the good clip likelier, per unit; ties half."""
     pairs, folder = read_pairs(args.rows)
-    model, vocab = LM.load(args.folder, args.device, torch.float32).eval(), Vocab(
-        args.folder
-    )
-    ears = AudioTokenizer(args.folder, args.device, args.hubert)
+    model, vocab, ears = load(args.folder, args.device, args.hubert, torch.float32)
     if not vocab.speech:
         raise ValueError(
             f"{args.folder}: cannot hear (no speech.json); give a speech model"

@@ -23,9 +23,9 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from model import LM, generate
-from tokenize_audio import AudioTokenizer, add_ears
-from vocab import Vocab
+from desta import Listener, load
+from model import generate
+from tokenize_audio import add_ears
 
 LIMIT = 256  # tokens in a reply
 SLOWEST = (
@@ -49,9 +49,8 @@ class Chat:
     """
 
     def __init__(self, folder, device="cpu", hubert=None, temperature=0.0):
-        self.model, self.vocab = LM.load(folder, device).eval(), Vocab(folder)
+        self.model, self.vocab, self.ears = load(folder, device, hubert)
         self.vocab.template()  # a ValueError now rather than at the first turn
-        self.ears = AudioTokenizer(folder, device, hubert) if self.vocab.speech else None
         self.folder, self.temperature = folder, temperature
         self.messages, self.took, self.forgotten = [], {}, 0
         self.draw = random.SystemRandom()  # at a temperature no two replies are alike
@@ -125,6 +124,8 @@ class Chat:
 
     def heard(self, units):
         """The model's own transcript of units: what it understood."""
+        if isinstance(self.vocab, Listener):  # it stands in the turn
+            return self.vocab.said.get(int(units[0]), "")
         prompt, vocab = torch.tensor(self.vocab.heard(units)), self.vocab
         steps = generate(self.model, [prompt], LIMIT, vocab.stop, vocab.text_rows())
         return vocab.decode([int(ids[0]) for ids in steps]).strip().removesuffix(".")
@@ -247,7 +248,7 @@ def turn(chat, parts, transcribe=False):
         if "units" in notes:
             paths = ", ".join(str(part) for part in parts if isinstance(part, Path))
             print(
-                f"[{paths or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} units]"
+                f"[{paths or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} {chat.ears.makes}]"
             )
         for heard in notes.get("heard", []):
             print(f"heard: {heard}")
@@ -383,9 +384,7 @@ def main():
     )
     add_ears(parser)
     # Flags may stand between the folder and the audio.
-    args = (
-        parser.parse_intermixed_args()
-    )
+    args = parser.parse_intermixed_args()
     if not args.temperature >= 0:
         raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
 

@@ -32,6 +32,7 @@ import json
 import math
 import platform
 import random
+import re
 import time
 from pathlib import Path
 
@@ -41,6 +42,8 @@ import torch
 import torch.nn.functional as F
 
 import audio
+import desta
+from desta import load
 from merge import Merge
 from model import LM, Config, generate
 from tokenize_audio import AudioTokenizer, add_ears
@@ -75,8 +78,11 @@ BATCH = 64  # questions answered at once
 # --- answering ----------------------------------------------------------------
 
 
-def replies(model, vocab, prompts, extra_stop=(), bar=None):
-    """The text a model writes after each prompt (lists of ids); None where it did not stop."""
+def replies(model, vocab, prompts, extra_stop=(), bar=None, limit=LIMIT, whole=True):
+    """The text a model writes after each prompt (lists of ids).
+
+    Where it did not stop within the limit, None; if not `whole`, what it wrote so far.
+    """
     stop = [*vocab.stop, *extra_stop]
     out = [None] * len(prompts)
 
@@ -85,10 +91,10 @@ def replies(model, vocab, prompts, extra_stop=(), bar=None):
     for a in range(0, len(order), BATCH):
         part = order[a : a + BATCH]
         starts = [torch.tensor(prompts[i]) for i in part]
-        steps = list(generate(model, starts, LIMIT, stop, vocab.text_rows()))
-        for i, ids in zip(part, torch.stack(steps).T.tolist()):     # (B, steps)
+        steps = list(generate(model, starts, limit, stop, vocab.text_rows()))
+        for i, ids in zip(part, torch.stack(steps).T.tolist()):  # (B, steps)
             end = next((n for n, token in enumerate(ids) if token in stop), None)
-            out[i] = None if end is None else vocab.decode(ids[:end])
+            out[i] = None if end is None and whole else vocab.decode(ids[:end])
         if bar:
             bar.update(len(part))
     return out
@@ -224,7 +230,7 @@ def text_loss(model, vocab, questions):
     sums, counts = [], []
     for q in questions:
         ids = torch.tensor(vocab.text(q["text"])[0], device=device)
-        logits = model(ids[None, :-1])[0].float()                   # (T - 1, V)
+        logits = model(ids[None, :-1])[0].float()  # (T - 1, V)
         logits[:, not_text.to(device)] = -math.inf
         sums.append(F.cross_entropy(logits, ids[1:], reduction="sum").item())
         counts.append(len(ids) - 1)
@@ -526,9 +532,7 @@ def draw(results, path):
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     # Its table is what is guarded.
-    runs.write_file(
-        path, picture.getvalue(), overwrite=True
-    )
+    runs.write_file(path, picture.getvalue(), overwrite=True)
 
 
 def draw_idea(axes):
@@ -658,30 +662,35 @@ def swept(sweep):
 
 
 def compare(args):
-    """The same test questions, typed and aloud, to several models that hear."""
+    """The same questions of a split, typed and aloud, to several models that hear."""
     runs.may_write(args.out, args.overwrite)
     if len(set(args.folders)) < 2:
         raise ValueError(f"compare: got {args.folders[0]} alone, wanted two models or more")
     test, dev = read_questions(args.questions)
+    asked = dev if args.split == "dev" else test
 
     # Who cannot hear is told before the first is asked.
-    ears = {
-        folder: AudioTokenizer(folder, args.device, args.hubert) for folder in args.folders
+    loaded = {
+        folder: load(folder, args.device, args.hubert, torch.float32)
+        for folder in args.folders
     }
+    for folder, (_, _, ears) in loaded.items():
+        if not ears:
+            raise ValueError(f"{folder}: cannot hear; wanted a model that does")
+
     rows, right = {}, {}
-    for folder in args.folders:
-        model, vocab = LM.load(folder, args.device, torch.float32).eval(), Vocab(folder)
-        near = hear(ears[folder], Path(args.questions).parent, test, "near")
-        count = 4 * len(test) + 2 * len(dev)
+    for folder, (model, vocab, ears) in loaded.items():
+        near = hear(ears, Path(args.questions).parent, asked, "near")
+        count = 4 * len(asked) + 2 * len(dev)
         with runs.Bar(total=count, desc=f"answering {folder}", unit="reply") as bar:
             prompt = better_prompt(model, vocab, dev, bar)
-            rows[folder], said = score(model, vocab, test, {"near": near}, prompt, bar)
+            rows[folder], said = score(model, vocab, asked, {"near": near}, prompt, bar)
         right[folder] = np.array(
-            [normal(text) == normal(q["answer"]) for text, q in zip(said, test)], dtype=int
+            [normal(text) == normal(q["answer"]) for text, q in zip(said, asked)], dtype=int
         )
 
     first, *others = rows
-    ahead = {other: lead(right[first] - right[other], test) for other in others}
+    ahead = {other: lead(right[first] - right[other], asked) for other in others}
     made = {
         "rows": rows,
         "ahead": ahead,
@@ -721,6 +730,75 @@ def finding(rows, ahead):
         said.append(f"{other} {row['spoken_near']['value']:.2f} ({verdict})")
     typed = ", ".join(format(row["typed"]["value"], ".2f") for row in rows.values())
     return f"Asked aloud, {', '.join(said)}; typed, {typed}."
+
+
+# --- how it was said ----------------------------------------------------------
+
+# {what a style says: words that a reply may say for it}
+WORDS = {
+    "man": {"man", "male"},
+    "woman": {"woman", "female"},
+    "fast": {"fast", "quick", "quickly"},
+    "slow": {"slow", "slowly"},
+    "loud": {"loud", "loudly"},
+    "quiet": {"quiet", "quietly"},
+}
+
+
+def manner(args):
+    """Does a model name how clips were said: on hearing them, and as the text that they would be?
+
+    heard    the sound
+    read     its description in words: the ceiling, what the model says when it is told
+    cascade  the transcript alone, as the model's own ears wrote it
+    A reply names an attribute if it has the right value's word and no other value's.
+    """
+    runs.may_write(args.out, args.overwrite)
+    clips = audio.read_manifest(args.clips)
+    model, vocab, ears = load(args.folder, args.device, args.hubert, torch.float32)
+    if not isinstance(vocab, desta.Listener):
+        raise ValueError(f"{args.folder}: wanted a folder of desta.py train")
+    bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
+    heard = [ears(audio.load(clip["audio"]))[0] for clip in bar]
+    written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
+    asked = {
+        "heard": heard,
+        "read": [desta.description(clip, args.template) for clip in clips],
+        "cascade": [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written],
+    }
+
+    rows, said = {}, {}
+    with runs.Bar(total=3 * len(clips), desc="answering", unit="reply") as bar:
+        for name, contents in asked.items():
+            prompts = [vocab.ask(content, args.prompt) for content in contents]
+            said[name] = replies(
+                model, vocab, prompts, bar=bar, limit=desta.LIMIT, whole=False
+            )
+            rows[name] = named(said[name], clips)
+    answers = [dict(zip(said, texts)) | clip for clip, *texts in zip(clips, *said.values())]
+    made = {
+        "rows": rows,
+        "answers": answers,
+        "made": runs.recipe([args.folder, args.clips]),
+    }
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    for name, row in rows.items():
+        cells = [f"{attribute} {cell['value']:.2f}" for attribute, cell in row.items()]
+        print(f"{name:8} {'  '.join(cells)}")
+
+
+def named(said, clips):
+    """{attribute: share of replies that name its value}, with intervals by speakers."""
+    speakers, row = [clip.get("speaker", n) for n, clip in enumerate(clips)], {}
+    for attribute in clips[0]["style"]:
+        values = {clip["style"][attribute] for clip in clips}
+        right = []
+        for text, clip in zip(said, clips):
+            words = set(re.findall(r"\w+", text.lower()))
+            found = [value for value in values if words & WORDS.get(value, {value.lower()})]
+            right.append(found == [clip["style"][attribute]])
+        row[attribute] = ratio(right, [1] * len(right), speakers)
+    return row
 
 
 # --- units --------------------------------------------------------------------
@@ -788,16 +866,29 @@ def arguments():
     sweep = commands.add_parser("lam", help="the sweep of lam of a table, and what it says")
     sweep.add_argument("table", help="a table.json")
     three = commands.add_parser(
-        "compare",
-        help="ask several models that hear the same test " "questions, typed and aloud",
+        "compare", help="ask several models that hear the same questions, typed and aloud"
     )
     three.add_argument("folders", nargs="+", help="model folders that hear")
+    three.add_argument(
+        "--split",
+        choices=["test", "dev"],
+        default="test",
+        help="questions to report on (default), or to choose settings on",
+    )
+    how = commands.add_parser("manner", help="does it name how a clip was said (desta.py)")
+    how.add_argument("folder", help="a folder of desta.py train")
+    how.add_argument("--clips", required=True, help='a manifest with "style", new voices')
+    how.add_argument("--prompt", required=True, help="what is asked about every clip")
+    how.add_argument(
+        "--template", default=desta.TEMPLATE, help="of a description (default: %(default)s)"
+    )
     units = commands.add_parser(
         "units",
         help="used units, perplexity, rate, and how alike a word " "is across voices",
     )
     units.add_argument("folder", help="a units folder of tokenize_audio.py encode")
 
+    add_ears(how)
     for command in (one, three):
         command.add_argument(
             "--questions",
@@ -805,7 +896,7 @@ def arguments():
             help="questions.jsonl of toy.py world, or of that form",
         )
         add_ears(command)
-    for command in (one, two, three):
+    for command in (one, two, three, how):
         command.add_argument(
             "--out",
             required=True,
@@ -827,6 +918,8 @@ def main():
         report(args)
     elif args.action == "compare":
         compare(args)
+    elif args.action == "manner":
+        manner(args)
     elif args.action == "show":
         show(read_table(args.table))
     elif args.action == "lam":

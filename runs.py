@@ -353,6 +353,30 @@ class Checkpoint:
         os.replace(partial, self.path)
 
 
+def in_pieces(out, settings, items, work, size, desc, unit):
+    """All that `work` makes of items, given `size` of them at a time; a list, in their order.
+
+    A checkpoint beside `out` keeps what is done, until `finish_pieces` has written `out`.
+    """
+    checkpoint = Checkpoint(f"{out}.rows", settings)
+    checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
+    saved = checkpoint.read("done")
+    done = saved[0] if saved else []
+    with Bar(total=len(items), initial=len(done), desc=desc, unit=unit) as bar:
+        while len(done) < len(items):
+            results = work(items[len(done) : len(done) + size])
+            done += results
+            checkpoint.write(done=done)
+            bar.update(len(results))
+    return done
+
+
+def finish_pieces(out, data, overwrite=False):
+    """Write what the pieces were for, and forget their checkpoint."""
+    write_file(out, data, overwrite)
+    Path(f"{out}.rows").unlink()
+
+
 def keep_log(path, step):
     """Of a log, JSON lines with a "step", keep the steps that are done; a kill may have left more,
     and half a line at the end."""

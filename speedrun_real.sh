@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# The real recipe: an open base model, its instruct twin, a HuBERT, and hours of speech with their transcripts.
-#   bash speedrun_real.sh [WEIGHTS] [SPEECH] [OUT]        run again after a stop, it goes on at the step it was in
+# The real recipe: an open base model, its instruct twin, and hours of speech with transcripts.
+#   bash speedrun_real.sh [WEIGHTS] [SPEECH] [OUT]    run again after a stop, it goes on where it was
 #
-# The plan, for one GPU (9 GB to download, once; it has not been run at this size):
+# The plan, for one GPU (10 GB to download, once; it has not been run at this size):
 #   hf download Qwen/Qwen2.5-0.5B          --local-dir weights/base         1.0 GB
 #   hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir weights/instruct     1.0 GB
-#   hf download facebook/hubert-base-ls960 --local-dir weights/hubert       0.4 GB; without it a small HuBERT is trained on SPEECH first
-#   LibriSpeech's train-clean-100 from openslr.org/12, unpacked to LibriSpeech/ (6.3 GB); or a folder or manifest of your own, with transcripts
+#   hf download facebook/hubert-base-ls960 --local-dir weights/hubert       0.4 GB
+#   hf download openai/whisper-base        --local-dir weights/whisper      0.3 GB
+#   LibriSpeech's train-clean-100 from openslr.org/12, unpacked to LibriSpeech/ (6.3 GB); or a
+#   folder or manifest of your own, with transcripts
+# Without weights/hubert a small HuBERT is trained on SPEECH first. Without weights/whisper there
+# are no word times: no word can be matched with how it reads, so hearing is learnt by the plain loss.
 #
-# A trial of the whole path, for two cores (not run to its end yet); any folder of these families will do as BASE and INSTRUCT:
-#   BASE=weights/SmolLM2-135M-Instruct INSTRUCT=weights/SmolLM2-135M-Instruct STEPS=20 ROWS=1 ACCUMULATE=1 bash speedrun_real.sh weights clips.jsonl out/trial
+# A trial of the whole path on two cores; any folder of these families will do:
+#   BASE=weights/SmolLM2-135M-Instruct INSTRUCT=weights/SmolLM2-135M-Instruct \
+#     WHISPER=weights/whisper-tiny.en STEPS=20 ROWS=1 ACCUMULATE=1 bash speedrun_real.sh weights clips.jsonl out/trial
 #
-# Expect transcripts, and an instruct model that still chats. Do not expect the toy's spoken answers: LibriSpeech has no word times, and without
-# them no word can be matched with how it reads (--imitate 0). A manifest with "words" from a forced aligner has them: then leave out --imitate and --mix.
+# Expect transcripts, and an instruct model that still chats. Do not expect the toy's spoken answers.
 set -euo pipefail
 cd "$(dirname "$0")"
 weights=${1:-weights}
@@ -20,6 +24,7 @@ speech=${2:-LibriSpeech}
 out=${3:-out/real}
 base=${BASE:-$weights/base}
 instruct=${INSTRUCT:-$weights/instruct}
+whisper=${WHISPER:-$weights/whisper}
 hubert=$weights/hubert
 layer=9
 
@@ -29,24 +34,37 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
 }
 
+# When each word was said: what interleaving by words and the teacher need.
+hearing="--mix interleave=0.5,transcribe=0.3,text=0.2 --imitate 0"
+if [ -e "$whisper" ]; then
+  step whisper.py words "$speech" --whisper "$whisper" --out "$out/words.jsonl"
+  speech=$out/words.jsonl
+  hearing="--mix interleave=0.35,transcribe=0.45,text=0.2"
+fi
+
 # No HuBERT at hand: a small one learns from this speech alone, as in speedrun.sh.
 if [ ! -e "$hubert" ]; then
-  step tokenize_audio.py fit --manifest $speech --features mfcc --k 100 --out $out/codebook_mfcc
-  step tokenize_audio.py encode --manifest $speech --codebook $out/codebook_mfcc --out $out/units_mfcc
-  step hubert.py train --units $out/units_mfcc --out $out/hubert
+  step tokenize_audio.py fit --manifest "$speech" --features mfcc --k 100 --out "$out/codebook_mfcc"
+  step tokenize_audio.py encode --manifest "$speech" --codebook "$out/codebook_mfcc" --out "$out/units_mfcc"
+  step hubert.py train --units "$out/units_mfcc" --out "$out/hubert"
   hubert=$out/hubert layer=4
 fi
 
 # Speech to units: 500 clusters of a middle layer, the runs collapsed.
-step tokenize_audio.py fit --manifest $speech --hubert $hubert --layer $layer --k 500 --frames 500000 --minibatch 10000 --out $out/codebook
-step tokenize_audio.py encode --manifest $speech --codebook $out/codebook --out $out/units
-# Text that shows which inputs text uses, and that keeps the base a base: here the transcripts alone; any text of your own is better.
-if [ ! -e $out/text.txt ]; then
-  python -c "import json, sys; [print(row['text']) for row in map(json.loads, open(sys.argv[1])) if row.get('text')]" $out/units/manifest.jsonl > $out/text.partial
-  mv $out/text.partial $out/text.txt
+step tokenize_audio.py fit --manifest "$speech" --hubert "$hubert" --layer $layer --k 500 --frames 500000 --minibatch 10000 --out "$out/codebook"
+step tokenize_audio.py encode --manifest "$speech" --codebook "$out/codebook" --out "$out/units"
+
+# Text that shows which inputs text uses, and that keeps the base a base: here the transcripts
+# alone; any text of your own is better.
+if [ ! -e "$out/text.txt" ]; then
+  python -c "import json, sys; [print(row['text']) for row in map(json.loads, open(sys.argv[1])) if row.get('text')]" "$out/units/manifest.jsonl" > "$out/text.partial"
+  mv "$out/text.partial" "$out/text.txt"
 fi
-# Hearing, from the *base*: a tenth of the toy's rate and less; rows long enough for any utterance. 2,000 steps of 65,536 ids are 130 M, some 20 passes over a hundred hours.
-step pretrain.py --init $base --units $out/units --text $out/text.txt --mix interleave=0.5,transcribe=0.3,text=0.2 --imitate 0 --lr 1e-4 --steps ${STEPS:-2000} --rows ${ROWS:-8} --length 2048 --accumulate ${ACCUMULATE:-4} --recompute --out $out/speech
+
+# Hearing, from the *base*: a tenth of the toy's rate and less; rows long enough for any utterance.
+# 2,000 steps of 65,536 ids are 130 M, some 20 passes over a hundred hours.
+step pretrain.py --init "$base" --units "$out/units" --text "$out/text.txt" $hearing --lr 1e-4 --steps ${STEPS:-2000} --rows ${ROWS:-8} --length 2048 --accumulate ${ACCUMULATE:-4} --recompute --out "$out/speech"
+
 # The paper's lam.
-step merge.py --base $base --instruct $instruct --speech $out/speech --lam 0.85 --out $out/merged
-python chat.py $out/merged
+step merge.py --base "$base" --instruct "$instruct" --speech "$out/speech" --lam 0.85 --out "$out/merged"
+python chat.py "$out/merged"

@@ -327,6 +327,8 @@ def collapse(labels):
 class AudioTokenizer:
     """Samples -> (units, durations), with the codebook of a folder. `recipe` is codebook.json."""
 
+    makes = "units"
+
     def __init__(self, folder, device="cpu", hubert=None, dtype=torch.float32):
         folder = Path(folder)
         if not (folder / "codebook.json").exists():

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,8 @@ import torch
 import audio
 import benchmark
 import evaluate
-from conftest import ROOT, call, shrink
+import pretrain
+from conftest import ROOT, call
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
 
 
@@ -245,9 +245,7 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(speedrun,
     said = {"one": ["yes" if q["fact"] < 30 else "no" for q in questions], "two": ["yes" if q["fact"] < 22 else "no" for q in questions]}
     cell = evaluate.share([True, False])
     monkeypatch.setattr(evaluate, "read_questions", lambda path: (questions, [questions[0]]))
-    monkeypatch.setattr(evaluate, "AudioTokenizer", lambda *_: None)
-    monkeypatch.setattr(evaluate.LM, "load", lambda folder, *_: type("M", (), {"eval": lambda self: folder})())
-    monkeypatch.setattr(evaluate, "Vocab", lambda folder: None)
+    monkeypatch.setattr(evaluate, "load", lambda folder, *_: (folder, None, True))
     monkeypatch.setattr(evaluate, "hear", lambda *_: [])
     monkeypatch.setattr(evaluate, "better_prompt", lambda *_: "chat")
     monkeypatch.setattr(evaluate, "score", lambda model, *_: (dict.fromkeys(evaluate.COLUMNS) | {"spoken_near": cell, "typed": cell}, said[model]))
@@ -257,23 +255,43 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(speedrun,
     assert ahead["value"] == 0.2 and ahead["n"] == 80 and ahead["differ"] == 8 and 0.05 <= ahead["low"] <= 0.125 and 0.275 <= ahead["high"] <= 0.35
 
 
-def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path, monkeypatch):
+def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path):
     shutil.copytree(speedrun, tmp_path / "out")
-    line = re.search(r'python "\$home/(pretrain\.py)" (--init .*)', (ROOT / "experiments.sh").read_text())
-    monkeypatch.chdir(tmp_path / "out")
-    for plain, flags in (("", ""), ("_plain", "--imitate 0 --keep-text 0")):
-        for start, hears in (("base", "speech"), ("instruct", "from_instruct")):
-            if not Path(hears + plain).exists():                             # the script itself would train at full size
-                words = " ".join(line.groups()).replace("$start", start).replace("$flags", flags).replace("$seed", "0").replace("$hears", hears + plain)
-                call(shrink(shlex.split(words)), monkeypatch)
+    quick = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "FLAGS": "--steps 6 --rows 2 --device cpu"}
     for name, says in (("lam", "(dev questions)"), ("start", "Asked aloud")):
-        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True,
-                              env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""})
+        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True, env=os.environ | quick)
         assert done.returncode == 0 and says in done.stdout, done.stderr
     asked = subprocess.run(["bash", "./experiments.sh"], capture_output=True, text=True, cwd=ROOT)
     nowhere = subprocess.run(["bash", str(ROOT / "experiments.sh"), "start", str(tmp_path / "nowhere")], capture_output=True, text=True)
     assert nowhere.returncode == 1 and "no finished speedrun" in nowhere.stderr and len(nowhere.stderr.splitlines()) == 1
     assert asked.returncode == 2 and "bash experiments.sh start" in asked.stdout
+
+
+def test_the_ablation_reads_what_it_has_made_with_flags_that_exist(speedrun, tmp_path, monkeypatch):
+    """Its trainings take an hour: here `python` writes down what it is asked, and makes an empty folder."""
+    shutil.copytree(speedrun, tmp_path / "out")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'''#!/bin/bash
+[ "$1" = -c ] && exec {sys.executable} "$@"
+echo "$@" >> {tmp_path}/asked
+[[ "$*" == *--out\\ ablate* ]] && mkdir -p "${{*: -1}}"; true
+''')
+    (tmp_path / "bin/python").chmod(0o755)
+    subprocess.run(["bash", str(ROOT / "experiments.sh"), "ablate", str(tmp_path / "out")], check=True, env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    lines = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    made, settings = {"base", "instruct", "speech", "merged", "units", "toy/base.jsonl", "toy/chat.jsonl", "toy/tokenizer"}, {}
+    for script, *words in lines[:-1]:
+        read = {words[n + 1] for n, word in enumerate(words) if word in ("--init", "--base", "--instruct", "--speech", "--units", "--text", "--chat", "--tokenizer")}
+        assert read <= made, (words, read - made)
+        made.add(words[-1])
+        if script.endswith("pretrain.py"):
+            monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+            settings[words[-1]] = pretrain.settled(pretrain.arguments(), 1)
+    sums = [word for word in lines[-1] if word.endswith("merged")]
+    assert len(sums) == 11 and set(sums) <= made and "--split dev" in " ".join(lines[-1])
+    assert settings["ablate/no_teacher/speech"].imitate == 0 and settings["ablate/no_gaps/speech"].imitate == 7 and settings["ablate/no_gaps/base"].pace == 1
+    assert settings["ablate/chat_all_rows/instruct"].embeddings == "all" and settings["ablate/plain_teacher/speech"].keep_text == 0
+    assert all(vars(settings["ablate/plain/speech"])[name] == value or name == "layers" for name, value in pretrain.PLAIN.items())
 
 
 @pytest.mark.parametrize("answer, said, right", [("A", "A", False), ("A", "B", True), ("B", "A", True), ("A", "C", False)])

@@ -16,9 +16,11 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "model": {"runs", "weights", "fused"}, "hubert": {"runs", "weights", "audio"}, "voices": {"runs", "audio"},
     "tokenize_audio": {"runs", "weights", "audio", "hubert"}, "documents": {"runs", "vocab", "audio"}, "merge": {"runs", "weights", "vocab"},
     "pretrain": {"runs", "weights", "fused", "muon", "model", "vocab", "audio", "documents", "align"},
-    "chat": {"runs", "model", "vocab", "audio", "tokenize_audio"},
-    "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge"},
-    "benchmark": {"runs", "model", "vocab", "audio", "tokenize_audio", "evaluate"},
+    "whisper": {"runs", "weights", "vocab", "audio"},
+    "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper"},
+    "chat": {"runs", "model", "audio", "tokenize_audio", "desta"},
+    "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta"},
+    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "desta"},
     "toy": {"runs", "vocab", "audio", "voices"},
 }
 SOURCES = sorted(ROOT.glob("*.py"))

@@ -64,11 +64,12 @@ def test_the_real_recipes_commands_run_on_the_real_shape_and_tokenizer_of_qwen2_
     at = lambda name: str(tmp_path / name)
     small = {"fit": "--layer 2 --k 20 --frames 2000 --minibatch 500 --device cpu", "encode": "--device cpu", "--init": "--steps 2 --rows 1 --length 512 --accumulate 1 --device cpu"}
     script = (ROOT / "speedrun_real.sh").read_text()
-    names = {"weights": str(tmp_path), "speech": str(speech), "out": str(tmp_path), "base": at("base"), "instruct": at("instruct"), "hubert": at("hubert"), "layer": "9"}
+    names = {"weights": str(tmp_path), "speech": str(speech), "out": str(tmp_path), "base": at("base"), "instruct": at("instruct"), "hubert": at("hubert"), "layer": "9",
+             "hearing": re.search(r'^hearing="(.*)"', script, re.M)[1]}
     fill = lambda line: re.sub(r"\$(\w+)", lambda name: names[name[1]], re.sub(r"\${\w+:-(\w+)}", r"\1", line))
     lines = re.findall(r"^(?:step|  python(?= -c)) (.+)$", script, re.M)
     assert [line.split()[0] for line in lines] == ["tokenize_audio.py", "tokenize_audio.py", "-c", "pretrain.py", "merge.py"]
-    assert re.findall(r"^  step (\w+.py \w+)", script, re.M) == ["tokenize_audio.py fit", "tokenize_audio.py encode", "hubert.py train"], "without a HuBERT"
+    assert re.findall(r"^  step (\w+.py \w+)", script, re.M) == ["whisper.py words", "tokenize_audio.py fit", "tokenize_audio.py encode", "hubert.py train"], "with a Whisper, and without a HuBERT"
     for line in lines:
         line = fill(line)
         if line.startswith("-c"):

@@ -1,0 +1,591 @@
+r"""DeSTA2: a frozen instruct model hears through an adapter that learns from what it wrote itself.
+
+in   a manifest with "text" and "style"; a frozen instruct model; a frozen Whisper or HuBERT
+out  targets.jsonl; a folder of encoder states; a folder that chat.py takes like a model's
+see  DeSTA2 (arXiv:2409.20007), DeSTA2.5-Audio (arXiv:2507.02768); Q-Former (arXiv:2301.12597)
+run  python desta.py train targets.jsonl --model weights/SmolLM2-135M-Instruct \
+         --states out/states --out out/desta
+
+write   The instruct model reads a description of a clip, and answers a prompt about it. What
+        it writes is the target.
+encode  The encoder's states of every clip are computed once, and kept.
+train   The model gets the same prompt, and the clip in place of its description. The adapter
+        learns to turn the states into vectors that make the model say what it said before.
+
+No weight of the instruct model moves, so typed turns are its own, to the bit. It needs no
+data but descriptions: nobody wrote an answer.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import runs  # before torch: it sets how OpenMP waits
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import audio
+import weights
+from fused import linear_cross_entropy
+from hubert import Hubert
+from model import LM, generate
+from tokenize_audio import AudioTokenizer
+from vocab import Vocab
+from whisper import Whisper
+
+OPEN, CLOSE = "<start_audio>", "<end_audio>\n\n"  # around a description, or what was heard
+# DeSTA2's own. A small model wants a plain sentence, and a question that it has an answer to.
+QUESTION = "What can you hear from the audio?"
+TEMPLATE = "[00:00-{end}] {text} ({style})"
+TAPS = 4  # blocks of the encoder that are listened to
+LIMIT = 64  # tokens of a target; a longer one goes round in circles
+BATCH = 32  # targets written at once
+AT_ONCE = 8  # clips encoded at once
+SAVE_EVERY, LOG_EVERY = 100, 20  # steps
+
+
+# --- descriptions, and what a turn is -----------------------------------------
+
+
+def description(row, template):
+    """A clip in words. Names in the template: text, end, style, and what the style has.
+
+    [00:00-{end}] {text} ({style}) is [00:00-00:03] hello there (Gender: woman, Rate: fast)
+    """
+    seconds = math.ceil(row["seconds"])
+    style = [f"{name.capitalize()}: {value}" for name, value in row["style"].items()]
+    names = {
+        "text": row["text"],
+        "end": f"{seconds // 60:02d}:{seconds % 60:02d}",
+        "style": ", ".join(style),
+    }
+    try:
+        said = template.format(**row["style"] | names)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"--template {template!r}: {error} cannot be filled in; a clip has "
+            f"{', '.join(row['style'] | names)}"
+        ) from None
+    return OPEN + said + CLOSE
+
+
+class Table(nn.Module):
+    """An embedding, and behind its rows the vectors that were heard: they have ids, too."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.weight = embedding.weight  # (V, C)
+        self.heard = self.weight.new_zeros(0, self.weight.shape[1])  # (vectors, C)
+
+    def forward(self, ids):
+        heard = ids >= len(self.weight)
+        x = F.embedding(ids.masked_fill(heard, 0), self.weight)
+        if not heard.any():
+            return x
+        vectors = self.heard[ids[heard] - len(self.weight)]
+        return x.index_put((heard,), vectors.to(x.dtype))
+
+
+class Listener(Vocab):
+    """A model's tokens. A clip is the numbers of its vectors; it stands where text would.
+
+    said  {the number of a clip's first vector: its transcript}
+    """
+
+    def __init__(self, folder, rows):
+        super().__init__(folder)
+        self.rows, self.said = rows, {}
+
+    def span(self, numbers):
+        """`<start_audio>` vectors, transcript `<end_audio>`."""
+        vectors = (self.rows + np.asarray(numbers)).tolist()
+        names = {f"<|heard_{i - self.rows}|>": i for i in vectors}  # for `spelled`
+        self.special |= names
+        said = self.encode(self.said.get(int(numbers[0]), ""))
+        return self.encode(OPEN) + vectors + said + self.encode(CLOSE)
+
+    def heard(self, numbers):
+        """The prompt that asks for a transcript."""
+        return self.ask(numbers, "Write down what was said.")
+
+    def ask(self, heard, question):
+        """The ids of a turn about a clip (numbers of vectors, or a description), to be replied to."""
+        return self.turn([{"role": "user", "content": [heard, f" {question}"]}])
+
+
+# --- what hears: a frozen encoder, and the adapter ----------------------------
+
+
+class Encoder:
+    """A frozen Whisper or HuBERT: the states of clips behind TAPS of its blocks."""
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        self.device = device
+        kind = runs.read_json(Path(folder) / "config.json", ["model_type"])["model_type"]
+        self.whisper = Whisper(folder, device, dtype) if kind == "whisper" else None
+        if self.whisper:
+            config = self.whisper.config
+            blocks, self.width = config.encoder_layers, config.d_model
+            self.heads = config.encoder_attention_heads
+        else:
+            self.hubert = Hubert.load(folder, device)
+            config = self.hubert.config
+            blocks, self.width = config.num_hidden_layers, config.hidden_size
+            self.heads = config.num_attention_heads
+        # Of 12 blocks the 3rd, 6th, 9th and 12th, and what each hands on.
+        self.taps = sorted({(n + 1) * blocks // TAPS - 1 for n in range(TAPS)} - {-1})
+
+    @torch.inference_mode()
+    def states(self, clips):
+        """(taps, frames, C) float32 of every clip of at most 30 seconds, N // 320 frames."""
+        if self.whisper:
+            return self.whisper.states(clips, self.taps)
+        out = []
+        for clip in clips:
+            samples = torch.as_tensor(clip)[None].to(self.device)  # (1, N)
+            out.append(torch.cat([self.hubert(samples, tap + 1) for tap in self.taps]))
+        return out
+
+
+class QFormer(nn.Module):
+    """Learned queries look at the states of every tap, and each mixes what it got from them.
+
+    One stack of layers for all taps, norms behind each part, as in BERT. A clip becomes as
+    many vectors as there are queries, however long it is.
+    """
+
+    def __init__(self, shape):
+        super().__init__()
+        taps, width, queries = shape["taps"], shape["width"], shape["queries"]
+        self.queries = nn.Parameter(torch.randn(taps, queries, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                width, shape["heads"], 4 * width, 0.0, "gelu", batch_first=True
+            )
+            for _ in range(shape["layers"])
+        )
+        self.mixing = nn.Parameter(torch.zeros(queries, taps))
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, shape["out"])
+
+    def forward(self, states, real):
+        B, taps, T, C = states.shape
+        x = self.queries.expand(B, -1, -1, -1).flatten(0, 1)  # (B * taps, Q, C)
+        silent = ~real.repeat_interleave(taps, 0)  # (B * taps, T)
+        for layer in self.layers:
+            x = layer(x, states.flatten(0, 1), memory_key_padding_mask=silent)
+        x = x.view(B, taps, -1, C)  # (B, taps, Q, C)
+        x = torch.einsum("btqc,qt->bqc", x, self.mixing.softmax(-1))  # (B, Q, C)
+        return self.proj(self.norm(x))  # (B, Q, out)
+
+    def count(self, frames):
+        return self.mixing.shape[0]
+
+
+class Concat(nn.Module):
+    """The last tap's frames, joined some at a time, through an MLP: 12.5 vectors a second."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.join = shape["join"]
+        self.up = nn.Linear(self.join * shape["width"], 2 * shape["out"])
+        self.proj = nn.Linear(2 * shape["out"], shape["out"])
+
+    def forward(self, states, real):
+        x = states[:, -1] * real[:, :, None]  # (B, T, C)
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % self.join))
+        x = x.unflatten(1, (-1, self.join)).flatten(2)  # (B, T / join, join * C)
+        return self.proj(F.gelu(self.up(x)))  # (B, T / join, out)
+
+    def count(self, frames):
+        return -(-frames // self.join)
+
+
+ADAPTERS = {"qformer": QFormer, "concat": Concat}
+
+
+class Adapter(nn.Module):
+    """Encoder states of clips -> vectors among the model's embedding rows. `shape` is its JSON."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.kind = ADAPTERS[shape["kind"]](shape)
+        # As loud as a row of the embedding, to begin with.
+        fan_in = self.kind.proj.in_features
+        nn.init.normal_(self.kind.proj.weight, std=shape["loudness"] / math.sqrt(fan_in))
+        nn.init.zeros_(self.kind.proj.bias)
+
+    def forward(self, states):
+        """[(vectors, out)] of a list of states (taps, frames, C)."""
+        frames = [x.shape[1] for x in states]
+        x = torch.stack([F.pad(x, (0, 0, 0, max(frames) - x.shape[1])) for x in states])
+        x = F.layer_norm(x, x.shape[-1:])  # blocks differ in loudness; (B, taps, T, C)
+        at = torch.arange(max(frames), device=x.device)
+        real = at < torch.tensor(frames, device=x.device)[:, None]  # (B, T)
+        return [y[: self.kind.count(n)] for y, n in zip(self.kind(x, real), frames)]
+
+
+class Ears:
+    """Sound -> (numbers of its vectors, None), for the model and the listener that share them."""
+
+    hop, makes = audio.HOP, "vectors"
+
+    def __init__(self, encoder, adapter, transcriber, table, listener):
+        self.encoder, self.adapter, self.transcriber = encoder, adapter, transcriber
+        self.table, self.listener = table, listener
+
+    @torch.inference_mode()
+    def __call__(self, samples):
+        if len(samples) > 30 * audio.SAMPLE_RATE:
+            raise ValueError("more than 30 seconds; give a part of it")
+        states = [x.to(self.table.weight.device) for x in self.encoder.states([samples])]
+        first = len(self.table.heard)
+        self.table.heard = torch.cat([self.table.heard, *self.adapter(states)])
+        numbers = np.arange(first, len(self.table.heard))
+        if self.transcriber:
+            self.listener.said[first] = self.transcriber.transcripts([samples])[0]
+        return numbers, None
+
+
+def load(folder, device="cpu", hubert=None, dtype=None):
+    """(model, vocabulary, ears or None) of any folder that can be talked to."""
+    if not (Path(folder) / "desta.json").exists():
+        model, vocab = LM.load(folder, device, dtype).eval(), Vocab(folder)
+        return (
+            model,
+            vocab,
+            AudioTokenizer(folder, device, hubert) if vocab.speech else None,
+        )
+
+    made = runs.read_json(Path(folder) / "desta.json", ["model", "encoder", "adapter"])
+    for name in ("model", "encoder", "transcriber"):
+        if made.get(name) and runs.fingerprint(made[name]) != made["sha256"][name]:
+            raise ValueError(f"{made[name]} has changed since {folder} was trained with it")
+    model = LM.load(made["model"], device, dtype).eval()
+    table = Table(model.model.embed_tokens)
+    model.model.embed_tokens = table
+    listener = Listener(made["model"], len(table.weight))
+    with torch.device("meta"):
+        adapter = Adapter(made["adapter"])
+    weights.load_into(adapter, folder)
+    encoder, transcriber = Encoder(made["encoder"], device), None
+    if made["transcriber"] == made["encoder"]:
+        transcriber = encoder.whisper
+    elif made["transcriber"]:
+        transcriber = Whisper(made["transcriber"], device)
+    ears = Ears(encoder, adapter.to(device).eval(), transcriber, table, listener)
+    return model, listener, ears
+
+
+# --- write: what the model says of a description ------------------------------
+
+
+def write(args):
+    """Targets: every clip and prompt, with what the model answers on reading the description."""
+    rows = audio.read_manifest(args.manifest)
+    for number, row in enumerate(rows, 1):
+        if not row.get("text") or not row.get("style") or not row.get("seconds"):
+            raise ValueError(
+                f"{args.manifest}, row {number}: wanted text, style and seconds, which "
+                "a description is made of"
+            )
+    model, vocab = LM.load(args.model, args.device, torch.float32).eval(), Vocab(args.model)
+    asked = [
+        row | {"prompt": prompt} for row in rows for prompt in args.prompt or [QUESTION]
+    ]
+
+    def work(part):
+        turns = [
+            [
+                {
+                    "role": "user",
+                    "content": [description(row, args.template), f" {row['prompt']}"],
+                }
+            ]
+            for row in part
+        ]
+        prompts = [torch.tensor(vocab.turn(turn)) for turn in turns]
+        steps = list(generate(model, prompts, LIMIT, vocab.stop, vocab.text_rows()))
+        said = []
+        for ids in torch.stack(steps).T.tolist():  # (B, steps)
+            end = next((n for n, i in enumerate(ids) if i in vocab.stop), None)
+            said.append(None if end is None else vocab.decode(ids[:end]).strip())
+        return said
+
+    settings = runs.recipe([args.manifest, args.model])["inputs"]
+    settings |= {"prompt": json.dumps(args.prompt), "template": args.template}
+    said = runs.in_pieces(
+        args.out, settings, asked, work, BATCH, "writing targets", "target"
+    )
+    kept = [row | {"target": text} for row, text in zip(asked, said) if text]
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    runs.finish_pieces(args.out, lines, args.overwrite)
+    print(
+        f"{args.out}: {len(kept)} targets of {len(asked)}; the others were empty, or did "
+        f"not end within {LIMIT} tokens"
+    )
+
+
+# --- encode: the frozen encoder's states, once --------------------------------
+
+
+def encode(args, out):
+    """A folder of states: states.bin (float16), index.npy (first frame of each clip)."""
+    rows = audio.read_manifest(args.manifest)
+    encoder = Encoder(args.encoder, args.device, runs.DTYPES[args.dtype])
+    settings = {"audio": json.dumps([row["audio"] for row in rows])}
+    settings["encoder"] = runs.fingerprint(args.encoder)
+    checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
+    saved = checkpoint.read("counts")
+    counts = saved[0] if saved else []
+    per_frame = len(encoder.taps) * encoder.width
+    with open(out / "states.bin", "ab") as file:
+        file.truncate(2 * per_frame * sum(counts))  # what a kill left behind the last save
+        bar = runs.Bar(total=len(rows), initial=len(counts), desc="encoding", unit="clip")
+        while len(counts) < len(rows):
+            part = rows[len(counts) : len(counts) + AT_ONCE]
+            clips = [audio.load(row["audio"]) for row in part]
+            long = [
+                r["audio"] for r, x in zip(part, clips) if len(x) > 30 * audio.SAMPLE_RATE
+            ]
+            if long:
+                raise ValueError(f"{long[0]}: longer than 30 s; cut it first")
+            for states in encoder.states(clips):  # (taps, frames, C)
+                file.write(states.half().cpu().numpy().tobytes())
+                counts.append(states.shape[1])
+            runs.settle(file)
+            checkpoint.write(counts=counts)
+            bar.update(len(part))
+        bar.close()
+    np.save(out / "index.npy", np.cumsum([0, *counts]))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (out / "manifest.jsonl").write_text(lines)
+    meta = {"encoder": str(Path(args.encoder).resolve()), "taps": encoder.taps}
+    meta |= {"width": encoder.width, "heads": encoder.heads}
+    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+class States:
+    """A folder of `encode`: states[path of audio] is (taps, frames, C) float32."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "meta.json").exists():
+            raise FileNotFoundError(
+                f"{folder}: no encoder states; make them with desta.py encode"
+            )
+        self.meta = runs.read_json(
+            folder / "meta.json", ["encoder", "taps", "width", "heads"]
+        )
+        self.at = np.load(folder / "index.npy")
+        rows = runs.read_lines(folder / "manifest.jsonl")
+        self.number = {row["audio"]: n for n, row in enumerate(rows)}
+        self.data = np.memmap(folder / "states.bin", dtype=np.float16, mode="r")
+
+    def __getitem__(self, path):
+        if path not in self.number:
+            raise ValueError(f"{path}: has no encoder states; encode the manifest it is in")
+        n, taps = self.number[path], len(self.meta["taps"])
+        per_frame = taps * self.meta["width"]
+        a, b = self.at[n] * per_frame, self.at[n + 1] * per_frame
+        x = torch.from_numpy(self.data[a:b].astype(np.float32))
+        return x.view(taps, -1, self.meta["width"])
+
+
+# --- train: the adapter -------------------------------------------------------
+
+
+def read_targets(path):
+    rows = runs.read_lines(path)
+    if not rows:
+        raise ValueError(f"{path}: empty; wanted at least one target")
+    for number, row in enumerate(rows, 1):
+        lacking = [n for n in ("audio", "text", "prompt", "target") if not row.get(n)]
+        if lacking:
+            raise ValueError(
+                f"{path}, row {number}: no {lacking[0]!r}; make it with desta.py write"
+            )
+    return rows
+
+
+def loss_of(model, table, listener, adapter, rows, states, transcript):
+    """Mean cross-entropy of the targets, each behind the turn that is about its clip's sound."""
+    vectors = adapter([states[row["audio"]].to(table.weight.device) for row in rows])
+    table.heard, first, listener.said, documents = torch.cat(vectors), 0, {}, []
+    for row, heard in zip(rows, vectors):
+        if transcript:
+            listener.said[first] = row["text"]
+        asked = listener.ask(np.arange(first, first + len(heard)), row["prompt"])
+        end = listener.special[listener.template().end]
+        documents.append((asked, listener.encode(row["target"]) + [end]))
+        first += len(heard)
+
+    # What fills up a row stands behind its document, where nothing sees it.
+    T = max(len(asked) + len(said) for asked, said in documents)
+    ids = torch.full((len(rows), T), listener.eos)  # (B, T)
+    bears = torch.zeros(len(rows), T, dtype=torch.bool)  # (B, T): is it a target?
+    for n, (asked, said) in enumerate(documents):
+        ids[n, : len(asked) + len(said)] = torch.tensor(asked + said)
+        bears[n, len(asked) : len(asked) + len(said)] = True
+    ids, bears = ids.to(table.weight.device), bears.to(table.weight.device)
+    hidden = model.model(ids[:, :-1])[bears[:, 1:]]  # (N, C)
+    ones = torch.ones(len(hidden), device=hidden.device)
+    total, _ = linear_cross_entropy(hidden, model.lm_head.weight, ids[bears], ones)
+    return total / len(hidden)
+
+
+def train(args, out):
+    """An adapter, into the folder `out`."""
+    torch.manual_seed(args.seed)
+    rows, states = read_targets(args.targets), States(args.states)
+    model = LM.load(args.model, args.device, torch.float32).requires_grad_(False)
+    table = Table(model.model.embed_tokens)
+    model.model.embed_tokens = table
+    listener = Listener(args.model, len(table.weight))
+    shape = {name: states.meta[name] for name in ("width", "heads")}
+    shape |= {"kind": args.adapter, "taps": len(states.meta["taps"])}
+    shape |= {"queries": args.queries, "layers": 2, "join": 4}
+    shape |= {
+        "out": table.weight.shape[1],
+        "loudness": table.weight.pow(2).mean().sqrt().item(),
+    }
+    adapter = Adapter(shape).to(args.device)
+    optimizer = torch.optim.AdamW(
+        adapter.parameters(), betas=(0.9, 0.98), weight_decay=0.01
+    )
+
+    names = "adapter", "queries", "no_transcript", "steps", "batch", "lr", "seed", "dtype"
+    settings = {name: str(getattr(args, name)) for name in names}
+    inputs = args.targets, args.states, args.model
+    settings |= {path: runs.fingerprint(path) for path in inputs}
+    checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
+    step, saved = 0, checkpoint.read("adapter", "optimizer", "step")
+    if saved:
+        adapter.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        step = saved[2]
+        tqdm.write(f"resuming at step {step} of {args.steps}")
+    runs.keep_log(out / "log.jsonl", step)
+
+    for step in runs.Bar(
+        range(step + 1, args.steps + 1),
+        desc=f"training {args.out}",
+        unit="step",
+        initial=step,
+        total=args.steps,
+    ):
+        # Warm-up over a tenth, then a cosine to zero.
+        warm = min(1, step / (0.1 * args.steps))
+        rate = args.lr * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        part = [rows[i] for i in drawn(len(rows), args.batch, args.seed, step)]
+        with runs.autocast(args.device, runs.DTYPES[args.dtype]):
+            loss = loss_of(
+                model, table, listener, adapter, part, states, not args.no_transcript
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        if step % LOG_EVERY == 0 or step == args.steps:
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, "loss": round(loss.item(), 4)}) + "\n")
+            tqdm.write(f"step {step}/{args.steps} | loss {loss.item():.3f} | lr {rate:.1e}")
+        if step % SAVE_EVERY == 0:
+            checkpoint.write(
+                adapter=adapter.state_dict(), optimizer=optimizer.state_dict(), step=step
+            )
+    save(args, out, adapter, states.meta["encoder"])
+
+
+def drawn(n, batch, seed, step):
+    """Which of n rows a step has: shuffled passes, one behind the other."""
+    out = []
+    for at in range((step - 1) * batch, step * batch):
+        passes, i = divmod(at, n)
+        out.append(int(np.random.default_rng([seed, passes]).permutation(n)[i]))
+    return out
+
+
+def save(args, out, adapter, encoder):
+    """desta.json and the adapter: where model and encoder are, and their fingerprints."""
+    weights.save(out, adapter.state_dict())
+    transcriber = (
+        None if args.no_transcript else str(Path(args.transcriber or encoder).resolve())
+    )
+    made = {"model": str(Path(args.model).resolve()), "encoder": encoder}
+    made |= {"transcriber": transcriber}
+    made["sha256"] = {name: runs.fingerprint(path) for name, path in made.items() if path}
+    made["adapter"] = adapter.shape
+    (out / "desta.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+# --- the command --------------------------------------------------------------
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description="An adapter through which a frozen instruct model hears."
+    )
+    commands = parser.add_subparsers(dest="action", required=True)
+    writing = commands.add_parser("write", help="have the model write targets")
+    writing.add_argument("manifest", help='JSON lines with "text", "style" and "seconds"')
+    writing.add_argument("--prompt", action="append", help=f"again for more ({QUESTION})")
+    writing.add_argument(
+        "--template", default=TEMPLATE, help="of a description (default: %(default)s)"
+    )
+    encoding = commands.add_parser("encode", help="compute encoder states of a corpus")
+    encoding.add_argument("manifest", help="JSON lines, or a folder of audio")
+    encoding.add_argument("--encoder", required=True, help="a Whisper or HuBERT folder")
+    training = commands.add_parser("train", help="train the adapter")
+    add_training_flags(training.add_argument)
+    for command in (writing, training):
+        command.add_argument("--model", required=True, help="the frozen instruct model")
+    for command in (encoding, training):
+        runs.add_dtype(command)
+    for command in (writing, encoding, training):
+        runs.add_device(command)
+        add = command.add_argument
+        add("--out", required=True, help="what to write")
+        add("--overwrite", action="store_true", help="replace an existing --out")
+    return parser
+
+
+def add_training_flags(add):
+    add("targets", help="what desta.py write made")
+    add("--states", required=True, help="what desta.py encode made")
+    add("--adapter", choices=ADAPTERS, default="qformer", help="(default qformer)")
+    add("--queries", type=int, default=64, help="of a qformer (default 64)")
+    add("--no-transcript", action="store_true", help="vectors alone, no words beside them")
+    add("--transcriber", help="the Whisper that writes those words (default: the encoder)")
+    add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
+    add("--batch", type=int, default=8, help="targets in a step (default 8)")
+    add("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
+    add("--seed", type=int, default=0, help="of weights and data order (default 0)")
+
+
+def main():
+    args = arguments().parse_args()
+    if args.action == "write":
+        runs.may_write(args.out, args.overwrite)
+        return write(args)
+    if args.action == "encode":
+        work, inputs = encode, [args.encoder]
+    else:
+        work, inputs = train, [args.model, args.states, args.targets]
+    args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
+    scratch = ["checkpoint.pt"]
+    with runs.new_folder(
+        args.out, inputs, args.overwrite, resume=True, scratch=scratch
+    ) as out:
+        work(args, out)
+
+
+if __name__ == "__main__":
+    runs.run(main)

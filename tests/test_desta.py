@@ -1,0 +1,205 @@
+"""Promises about desta.py: on the small HuBERT and instruct model of the shrunken speedrun, and a small random Whisper."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import audio
+import desta
+import evaluate
+import runs
+from chat import Chat
+from conftest import call
+from model import LM
+from test_whisper import folder_of
+
+STYLES = [{"gender": "man", "rate": "fast"}, {"gender": "woman", "rate": "slow"}]
+
+
+@pytest.fixture(scope="module")
+def clips(speedrun, tmp_path_factory):
+    """A manifest of six clips of the toy, with styles in words; targets; the folders of states and of an adapter are made on them."""
+    folder = tmp_path_factory.mktemp("desta")
+    rows = audio.read_manifest(speedrun / "toy/speech/train.jsonl")[:6]
+    rows = [row | {"style": STYLES[n % 2]} for n, row in enumerate(rows)]
+    targets = [row | {"prompt": "who says it", "target": f"a {row['style']['gender']}"} for row in rows]
+    for name, lines in (("clips.jsonl", rows), ("targets.jsonl", targets)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return folder
+
+
+def encode(clips, speedrun, out):
+    return ["desta.py", "encode", str(clips / "clips.jsonl"), "--encoder", str(speedrun / "hubert"), "--dtype", "float32", "--device", "cpu", "--out", str(out)]
+
+
+def train(clips, speedrun, out, *flags):
+    return ["desta.py", "train", str(clips / "targets.jsonl"), "--model", str(speedrun / "instruct"), "--states", str(clips / "states"), "--queries", "5",
+            "--steps", "6", "--batch", "4", "--dtype", "float32", "--device", "cpu", "--no-transcript", *flags, "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def trained(clips, speedrun):
+    """{adapter: its folder}"""
+    with pytest.MonkeyPatch.context() as patch:
+        call(encode(clips, speedrun, clips / "states"), patch)
+        for kind in ("qformer", "concat"):
+            call(train(clips, speedrun, clips / kind, "--adapter", kind), patch)
+    return {kind: clips / kind for kind in ("qformer", "concat")}
+
+
+def test_a_description_is_what_was_said_when_and_how():
+    row = {"text": "hello there", "seconds": 2.2, "style": {"gender": "woman", "rate": "fast"}}
+    assert desta.description(row, desta.TEMPLATE) == "<start_audio>[00:00-00:03] hello there (Gender: woman, Rate: fast)<end_audio>\n\n"
+    assert desta.description(row, "a {gender}: {text}") == "<start_audio>a woman: hello there<end_audio>\n\n"
+    with pytest.raises(ValueError, match="accent"):
+        desta.description(row, "{accent}")
+
+
+@pytest.mark.parametrize("kind", ["qformer", "concat"])
+def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkeypatch):
+    """The same ids and the same vectors, from states on the disk and from samples. (The release of DeSTA2 fails this.)"""
+    seen = []
+    real = LM.load(speedrun / "instruct").model.__class__.forward
+    monkeypatch.setattr("model.Body.forward", lambda self, ids, *rest, **named: seen.append((ids, self.embed_tokens(ids))) or real(self, ids, *rest, **named))
+    model, vocab, ears = desta.load(trained[kind])
+    row = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
+    states = desta.States(clips / "states")
+    desta.loss_of(model, model.model.embed_tokens, vocab, ears.adapter, [row], states, transcript=False)
+    (ids, embedded), = seen
+    model.model.embed_tokens.heard = model.model.embed_tokens.heard[:0]
+    numbers, _ = ears(audio.load(row["audio"]))
+    asked = vocab.ask(numbers, row["prompt"])
+    assert ids[0, :len(asked)].tolist() == asked and len(numbers) == (5 if kind == "qformer" else -(-(len(audio.load(row["audio"])) // 320) // 4))
+    chat = model.model.embed_tokens(torch.tensor(asked))
+    assert (chat - embedded[0, :len(asked)]).abs().max() < 2e-3 * chat.abs().max()       # states are kept in 16 bits
+
+
+@pytest.mark.parametrize("kind", ["qformer", "concat"])
+def test_in_a_batch_every_clip_has_the_vectors_that_it_has_alone(kind, trained):
+    _, _, ears = desta.load(trained[kind])
+    shape = ears.adapter.shape
+    states = [torch.randn(shape["taps"], n, shape["width"]) for n in (40, 7, 23)]
+    with torch.no_grad():
+        for alone, together in zip((ears.adapter([x])[0] for x in states), ears.adapter(states)):
+            assert alone.shape == together.shape and (alone - together).abs().max() < 1e-5
+
+
+def test_every_query_weighs_the_taps_by_itself_evenly_to_begin_with():
+    shape = {"kind": "qformer", "taps": 3, "width": 8, "heads": 2, "queries": 4, "layers": 1, "join": 4, "out": 6, "loudness": 1.0}
+    adapter = desta.Adapter(shape)
+    assert torch.equal(adapter.kind.mixing.softmax(-1), torch.full((4, 3), 1 / 3))
+    states = torch.randn(3, 9, 8)
+    before = adapter([states])[0]
+    adapter.kind.mixing.data[1] = torch.tensor([9.0, 0, 0])
+    changed = (adapter([states])[0] - before).abs().amax(1) > 1e-4
+    assert changed.tolist() == [False, True, False, False]
+
+
+def test_typed_turns_are_the_frozen_models_own_to_the_bit(speedrun, trained):
+    ours, theirs = Chat(trained["qformer"]), Chat(speedrun / "instruct")
+    ids = torch.tensor([theirs.vocab.turn([{"role": "user", "content": "name the food of peru"}])])
+    with torch.no_grad():
+        assert torch.equal(ours.model(ids), theirs.model(ids))
+    assert "".join(ours.reply("name the food of peru")) == "".join(theirs.reply("name the food of peru"))
+
+
+def test_the_adapter_learns_and_nothing_else_does(clips, speedrun, trained, monkeypatch):
+    monkeypatch.setattr(desta, "LOG_EVERY", 1)
+    call(train(clips, speedrun, clips / "longer", "--steps", "30", "--lr", "0.03"), monkeypatch)
+    losses = [json.loads(line)["loss"] for line in (clips / "longer/log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.03, losses                                # a model of six steps of training says hardly more
+    model, vocab, ears = desta.load(clips / "longer")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), LM.load(speedrun / "instruct").parameters()))
+
+
+def test_a_chat_hears_and_says_what_the_turn_was(clips, trained, tmp_path, speedrun):
+    chat = Chat(trained["qformer"])
+    row = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])
+    numbers, seconds = chat.hear(audio.Recording(row["audio"]), row["audio"])
+    "".join(chat.reply([numbers, " who says it"]))
+    spelled = chat.vocab.spelled(chat.vocab.chat(chat.messages).ids)
+    assert "<|heard_0|>" in spelled and "<|heard_4|>" in spelled and "<|heard_5|>" not in spelled
+
+
+def test_a_transcript_stands_beside_the_vectors(clips, speedrun, tmp_path, monkeypatch):
+    """In training the true one, in a chat the one that a Whisper writes."""
+    whisper, _ = folder_of(tmp_path / "w", many=False)
+    words = train(clips, speedrun, tmp_path / "with", "--transcriber", str(whisper))
+    words.remove("--no-transcript")
+    call(words, monkeypatch)
+    model, vocab, ears = desta.load(tmp_path / "with")
+    samples = audio.load(json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"])
+    numbers, _ = ears(samples)
+    said = ears.transcriber.transcripts([samples])[0]
+    assert vocab.said[0] == said and vocab.decode(vocab.span(numbers)) == f"<start_audio>{said}<end_audio>\n\n"
+
+
+def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(clips, speedrun, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def generate(model, prompts, *rest):
+        asked.extend(vocab.decode(p.tolist()) for p in prompts)
+        yield from torch.tensor([vocab.encode(" yes")[:1] * len(prompts), [vocab.eos] * (len(prompts) - 1) + vocab.encode(" no")[:1]])
+
+    vocab = desta.Vocab(speedrun / "instruct")
+    monkeypatch.setattr(desta, "generate", generate)
+    call(["desta.py", "write", str(clips / "clips.jsonl"), "--model", str(speedrun / "instruct"), "--prompt", "who", "--prompt", "how", "--device", "cpu",
+          "--out", str(tmp_path / "t.jsonl")], monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert "11 targets of 12" in capsys.readouterr().out and len(rows) == 11 and {row["prompt"] for row in rows} == {"who", "how"}
+    assert desta.description(rows[0], desta.TEMPLATE) + " who" in asked[0] and rows[0]["target"]
+
+
+@pytest.mark.parametrize("what", ["encode", "train"])
+def test_a_killed_command_goes_on_to_the_same_bytes(what, clips, speedrun, trained, tmp_path, monkeypatch):
+    command = {"encode": encode, "train": train}[what]
+    call(command(clips, speedrun, tmp_path / "straight"), monkeypatch)
+    monkeypatch.setattr(desta, "SAVE_EVERY", 2)
+    monkeypatch.setattr(desta, "AT_ONCE", 2)
+    real, saves = runs.Checkpoint.write, []
+
+    def write(self, **state):
+        real(self, **state)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Checkpoint, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        call(command(clips, speedrun, tmp_path / "again"), monkeypatch)
+    call(command(clips, speedrun, tmp_path / "again"), monkeypatch)
+    for name in {"encode": ["states.bin", "index.npy"], "train": ["model.safetensors"]}[what]:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+    assert not (tmp_path / "again/checkpoint.pt").exists()
+
+
+def test_a_model_or_an_encoder_that_has_changed_is_refused(clips, trained, tmp_path):
+    made = json.loads((trained["concat"] / "desta.json").read_text())
+    (tmp_path / "desta.json").write_text(json.dumps(made | {"sha256": dict.fromkeys(made["sha256"], "0")}))
+    with pytest.raises(ValueError, match="has changed since"):
+        desta.load(tmp_path)
+
+
+def test_a_reply_names_a_value_or_not_and_speakers_are_drawn_together():
+    clips = [{"style": STYLES[n % 2], "speaker": n % 2} for n in range(6)]
+    said = ["A Male voice, quick.", "a woman who speaks slowly", "a man or a woman", "", "the man is fast", "female"]
+    row = evaluate.named(said, clips)
+    assert row["gender"]["value"] == round(4 / 6, 4) and row["rate"]["value"] == 0.5 and row["gender"]["n"] == 6
+
+
+def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcript(clips, speedrun, trained, tmp_path, monkeypatch):
+    seen = []
+
+    def replies(model, vocab, prompts, **settings):
+        seen.append([vocab.spelled(prompt) for prompt in prompts])
+        return ["a man", "a woman"] * 3 if len(seen) < 3 else ["a man"] * 6
+
+    monkeypatch.setattr(evaluate, "replies", replies)
+    call(["evaluate.py", "manner", str(trained["qformer"]), "--clips", str(clips / "clips.jsonl"), "--prompt", "who says it", "--template", "a {gender}: {text}",
+          "--device", "cpu", "--out", str(tmp_path / "m.json")], monkeypatch)
+    made = json.loads((tmp_path / "m.json").read_text())
+    assert [made["rows"][name]["gender"]["value"] for name in ("heard", "read", "cascade")] == [1.0, 1.0, 0.5]
+    heard, read, cascade = seen
+    assert "<|heard_0|>" in heard[0] and "<|heard_5|>" in heard[1] and "heard" not in read[0] + cascade[0] and len(read[0]) > len(cascade[0])
+    assert made["answers"][1]["heard"] == "a woman" and made["answers"][1]["cascade"] == "a man" and made["answers"][1]["style"] == STYLES[1]

@@ -1,0 +1,535 @@
+"""Whisper: samples -> log-mel frames -> an encoder -> a decoder that writes what was said, and when.
+
+in   16 kHz samples or audio files, a Hugging Face Whisper folder; a manifest
+out  encoder states, 50 frames a second; transcripts; a manifest with the times of words
+see  Whisper (arXiv:2212.04356); dynamic time warping: Sakoe & Chiba (1978)
+run  python whisper.py words clips.jsonl --whisper weights/whisper-base --out words.jsonl
+
+The encoder always hears 30 seconds, silence behind a shorter clip. The decoder is a
+language model that looks at the encoder's states, and begins with tokens that say what to
+do: `<|startoftranscript|>`, in a multilingual model a language and `<|transcribe|>`, and
+`<|notimestamps|>` where no times are wanted. A time is a token, too, one for every 0.02
+seconds.
+
+Dimension key:  B batch   T positions   S positions that are attended to   C d_model
+                H heads   D head width   V tokens
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import runs  # before torch: it sets how OpenMP waits
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import audio
+import weights
+from vocab import Vocab
+
+SECONDS = 30  # of sound that the encoder hears
+WINDOW, HOP = 400, 160  # samples that a mel frame sees, and between two of them
+TICK = 0.02  # seconds of an encoder frame, and between two time tokens
+FIRST_BY = 1.0  # seconds: a window's first word begins by then
+MULTILINGUAL = 51865  # tokens, at least; an English model has one less
+MEDIAN = 7  # frames of the filter over a word's attention
+BATCH = 8  # clips written down at once
+
+
+@dataclass
+class Config:
+    """What of a Whisper `config.json` shapes the network."""
+
+    vocab_size: int
+    d_model: int
+    num_mel_bins: int
+    encoder_layers: int
+    encoder_attention_heads: int
+    encoder_ffn_dim: int
+    decoder_layers: int
+    decoder_attention_heads: int
+    decoder_ffn_dim: int
+    max_source_positions: int = 1500
+    max_target_positions: int = 448
+
+    @classmethod
+    def read(cls, folder):
+        path = Path(folder) / "config.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}: missing; wanted a Hugging Face Whisper folder"
+            )
+        needed = [*cls.__dataclass_fields__][:-2]
+        raw = runs.read_json(path, ["model_type"])
+        if raw["model_type"] != "whisper":
+            raise ValueError(f"{path}: model_type {raw['model_type']!r}, wanted 'whisper'")
+        raw = runs.read_json(path, needed)
+        if raw.get("activation_function", "gelu") != "gelu" or raw.get("scale_embedding"):
+            raise ValueError(
+                f"{path}: another activation than gelu, or scaled embeddings, which no "
+                "published Whisper has; not supported"
+            )
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
+
+
+# --- log-mel frames -----------------------------------------------------------
+
+
+@lru_cache
+def mel_filters(bands):
+    """Triangles of equal area (WINDOW // 2 + 1, bands) on Slaney's mel scale.
+
+    It is linear up to 1 kHz, which is 15 mel, and a logarithm above.
+    """
+    top = 15 + 27 * math.log(8) / math.log(6.4)  # of 8 kHz
+    mel = np.linspace(0, top, bands + 2)
+    hertz = np.where(mel < 15, 200 / 3 * mel, 1000 * 6.4 ** ((mel - 15) / 27))
+    filters = audio.triangles(hertz) * 2 / (hertz[2:] - hertz[:-2])
+    return torch.from_numpy(filters).float()
+
+
+def log_mel(samples, bands):
+    """(bands, 3000) float32 of at most 30 seconds of samples (N,), filled up with silence."""
+    x = torch.zeros(SECONDS * audio.SAMPLE_RATE)
+    x[: len(samples)] = torch.as_tensor(samples)
+    hann = torch.hann_window(WINDOW)
+    spectrum = torch.stft(x, WINDOW, HOP, window=hann, return_complex=True)
+    power = spectrum[:, :-1].abs() ** 2  # (WINDOW // 2 + 1, 3000)
+    loud = (mel_filters(bands).T @ power).clamp(min=1e-10).log10()  # (bands, 3000)
+    return (torch.maximum(loud, loud.max() - 8) + 4) / 4
+
+
+# --- the network, under Hugging Face's names ----------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, C, heads):
+        super().__init__()
+        self.H = heads
+        self.q_proj = nn.Linear(C, C)
+        self.k_proj = nn.Linear(C, C, bias=False)
+        self.v_proj = nn.Linear(C, C)
+        self.out_proj = nn.Linear(C, C)
+
+    def heads(self, x):
+        B, T, _ = x.shape
+        return x.view(B, T, self.H, -1).transpose(1, 2)  # (B, H, T, D)
+
+    def keys(self, x):
+        """Keys and values of x (B, S, C), (B, H, S, D) each."""
+        return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+
+    def forward(self, x, k, v, causal=False, seen=None):
+        """x (B, T, C) attends to k and v. `seen` gets the scores, (B, H, T, S)."""
+        q = self.heads(self.q_proj(x))  # (B, H, T, D)
+        if seen is not None:
+            seen.append(q @ k.mT / math.sqrt(q.shape[-1]))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, C, heads, wide):
+        super().__init__()
+        self.self_attn_layer_norm = nn.LayerNorm(C)
+        self.self_attn = Attention(C, heads)
+        self.final_layer_norm = nn.LayerNorm(C)
+        self.fc1 = nn.Linear(C, wide)
+        self.fc2 = nn.Linear(wide, C)
+
+    def forward(self, x):
+        h = self.self_attn_layer_norm(x)
+        x = x + self.self_attn(h, *self.self_attn.keys(h))
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class DecoderLayer(EncoderLayer):
+    def __init__(self, C, heads, wide):
+        super().__init__(C, heads, wide)
+        self.encoder_attn_layer_norm = nn.LayerNorm(C)
+        self.encoder_attn = Attention(C, heads)
+
+    def forward(self, x, heard, past, seen=None):
+        """x (B, T, C). heard: keys and values of the sound. past: those of earlier positions.
+
+        Returns x, and `past` with this call's positions.
+        """
+        h = self.self_attn_layer_norm(x)
+        k, v = self.self_attn.keys(h)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        x = x + self.self_attn(h, k, v, causal=past is None)
+        x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), *heard, seen=seen)
+        x = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+        return x, (k, v)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.d_model
+        self.conv1 = nn.Conv1d(config.num_mel_bins, C, 3, padding=1)
+        self.conv2 = nn.Conv1d(C, C, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.max_source_positions, C)
+        layer = C, config.encoder_attention_heads, config.encoder_ffn_dim
+        layers = range(config.encoder_layers)
+        self.layers = nn.ModuleList(EncoderLayer(*layer) for _ in layers)
+        self.layer_norm = nn.LayerNorm(C)
+
+    def forward(self, mel, states=None):
+        """(B, 1500, C) of mel (B, bands, 3000). `states` gets what each block hands on."""
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))  # (B, C, 1500)
+        x = x.transpose(1, 2) + self.embed_positions.weight  # (B, 1500, C)
+        for layer in self.layers:
+            x = layer(x)
+            if states is not None:
+                states.append(x)
+        return self.layer_norm(x)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.d_model
+        self.embed_tokens = nn.Embedding(config.vocab_size, C)
+        self.embed_positions = nn.Embedding(config.max_target_positions, C)
+        layer = C, config.decoder_attention_heads, config.decoder_ffn_dim
+        layers = range(config.decoder_layers)
+        self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in layers)
+        self.layer_norm = nn.LayerNorm(C)
+
+    def hear(self, states):
+        """Keys and values of encoder states (B, S, C), for every layer."""
+        return [layer.encoder_attn.keys(states) for layer in self.layers]
+
+    def forward(self, ids, heard, past=None, seen=None):
+        """(logits (B, T, V), past) of ids (B, T) behind the `past` that an earlier call gave."""
+        past = past or [None] * len(self.layers)
+        done = past[0][0].shape[2] if past[0] else 0
+        at = self.embed_positions.weight[done : done + ids.shape[1]]  # (T, C)
+        x, now = self.embed_tokens(ids) + at, []  # (B, T, C)
+        for layer, of_sound, before in zip(self.layers, heard, past):
+            x, after = layer(x, of_sound, before, seen)
+            now.append(after)
+        return self.layer_norm(x) @ self.embed_tokens.weight.T, now
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+
+# --- writing down -------------------------------------------------------------
+
+
+class Whisper(nn.Module):
+    """A Whisper folder: `states` of sound, `transcripts` of clips, `words` of a known text."""
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        super().__init__()
+        self.config, self.vocab = Config.read(folder), Vocab(folder)
+        self.device, self.dtype = device, dtype
+        with torch.device("meta"):
+            self.model = Model(self.config)
+
+        # The head is the embedding, whether or not the file has it twice.
+        def ours(name):
+            return None if name == "proj_out.weight" else name
+
+        weights.load_into(self, folder, ours)
+        self.to(device, torch.float32).eval().requires_grad_(False)
+        self._read_tokens(folder)
+
+    def _read_tokens(self, folder):
+        """What may be written, and which heads know where in the sound a word is."""
+        special = self.vocab.special
+        named = (
+            "<|startoftranscript|>",
+            "<|notimestamps|>",
+            "<|transcribe|>",
+            "<|translate|>",
+        )
+        lost = [name for name in named if name not in special]
+        if lost:
+            raise ValueError(f"{folder}: its tokenizer has no {lost[0]}; not a Whisper's")
+        self.begin, self.no_times, task, translate = (special[name] for name in named)
+        self.times = self.no_times + 1  # the token of 0.00 s
+
+        file, made = Path(folder) / "generation_config.json", {}
+        if file.exists():
+            made = runs.read_json(file)
+
+        # An English model has tokens of languages too, and does not use them.
+        many = made.get("is_multilingual", self.config.vocab_size >= MULTILINGUAL)
+        languages = range(self.begin + 1, translate)
+        self.languages = list(languages) if many else []
+        self.task = [task] if many else []
+        # No markers but the end; at the beginning not the end either, nor a space alone.
+        markers = [i for i in special.values() if self.vocab.eos != i < self.times]
+        self.barred = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        self.barred[[*markers, *(made.get("suppress_tokens") or [])]] = True
+        self.not_first = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        self.not_first[[*self.vocab.encode(" "), self.vocab.eos]] = True
+
+        upper = range(self.config.decoder_layers // 2, self.config.decoder_layers)
+        every = range(self.config.decoder_attention_heads)
+        all_of_upper = [(layer, head) for layer in upper for head in every]
+        self.alignment = made.get("alignment_heads") or all_of_upper
+
+    @torch.inference_mode()
+    def states(self, clips, layers=None):
+        """Encoder states of clips of at most 30 s: of the last norm, a list of (frames, C).
+
+        layers  numbers of blocks, from 0: what these hand on, (len(layers), frames, C) each
+        A clip of N samples has N // 320 frames; those of the silence behind it are cut off.
+        """
+        mel = torch.stack([log_mel(clip, self.config.num_mel_bins) for clip in clips])
+        each = []
+        with runs.autocast(self.device, self.dtype):
+            x = self.model.encoder(mel.to(self.device), each)  # (B, 1500, C)
+        if layers is not None:
+            x = torch.stack([each[n] for n in layers], 1)  # (B, layers, 1500, C)
+        frames = [max(1, len(clip) // audio.HOP) for clip in clips]
+        return [row[..., :n, :].float() for row, n in zip(x, frames)]
+
+    @torch.inference_mode()
+    def write(self, clips, times=False, limit=None):
+        """Greedily: the ids that are written of clips of at most 30 s, without the prompt."""
+        mel = torch.stack([log_mel(clip, self.config.num_mel_bins) for clip in clips])
+        limit = limit or self.config.max_target_positions // 2
+        with runs.autocast(self.device, self.dtype):
+            decoder = self.model.decoder
+            heard = decoder.hear(self.model.encoder(mel.to(self.device)))
+            ids = self.prompts(heard, len(clips), times)  # (B, T)
+            written, ended = [[] for _ in clips], [False] * len(clips)
+            past = None
+            while not all(ended) and len(written[0]) < limit:
+                logits, past = decoder(ids, heard, past)
+                logits = logits[:, -1].float().cpu()  # (B, V)
+                for row, so_far in zip(logits, written):
+                    row[self.not_now(row, so_far, times)] = -math.inf
+                ids = logits.argmax(-1, keepdim=True).to(self.device)  # (B, 1)
+                for n, i in enumerate(ids.flatten().tolist()):
+                    ended[n] = ended[n] or i == self.vocab.eos
+                    written[n].append(self.vocab.eos if ended[n] else i)
+        return [row[: (row + [self.vocab.eos]).index(self.vocab.eos)] for row in written]
+
+    def prompts(self, heard, B, times):
+        """(B, T): what the decoder begins with. A multilingual model hears which language it is."""
+        ids = torch.full((B, 1), self.begin, device=self.device)
+        if self.languages:
+            logits, _ = self.model.decoder(ids, heard)
+            best = logits[:, -1, self.languages].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, best + self.languages[0]], 1)
+        fixed = [*self.task, *([] if times else [self.no_times])]
+        fixed = torch.tensor(fixed, dtype=ids.dtype, device=self.device)
+        return torch.cat([ids, fixed.expand(B, -1)], 1)
+
+    def not_now(self, logits, so_far, times):
+        """(V,) bool: tokens that may not come next. Times come in pairs, and never fall."""
+        no = self.barred.clone()
+        if not so_far:
+            no |= self.not_first
+        if not times:
+            no[self.times :] = True
+            return no
+
+        # <|0.00|> a text<|2.40|><|2.60|> another<|4.80|>
+        said = [i for i in so_far if i >= self.times]
+        last = bool(so_far) and so_far[-1] >= self.times
+        before = len(so_far) < 2 or so_far[-2] >= self.times
+        if not so_far:
+            no[: self.times] = True
+            no[self.times + 1 + round(FIRST_BY / TICK) :] = True
+        elif last and before:
+            no[self.times :] = True
+        elif last:
+            no[: self.vocab.eos] = True
+        if said:
+            no[self.times : said[-1] + int(not (last and not before))] = True
+
+        # All times together against the likeliest text.
+        p = logits.masked_fill(no, -math.inf).log_softmax(-1)
+        if p[self.times :].logsumexp(0) > p[: self.times].max():
+            no[: self.times] = True
+        return no
+
+    def segments(self, samples):
+        """[(begin, end, text)] of a clip of any length, in seconds: window by window.
+
+        The next window begins where the last whole segment of this one ends.
+        """
+        out, at, rate = [], 0, audio.SAMPLE_RATE
+        while at < len(samples):
+            window = samples[at : at + SECONDS * rate]
+            last = at + len(window) == len(samples)
+            reached, begin, text = len(window), 0.0, []
+            ids = self.write([window], times=True)[0]
+            for n, i in enumerate(ids):
+                if i < self.times:
+                    text.append(i)
+                    continue
+                time = (i - self.times) * TICK
+                if text:
+                    out.append(
+                        (at / rate + begin, at / rate + time, self.vocab.decode(text))
+                    )
+                    followed = n + 1 < len(ids) and not last
+                    reached = round(time * rate) if followed else len(window)
+                begin, text = time, []
+            if text and reached == len(window):  # no time behind it, and no window to come
+                out.append(
+                    (at / rate + begin, (at + reached) / rate, self.vocab.decode(text))
+                )
+            at += max(reached, rate)
+        return out
+
+    def transcripts(self, clips):
+        """What is said in each clip."""
+        texts = [None] * len(clips)
+        short = [n for n, x in enumerate(clips) if len(x) <= SECONDS * audio.SAMPLE_RATE]
+        for a in range(0, len(short), BATCH):
+            part = short[a : a + BATCH]
+            for n, ids in zip(part, self.write([clips[n][:] for n in part])):
+                texts[n] = self.vocab.decode(ids).strip()
+        for n, text in enumerate(texts):
+            if text is None:
+                parts = [said.strip() for _, _, said in self.segments(clips[n])]
+                texts[n] = " ".join(parts)
+        return texts
+
+    @torch.inference_mode()
+    def words(self, samples, text):
+        """[[word, begin, end]] of what is said in a clip of at most 30 s, in seconds.
+
+        Some heads look at the sound of the token that comes next. The decoder reads the
+        text; a path from the first token and frame to the last ones goes where these heads
+        look.
+        """
+        written = text.split()
+        spelled = [self.vocab.encode(" " + word) for word in written]
+        mel = log_mel(samples, self.config.num_mel_bins)[None].to(self.device)
+        frames, seen = max(1, len(samples) // audio.HOP), []
+        with runs.autocast(self.device, self.dtype):
+            heard = self.model.decoder.hear(self.model.encoder(mel))
+            prompt = self.prompts(heard, 1, times=False)  # (1, T)
+            rest = torch.tensor([sum(spelled, [])], device=self.device, dtype=prompt.dtype)
+            ids = torch.cat([prompt, rest], 1)[:, : self.config.max_target_positions]
+            self.model.decoder(ids, heard, seen=seen)
+
+        # From the prompt's last token on, a row for the next token each, and for the end.
+        first = prompt.shape[1] - 1
+        scores = torch.stack(
+            [seen[layer][0, head, first:] for layer, head in self.alignment]
+        )
+        look = scores[..., :frames].float().softmax(-1)  # (heads, tokens, frames)
+        look = (look - look.mean(1, keepdim=True)) / look.std(1, keepdim=True)
+        begins = warp(median(look).mean(0).cpu().numpy()) * TICK  # (tokens,)
+        edges = np.cumsum([0, *map(len, spelled)]).clip(max=len(begins) - 1)
+        times = begins[edges].round(2).tolist()
+        return [[word, *pair] for word, pair in zip(written, zip(times, times[1:]))]
+
+
+def median(x):
+    """x (heads, tokens, frames), each number the median of the MEDIAN frames around it."""
+    half = MEDIAN // 2
+    if x.shape[-1] <= half:
+        return x
+    return F.pad(x, (half, half), mode="reflect").unfold(-1, MEDIAN, 1).median(-1).values
+
+
+def warp(gain):
+    """The frame where each token begins, (tokens,), on the path of most gain (tokens, frames).
+
+    Dynamic time warping: the path goes on by a token, a frame, or both.
+    """
+    tokens, frames = gain.shape
+    best = np.full((tokens + 1, frames + 1), -np.inf)
+    best[0, 0] = 0
+    for t in range(tokens):
+        for f in range(frames):
+            before = max(best[t, f], best[t, f + 1], best[t + 1, f])
+            best[t + 1, f + 1] = gain[t, f] + before
+
+    begins, t, f = np.zeros(tokens, dtype=int), tokens, frames
+    while t and f:
+        begins[t - 1] = f - 1
+        steps = {(1, 1): best[t - 1, f - 1], (1, 0): best[t - 1, f], (0, 1): best[t, f - 1]}
+        down, left = max(steps, key=steps.get)
+        t, f = t - down, f - left
+    return begins
+
+
+# --- the command --------------------------------------------------------------
+
+
+def hear(args, whisper):
+    """Print what is said in each file, with times if they are asked for."""
+    for path in args.audio:
+        clip = audio.Recording(path)
+        if not args.times:
+            print(f"{path}: {whisper.transcripts([clip])[0]}")
+            continue
+        for begin, end, text in whisper.segments(clip):
+            print(f"{path}: [{begin:6.2f} - {end:6.2f}]{text}")
+
+
+def write_words(args, whisper):
+    """A manifest again, each row with "words"; with a "text", too, where it had none."""
+
+    def work(part):
+        clips = [audio.Recording(row["audio"]) for row in part]
+        silent = [n for n, row in enumerate(part) if not row.get("text")]
+        texts = whisper.transcripts([clips[n] for n in silent])
+        part = [dict(row) for row in part]
+        for n, text in zip(silent, texts):
+            part[n]["text"] = text
+        for row, clip in zip(part, clips):
+            if len(clip) <= SECONDS * audio.SAMPLE_RATE:
+                row["words"] = whisper.words(clip[:], row["text"])
+        return part
+
+    rows = audio.read_manifest(args.manifest)
+    settings = runs.recipe([args.manifest, args.whisper])["inputs"]
+    rows = runs.in_pieces(args.out, settings, rows, work, 2 * BATCH, "words", "clip")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    runs.finish_pieces(args.out, lines, args.overwrite)
+    long = sum("words" not in row for row in rows)
+    print(
+        f"{args.out}: {len(rows)} clips, {long} longer than {SECONDS} s and without words"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write down what is said, and when.")
+    commands = parser.add_subparsers(dest="action", required=True)
+    one = commands.add_parser("hear", help="print transcripts of audio files")
+    one.add_argument("audio", nargs="+", help="audio files")
+    one.add_argument("--times", action="store_true", help="in segments, with their times")
+    two = commands.add_parser("words", help="find the time of every word of a corpus")
+    two.add_argument("manifest", help="JSON lines, or a folder of audio")
+    two.add_argument("--out", required=True, help=".jsonl manifest to write")
+    two.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    for command in (one, two):
+        command.add_argument("--whisper", required=True, help="a Whisper folder")
+        runs.add_dtype(command)
+        runs.add_device(command)
+    args = parser.parse_args()
+    if args.action == "words":
+        runs.may_write(args.out, args.overwrite)
+    dtype = runs.arithmetic(args.dtype, args.device)
+    whisper = Whisper(args.whisper, args.device, dtype)
+    if args.action == "hear":
+        hear(args, whisper)
+    else:
+        write_words(args, whisper)
+
+
+if __name__ == "__main__":
+    runs.run(main)
