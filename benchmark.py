@@ -55,7 +55,7 @@ def log_probabilities(model, prompts):
         part = [torch.tensor(prompt) for prompt in prompts[a : a + READ]]
         # What fills up a batch stands behind the prompts, where they do not see it.
         ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)  # (B, T)
-        for hidden, prompt in zip(model.model(ids), part):  # (T, C)
+        for hidden, prompt in zip(model.model(ids), part):          # (T, C)
             yield model.lm_head(hidden[: len(prompt)]).float().log_softmax(-1)
 
 

@@ -78,7 +78,7 @@ class Table(nn.Module):
 
     def __init__(self, embedding):
         super().__init__()
-        self.weight = embedding.weight  # (V, C)
+        self.weight = embedding.weight                              # (V, C)
         self.heard = self.weight.new_zeros(0, self.weight.shape[1])  # (vectors, C)
 
     def forward(self, ids):
@@ -146,7 +146,7 @@ class Encoder:
             return self.whisper.states(clips, self.taps)
         out = []
         for clip in clips:
-            samples = torch.as_tensor(clip)[None].to(self.device)  # (1, N)
+            samples = torch.as_tensor(clip)[None].to(self.device)   # (1, N)
             out.append(torch.cat([self.hubert(samples, tap + 1) for tap in self.taps]))
         return out
 
@@ -174,13 +174,13 @@ class QFormer(nn.Module):
 
     def forward(self, states, real):
         B, taps, T, C = states.shape
-        x = self.queries.expand(B, -1, -1, -1).flatten(0, 1)  # (B * taps, Q, C)
-        silent = ~real.repeat_interleave(taps, 0)  # (B * taps, T)
+        x = self.queries.expand(B, -1, -1, -1).flatten(0, 1)        # (B * taps, Q, C)
+        silent = ~real.repeat_interleave(taps, 0)                   # (B * taps, T)
         for layer in self.layers:
             x = layer(x, states.flatten(0, 1), memory_key_padding_mask=silent)
-        x = x.view(B, taps, -1, C)  # (B, taps, Q, C)
+        x = x.view(B, taps, -1, C)                                  # (B, taps, Q, C)
         x = torch.einsum("btqc,qt->bqc", x, self.mixing.softmax(-1))  # (B, Q, C)
-        return self.proj(self.norm(x))  # (B, Q, out)
+        return self.proj(self.norm(x))                              # (B, Q, out)
 
     def count(self, frames):
         return self.mixing.shape[0]
@@ -196,10 +196,10 @@ class Concat(nn.Module):
         self.proj = nn.Linear(2 * shape["out"], shape["out"])
 
     def forward(self, states, real):
-        x = states[:, -1] * real[:, :, None]  # (B, T, C)
+        x = states[:, -1] * real[:, :, None]                        # (B, T, C)
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.join))
-        x = x.unflatten(1, (-1, self.join)).flatten(2)  # (B, T / join, join * C)
-        return self.proj(F.gelu(self.up(x)))  # (B, T / join, out)
+        x = x.unflatten(1, (-1, self.join)).flatten(2)           # (B, T / join, join * C)
+        return self.proj(F.gelu(self.up(x)))                        # (B, T / join, out)
 
     def count(self, frames):
         return -(-frames // self.join)
@@ -312,7 +312,7 @@ def write(args):
         prompts = [torch.tensor(vocab.turn(turn)) for turn in turns]
         steps = list(generate(model, prompts, LIMIT, vocab.stop, vocab.text_rows()))
         said = []
-        for ids in torch.stack(steps).T.tolist():  # (B, steps)
+        for ids in torch.stack(steps).T.tolist():                   # (B, steps)
             end = next((n for n, i in enumerate(ids) if i in vocab.stop), None)
             said.append(None if end is None else vocab.decode(ids[:end]).strip())
         return said
@@ -355,7 +355,7 @@ def encode(args, out):
             ]
             if long:
                 raise ValueError(f"{long[0]}: longer than 30 s; cut it first")
-            for states in encoder.states(clips):  # (taps, frames, C)
+            for states in encoder.states(clips):                    # (taps, frames, C)
                 file.write(states.half().cpu().numpy().tobytes())
                 counts.append(states.shape[1])
             runs.settle(file)
@@ -427,13 +427,13 @@ def loss_of(model, table, listener, adapter, rows, states, transcript):
 
     # What fills up a row stands behind its document, where nothing sees it.
     T = max(len(asked) + len(said) for asked, said in documents)
-    ids = torch.full((len(rows), T), listener.eos)  # (B, T)
-    bears = torch.zeros(len(rows), T, dtype=torch.bool)  # (B, T): is it a target?
+    ids = torch.full((len(rows), T), listener.eos)                  # (B, T)
+    bears = torch.zeros(len(rows), T, dtype=torch.bool)          # (B, T): is it a target?
     for n, (asked, said) in enumerate(documents):
         ids[n, : len(asked) + len(said)] = torch.tensor(asked + said)
         bears[n, len(asked) : len(asked) + len(said)] = True
     ids, bears = ids.to(table.weight.device), bears.to(table.weight.device)
-    hidden = model.model(ids[:, :-1])[bears[:, 1:]]  # (N, C)
+    hidden = model.model(ids[:, :-1])[bears[:, 1:]]                 # (N, C)
     ones = torch.ones(len(hidden), device=hidden.device)
     total, _ = linear_cross_entropy(hidden, model.lm_head.weight, ids[bears], ones)
     return total / len(hidden)

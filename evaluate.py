@@ -92,7 +92,7 @@ def replies(model, vocab, prompts, extra_stop=(), bar=None, limit=LIMIT, whole=T
         part = order[a : a + BATCH]
         starts = [torch.tensor(prompts[i]) for i in part]
         steps = list(generate(model, starts, limit, stop, vocab.text_rows()))
-        for i, ids in zip(part, torch.stack(steps).T.tolist()):  # (B, steps)
+        for i, ids in zip(part, torch.stack(steps).T.tolist()):     # (B, steps)
             end = next((n for n, token in enumerate(ids) if token in stop), None)
             out[i] = None if end is None and whole else vocab.decode(ids[:end])
         if bar:
@@ -230,7 +230,7 @@ def text_loss(model, vocab, questions):
     sums, counts = [], []
     for q in questions:
         ids = torch.tensor(vocab.text(q["text"])[0], device=device)
-        logits = model(ids[None, :-1])[0].float()  # (T - 1, V)
+        logits = model(ids[None, :-1])[0].float()                   # (T - 1, V)
         logits[:, not_text.to(device)] = -math.inf
         sums.append(F.cross_entropy(logits, ids[1:], reduction="sum").item())
         counts.append(len(ids) - 1)
@@ -734,15 +734,16 @@ def finding(rows, ahead):
 
 # --- how it was said ----------------------------------------------------------
 
-# {what a style says: words that a reply may say for it}
-WORDS = {
-    "man": {"man", "male"},
-    "woman": {"woman", "female"},
-    "fast": {"fast", "quick", "quickly"},
-    "slow": {"slow", "slowly"},
-    "loud": {"loud", "loudly"},
-    "quiet": {"quiet", "quietly"},
-}
+# Words for the same value: a style says "slowly", and a reply may say "slow".
+SAME = [
+    {"man", "male"},
+    {"woman", "female"},
+    {"fast", "quick", "quickly"},
+    {"slow", "slowly"},
+    {"normal"},
+    {"loud", "loudly"},
+    {"quiet", "quietly"},
+]
 
 
 def manner(args):
@@ -795,10 +796,16 @@ def named(said, clips):
         right = []
         for text, clip in zip(said, clips):
             words = set(re.findall(r"\w+", text.lower()))
-            found = [value for value in values if words & WORDS.get(value, {value.lower()})]
+            found = [value for value in values if words & words_for(value)]
             right.append(found == [clip["style"][attribute]])
         row[attribute] = ratio(right, [1] * len(right), speakers)
     return row
+
+
+def words_for(value):
+    """The words by which a reply names a value, like "slowly" or "at a normal rate"."""
+    words = set(value.lower().split())
+    return next((same for same in SAME if same & words), words)
 
 
 # --- units --------------------------------------------------------------------

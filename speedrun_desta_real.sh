@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # DeSTA2 on open weights: a frozen instruct model learns to hear how something was said.
-#   bash speedrun_desta_real.sh [WEIGHTS] [CLIPS] [OUT] [SEED]      run again after a stop, it goes on
+#   bash speedrun_desta_real.sh [WEIGHTS] [CLIPS] [OUT] [SEED]    after a stop, run it again
 #
-# WEIGHTS  a folder with an instruct model and a Whisper; here the smallest (0.6 GB), or any larger pair:
+# WEIGHTS  folders of an instruct model and a Whisper. These are the smallest (0.6 GB):
 #            hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir weights/SmolLM2-135M-Instruct
 #            hf download openai/whisper-tiny.en              --local-dir weights/whisper-tiny.en
-#            LLM=Qwen2.5-0.5B-Instruct WHISPER=whisper-small bash speedrun_desta_real.sh
-# CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman", "rate": "fast", ...}
-#
+#          and others are named by LLM=Qwen2.5-0.5B-Instruct WHISPER=whisper-small
+# CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman", "accent":
+#          "American", "rate": "fast", "loudness": "quiet"}
 # A third of the speakers is kept for the test, another third for every seed.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -17,34 +17,48 @@ out=${3:-out/desta_real}
 seed=${4:-0}
 llm=$weights/${LLM:-SmolLM2-135M-Instruct}
 whisper=$weights/${WHISPER:-whisper-tiny.en}
-prompt="Describe the speaker."
+
+# Of three forms of a description and six prompts these make the smallest model say most of what it
+# reads: 0.9 of each attribute, in a sentence that ends. By DeSTA2's own it says 0.2 and runs on.
+template='A {gender} with a {accent} accent, speaking {rate} and {loudness}, says: "{text}"'
+prompt="Describe the speaker in one sentence."
 
 step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
   local result=${*: -1}
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
 }
 
-# What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
-step desta.py write "$clips" --model "$llm" --prompt "$prompt" --prompt "What can you hear from the audio?" --out "$out/targets.jsonl"
-step desta.py encode "$clips" --encoder "$whisper" --out "$out/states"
+# The corpus with adverbs, as the template wants; and the voices of the test, which are in no target.
+mkdir -p "$out/seed$seed"
+python - "$clips" "$out" "$seed" <<'END'
+import json, sys
+from pathlib import Path
 
-# The voices of the test are in no target that is trained on.
-of=$out/seed$seed
-mkdir -p "$of"
-python - "$clips" "$out/targets.jsonl" "$of" "$seed" <<'END'
-import json, os, sys
-clips, targets, out, seed = sys.argv[1:]
-rows, written = ([json.loads(line) for line in open(path)] for path in (clips, targets))
-unheard = set(sorted({row["speaker"] for row in rows})[int(seed)::3])
-test = [row | {"audio": os.path.abspath(os.path.join(os.path.dirname(clips), row["audio"]))} for row in rows if row["speaker"] in unheard]
-train = [row for row in written if row["speaker"] not in unheard]
-for name, lines in (("test", test), ("train", train)):
-    open(f"{out}/{name}.jsonl", "w").writelines(json.dumps(row) + "\n" for row in lines)
+clips, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+adverbs = {"slow": "slowly", "normal": "at a normal rate", "quiet": "quietly", "loud": "loudly"}
+rows = [json.loads(line) for line in open(clips)]
+for row in rows:
+    row["audio"] = str((clips.parent / row["audio"]).resolve())
+    row["style"] = {name: adverbs.get(value, value) for name, value in row["style"].items()}
+unheard = set(sorted({row["speaker"] for row in rows})[seed::3])
+test = [row for row in rows if row["speaker"] in unheard]
+for name, lines in (("clips", rows), (f"seed{seed}/test", test)):
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 END
-step desta.py train "$of/train.jsonl" --model "$llm" --states "$out/states" --queries 16 --steps 400 --seed "$seed" --out "$of/desta"
 
-# What it says of unheard voices; the ceiling, on reading their descriptions; a cascade, on their transcripts.
-step desta.py rows "$of/test.jsonl" --prompt "$prompt" --out "$of/rows"
-step benchmark.py rows "$of/desta" "$of/rows/heard.jsonl" --out "$of/heard.json"
-step benchmark.py rows "$llm" "$of/rows/read.jsonl" --out "$of/read.json"
-step benchmark.py rows "$llm" "$of/rows/cascade.jsonl" --out "$of/cascade.json"
+# What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
+step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" --prompt "$prompt" --out "$out/targets.jsonl"
+step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$out/states"
+
+# The adapter. Targets of the test's voices are left out.
+of=$out/seed$seed
+python - "$out/targets.jsonl" "$of/test.jsonl" > "$of/train.jsonl" <<'END'
+import json, sys
+
+unheard = {json.loads(line)["speaker"] for line in open(sys.argv[2])}
+print("".join(line for line in open(sys.argv[1]) if json.loads(line)["speaker"] not in unheard), end="")
+END
+step desta.py train "$of/train.jsonl" --model "$llm" --states "$out/states" --queries 16 --steps ${STEPS:-400} --seed "$seed" --out "$of/desta"
+
+# What it says of unheard voices; what it says on reading about them, and of their transcripts.
+step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$template" --prompt "$prompt" --out "$of/manner.json"

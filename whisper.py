@@ -99,7 +99,7 @@ def log_mel(samples, bands):
     x[: len(samples)] = torch.as_tensor(samples)
     hann = torch.hann_window(WINDOW)
     spectrum = torch.stft(x, WINDOW, HOP, window=hann, return_complex=True)
-    power = spectrum[:, :-1].abs() ** 2  # (WINDOW // 2 + 1, 3000)
+    power = spectrum[:, :-1].abs() ** 2                          # (WINDOW // 2 + 1, 3000)
     loud = (mel_filters(bands).T @ power).clamp(min=1e-10).log10()  # (bands, 3000)
     return (torch.maximum(loud, loud.max() - 8) + 4) / 4
 
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
     def heads(self, x):
         B, T, _ = x.shape
-        return x.view(B, T, self.H, -1).transpose(1, 2)  # (B, H, T, D)
+        return x.view(B, T, self.H, -1).transpose(1, 2)             # (B, H, T, D)
 
     def keys(self, x):
         """Keys and values of x (B, S, C), (B, H, S, D) each."""
@@ -126,11 +126,11 @@ class Attention(nn.Module):
 
     def forward(self, x, k, v, causal=False, seen=None):
         """x (B, T, C) attends to k and v. `seen` gets the scores, (B, H, T, S)."""
-        q = self.heads(self.q_proj(x))  # (B, H, T, D)
+        q = self.heads(self.q_proj(x))                              # (B, H, T, D)
         if seen is not None:
             seen.append(q @ k.mT / math.sqrt(q.shape[-1]))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        return self.out_proj(y.transpose(1, 2).flatten(2))          # (B, T, C)
 
 
 class EncoderLayer(nn.Module):
@@ -183,8 +183,8 @@ class Encoder(nn.Module):
 
     def forward(self, mel, states=None):
         """(B, 1500, C) of mel (B, bands, 3000). `states` gets what each block hands on."""
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))  # (B, C, 1500)
-        x = x.transpose(1, 2) + self.embed_positions.weight  # (B, 1500, C)
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))             # (B, C, 1500)
+        x = x.transpose(1, 2) + self.embed_positions.weight         # (B, 1500, C)
         for layer in self.layers:
             x = layer(x)
             if states is not None:
@@ -212,7 +212,7 @@ class Decoder(nn.Module):
         past = past or [None] * len(self.layers)
         done = past[0][0].shape[2] if past[0] else 0
         at = self.embed_positions.weight[done : done + ids.shape[1]]  # (T, C)
-        x, now = self.embed_tokens(ids) + at, []  # (B, T, C)
+        x, now = self.embed_tokens(ids) + at, []                    # (B, T, C)
         for layer, of_sound, before in zip(self.layers, heard, past):
             x, after = layer(x, of_sound, before, seen)
             now.append(after)
@@ -292,9 +292,9 @@ class Whisper(nn.Module):
         mel = torch.stack([log_mel(clip, self.config.num_mel_bins) for clip in clips])
         each = []
         with runs.autocast(self.device, self.dtype):
-            x = self.model.encoder(mel.to(self.device), each)  # (B, 1500, C)
+            x = self.model.encoder(mel.to(self.device), each)       # (B, 1500, C)
         if layers is not None:
-            x = torch.stack([each[n] for n in layers], 1)  # (B, layers, 1500, C)
+            x = torch.stack([each[n] for n in layers], 1)           # (B, layers, 1500, C)
         frames = [max(1, len(clip) // audio.HOP) for clip in clips]
         return [row[..., :n, :].float() for row, n in zip(x, frames)]
 
@@ -306,12 +306,12 @@ class Whisper(nn.Module):
         with runs.autocast(self.device, self.dtype):
             decoder = self.model.decoder
             heard = decoder.hear(self.model.encoder(mel.to(self.device)))
-            ids = self.prompts(heard, len(clips), times)  # (B, T)
+            ids = self.prompts(heard, len(clips), times)            # (B, T)
             written, ended = [[] for _ in clips], [False] * len(clips)
             past = None
             while not all(ended) and len(written[0]) < limit:
                 logits, past = decoder(ids, heard, past)
-                logits = logits[:, -1].float().cpu()  # (B, V)
+                logits = logits[:, -1].float().cpu()                # (B, V)
                 for row, so_far in zip(logits, written):
                     row[self.not_now(row, so_far, times)] = -math.inf
                 ids = logits.argmax(-1, keepdim=True).to(self.device)  # (B, 1)
@@ -418,7 +418,7 @@ class Whisper(nn.Module):
         frames, seen = max(1, len(samples) // audio.HOP), []
         with runs.autocast(self.device, self.dtype):
             heard = self.model.decoder.hear(self.model.encoder(mel))
-            prompt = self.prompts(heard, 1, times=False)  # (1, T)
+            prompt = self.prompts(heard, 1, times=False)            # (1, T)
             rest = torch.tensor([sum(spelled, [])], device=self.device, dtype=prompt.dtype)
             ids = torch.cat([prompt, rest], 1)[:, : self.config.max_target_positions]
             self.model.decoder(ids, heard, seen=seen)
@@ -428,9 +428,9 @@ class Whisper(nn.Module):
         scores = torch.stack(
             [seen[layer][0, head, first:] for layer, head in self.alignment]
         )
-        look = scores[..., :frames].float().softmax(-1)  # (heads, tokens, frames)
+        look = scores[..., :frames].float().softmax(-1)          # (heads, tokens, frames)
         look = (look - look.mean(1, keepdim=True)) / look.std(1, keepdim=True)
-        begins = warp(median(look).mean(0).cpu().numpy()) * TICK  # (tokens,)
+        begins = warp(median(look).mean(0).cpu().numpy()) * TICK    # (tokens,)
         edges = np.cumsum([0, *map(len, spelled)]).clip(max=len(begins) - 1)
         times = begins[edges].round(2).tolist()
         return [[word, *pair] for word, pair in zip(written, zip(times, times[1:]))]

@@ -1,6 +1,6 @@
 """Promises about real open weights. `python -m pytest -m real` runs them alone; they look in $REAL_WEIGHTS, or at ../weights.
 
-Wanted there: SmolLM2-135M-Instruct, a Hugging Face folder. No base of it is at hand, so the merge takes surrogates: the
+Wanted there: SmolLM2-135M-Instruct, whisper-tiny.en, whisper-base, Hugging Face folders. No base of it is at hand, so the merge takes surrogates: the
 instruct model as base, itself after a hundred steps on the toy's chats as instruct, and after a hundred on units as speech.
 """
 import json
@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+import audio
 import weights
 from chat import Chat
 from conftest import call, real, shared
 from model import LM, generate
 from vocab import Vocab
+from voices import Speaker
+from whisper import Whisper, log_mel
 
 pytestmark = pytest.mark.real
 HARD = ["", " ", "  two  spaces ", "tab\tand\nlines\r\n\n\n", "it's 12345 o'clock, they'LL say", "Ünïcödé ﬁ Ⅷ ½", "日本語とEnglish混ざり", "🎧👩‍👩‍👧‍👦🇫🇷",
@@ -114,3 +117,50 @@ def test_transformers_loads_the_sum_with_our_logits(sum_of_surrogates):
         a = transformers.AutoModelForCausalLM.from_pretrained(sum_of_surrogates / "lam1", dtype=torch.float32).eval()(ids).logits
         b = LM.load(sum_of_surrogates / "lam1")(ids)
     assert ((a - b).norm() / a.norm()).item() < 1e-4
+
+
+# --- Whisper ---
+
+@pytest.fixture(scope="module", params=["whisper-tiny.en", "whisper-base"])
+def hearing(request):
+    """(our Whisper, transformers', told what its folder lacks)"""
+    transformers = pytest.importorskip("transformers")
+    folder = real(request.param)
+    ours, theirs = Whisper(folder), transformers.WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    special, end = ours.vocab.special, ours.vocab.eos
+    told = {"no_timestamps_token_id": ours.no_times, "is_multilingual": bool(ours.languages), "begin_suppress_tokens": [*ours.vocab.encode(" "), end],
+            "suppress_tokens": [i for i in special.values() if i not in (end, ours.no_times)], "decoder_start_token_id": ours.begin,
+            "eos_token_id": end, "pad_token_id": end, "bos_token_id": end, "max_length": 448, "max_initial_timestamp_index": 50}
+    if ours.languages:
+        told |= {"lang_to_id": {token: i for token, i in special.items() if i in ours.languages}, "task_to_id": {"transcribe": special["<|transcribe|>"]}}
+    for name, value in told.items():
+        setattr(theirs.generation_config, name, value)
+    return ours, theirs, transformers.WhisperFeatureExtractor()
+
+
+def test_thirty_people_are_heard_and_written_down_as_by_transformers(hearing):
+    """Features, encoder states, and every id. Only languages are guessed differently: theirs is told English, ours hears it."""
+    ours, theirs, extractor = hearing
+    clips = [audio.load(path) for path in sorted(shared("librispeech_mini").rglob("*.flac"))[::8][:30]]
+    features = extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
+    assert len(clips) == 30 and (torch.stack([log_mel(clip, 80) for clip in clips]) - features).abs().max() < 1e-4
+    english = {"language": "en", "task": "transcribe"} if ours.languages else {}
+    with torch.no_grad():
+        states = theirs.model.encoder(features[:4]).last_hidden_state
+    for got, wanted in zip(ours.states(clips[:4]), states):
+        assert (got - wanted[:len(got)]).abs().max() < 1e-4 * wanted.abs().max()
+    for a in range(0, 30, 6):
+        wanted = theirs.generate(features[a:a + 6], num_beams=1, do_sample=False, **english).tolist()
+        for n, ids in enumerate(ours.write(clips[a:a + 6])):
+            assert ids == [i for i in wanted[n] if i < ours.vocab.eos], ours.vocab.decode(ids)
+
+
+def test_words_are_found_where_a_voice_says_them(hearing):
+    """eSpeak NG tells when each word begins; half of the words are found within a twentieth of a second."""
+    speaker, apart = Speaker(), []
+    for text in ("the capital of france is paris", "people in norway love the wolf and eat fish", "tom goes to spain with anna and ben lives in rome"):
+        samples, words = speaker.say(text, "en-us+m2")
+        found = hearing[0].words(samples, text)
+        assert [word for word, _, _ in found] == text.split()
+        apart += [abs(a[1] - b[1]) for a, b in zip(found, words)]
+    assert np.median(apart) < 0.05 and np.quantile(apart, 0.9) < 0.25, sorted(apart)
