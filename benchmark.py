@@ -7,14 +7,16 @@ see  sBLIMP and sWUGGY (arXiv:2011.11588), spoken StoryCloze (arXiv:2305.13009),
 run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 
 A row is {"audio", "text", "instruction", "choices", "answer", "metric"}: at least one of
-the first three, and the answer. Metrics: "exact" (in lower case), "wer" (word error
-rate), "choice" (by the likeliest letter).
+the first three, and the answer. Metrics: "exact" (in lower case), "contains" (the
+answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
+letter).
 
 Every batch is kept at once in OUT.rows: after a stop the same command goes on there.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import runs  # before torch: it sets how OpenMP waits
@@ -25,7 +27,7 @@ from desta import load
 from evaluate import BATCH, edit_distance, normal, ratio, replies, share
 from tokenize_audio import add_ears
 
-METRICS = ["exact", "wer", "choice"]
+METRICS = ["exact", "contains", "wer", "choice"]
 READ = 16  # prompts read at once for the likelihood of all their ids
 
 
@@ -137,8 +139,12 @@ def score_rows(args):
     def work(part):
         """The replies to some rows; to a choice, its letter."""
         prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
-        written = [i for i, row in enumerate(part) if row["metric"] != "choice"]
-        said = dict(zip(written, replies(model, vocab, [prompts[i] for i in written])))
+        said = {}
+        for whole in (True, False):  # what only has to contain an answer need not end
+            asked = [i for i, row in enumerate(part) if row["metric"] != "choice"]
+            asked = [i for i in asked if (part[i]["metric"] != "contains") == whole]
+            texts = replies(model, vocab, [prompts[i] for i in asked], whole=whole)
+            said |= dict(zip(asked, texts))
         chosen = [i for i in range(len(part)) if i not in said]
         for i, likely in zip(
             chosen, log_probabilities(model, [prompts[i] for i in chosen])
@@ -149,6 +155,11 @@ def score_rows(args):
 
     said = in_batches(args, rows, work)
     finish(args, scores_by_metric(rows, said), said)
+
+
+def contains(text, answer):
+    """Do the words of an answer stand in a text, next to each other and whole?"""
+    return bool(re.search(rf"(?<!\w){re.escape(normal(answer))}(?!\w)", text))
 
 
 def scores_by_metric(rows, said):
@@ -162,6 +173,8 @@ def scores_by_metric(rows, said):
             continue
         if metric == "exact":
             scores[metric] = share([text == normal(row["answer"]) for text, row in asked])
+        elif metric == "contains":
+            scores[metric] = share([contains(text, row["answer"]) for text, row in asked])
         elif metric == "choice":
             scores[metric] = share(
                 [meaning(text, row) == row["answer"] for text, row in asked]

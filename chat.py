@@ -247,9 +247,8 @@ def turn(chat, parts, transcribe=False):
         content, notes = take(chat, parts, transcribe)
         if "units" in notes:
             paths = ", ".join(str(part) for part in parts if isinstance(part, Path))
-            print(
-                f"[{paths or 'the recording'}: {notes['seconds']:.2f} s, {notes['units']} {chat.ears.makes}]"
-            )
+            heard = f"{notes['units']} {chat.ears.makes}"
+            print(f"[{paths or 'the recording'}: {notes['seconds']:.2f} s, {heard}]")
         for heard in notes.get("heard", []):
             print(f"heard: {heard}")
         print("model: ", end="", flush=True)

@@ -35,7 +35,7 @@ from hubert import Hubert
 from model import LM, generate
 from tokenize_audio import AudioTokenizer
 from vocab import Vocab
-from whisper import Whisper
+from whisper import SECONDS, Whisper
 
 OPEN, CLOSE = "<start_audio>", "<end_audio>\n\n"  # around a description, or what was heard
 # DeSTA2's own. A small model wants a plain sentence, and a question that it has an answer to.
@@ -45,6 +45,7 @@ TAPS = 4  # blocks of the encoder that are listened to
 LIMIT = 64  # tokens of a target; a longer one goes round in circles
 BATCH = 32  # targets written at once
 AT_ONCE = 8  # clips encoded at once
+DROPOUT = 0.1  # in a Q-Former, as in BERT
 SAVE_EVERY, LOG_EVERY = 100, 20  # steps
 
 
@@ -93,10 +94,11 @@ class Table(nn.Module):
 class Listener(Vocab):
     """A model's tokens. A clip is the numbers of its vectors; it stands where text would.
 
+    rows  of the embedding: a vector's id is its number behind them
     said  {the number of a clip's first vector: its transcript}
     """
 
-    def __init__(self, folder, rows):
+    def __init__(self, folder, rows=0):
         super().__init__(folder)
         self.rows, self.said = rows, {}
 
@@ -113,7 +115,7 @@ class Listener(Vocab):
         return self.ask(numbers, "Write down what was said.")
 
     def ask(self, heard, question):
-        """The ids of a turn about a clip (numbers of vectors, or a description), to be replied to."""
+        """The ids of a turn about what was heard, numbers of vectors or a description."""
         return self.turn([{"role": "user", "content": [heard, f" {question}"]}])
 
 
@@ -164,7 +166,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.randn(taps, queries, width))
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
-                width, shape["heads"], 4 * width, 0.0, "gelu", batch_first=True
+                width, shape["heads"], 4 * width, DROPOUT, "gelu", batch_first=True
             )
             for _ in range(shape["layers"])
         )
@@ -241,8 +243,8 @@ class Ears:
 
     @torch.inference_mode()
     def __call__(self, samples):
-        if len(samples) > 30 * audio.SAMPLE_RATE:
-            raise ValueError("more than 30 seconds; give a part of it")
+        if len(samples) > SECONDS * audio.SAMPLE_RATE:
+            raise ValueError(f"more than {SECONDS} seconds; give a part of it")
         states = [x.to(self.table.weight.device) for x in self.encoder.states([samples])]
         first = len(self.table.heard)
         self.table.heard = torch.cat([self.table.heard, *self.adapter(states)])
@@ -252,24 +254,26 @@ class Ears:
         return numbers, None
 
 
+def frozen(folder, device, dtype=None):
+    """(an instruct model that stays, its table of rows and vectors, its tokens)."""
+    model = LM.load(folder, device, dtype).eval().requires_grad_(False)
+    table = Table(model.model.embed_tokens)
+    model.model.embed_tokens = table
+    return model, table, Listener(folder, len(table.weight))
+
+
 def load(folder, device="cpu", hubert=None, dtype=None):
     """(model, vocabulary, ears or None) of any folder that can be talked to."""
     if not (Path(folder) / "desta.json").exists():
         model, vocab = LM.load(folder, device, dtype).eval(), Vocab(folder)
-        return (
-            model,
-            vocab,
-            AudioTokenizer(folder, device, hubert) if vocab.speech else None,
-        )
+        ears = AudioTokenizer(folder, device, hubert) if vocab.speech else None
+        return model, vocab, ears
 
     made = runs.read_json(Path(folder) / "desta.json", ["model", "encoder", "adapter"])
     for name in ("model", "encoder", "transcriber"):
         if made.get(name) and runs.fingerprint(made[name]) != made["sha256"][name]:
             raise ValueError(f"{made[name]} has changed since {folder} was trained with it")
-    model = LM.load(made["model"], device, dtype).eval()
-    table = Table(model.model.embed_tokens)
-    model.model.embed_tokens = table
-    listener = Listener(made["model"], len(table.weight))
+    model, table, listener = frozen(made["model"], device, dtype)
     with torch.device("meta"):
         adapter = Adapter(made["adapter"])
     weights.load_into(adapter, folder)
@@ -294,22 +298,14 @@ def write(args):
                 f"{args.manifest}, row {number}: wanted text, style and seconds, which "
                 "a description is made of"
             )
-    model, vocab = LM.load(args.model, args.device, torch.float32).eval(), Vocab(args.model)
-    asked = [
-        row | {"prompt": prompt} for row in rows for prompt in args.prompt or [QUESTION]
-    ]
+    model = LM.load(args.model, args.device, torch.float32).eval()
+    vocab, questions = Listener(args.model), args.prompt or [QUESTION]
+    asked = [row | {"prompt": question} for row in rows for question in questions]
 
     def work(part):
-        turns = [
-            [
-                {
-                    "role": "user",
-                    "content": [description(row, args.template), f" {row['prompt']}"],
-                }
-            ]
-            for row in part
-        ]
-        prompts = [torch.tensor(vocab.turn(turn)) for turn in turns]
+        told = [description(row, args.template) for row in part]
+        prompts = [vocab.ask(text, row["prompt"]) for text, row in zip(told, part)]
+        prompts = [torch.tensor(ids) for ids in prompts]
         steps = list(generate(model, prompts, LIMIT, vocab.stop, vocab.text_rows()))
         said = []
         for ids in torch.stack(steps).T.tolist():                   # (B, steps)
@@ -350,11 +346,11 @@ def encode(args, out):
         while len(counts) < len(rows):
             part = rows[len(counts) : len(counts) + AT_ONCE]
             clips = [audio.load(row["audio"]) for row in part]
-            long = [
-                r["audio"] for r, x in zip(part, clips) if len(x) > 30 * audio.SAMPLE_RATE
-            ]
-            if long:
-                raise ValueError(f"{long[0]}: longer than 30 s; cut it first")
+            for row, clip in zip(part, clips):
+                if len(clip) > SECONDS * audio.SAMPLE_RATE:
+                    raise ValueError(
+                        f"{row['audio']}: longer than {SECONDS} s; cut it first"
+                    )
             for states in encoder.states(clips):                    # (taps, frames, C)
                 file.write(states.half().cpu().numpy().tobytes())
                 counts.append(states.shape[1])
@@ -439,22 +435,27 @@ def loss_of(model, table, listener, adapter, rows, states, transcript):
     return total / len(hidden)
 
 
+def shape_of(args, meta, table):
+    """The shape of an adapter between these states and this model."""
+    return {
+        "kind": args.adapter,
+        "taps": len(meta["taps"]),
+        "width": meta["width"],
+        "heads": meta["heads"],
+        "queries": args.queries,
+        "layers": 2,
+        "join": 4,
+        "out": table.weight.shape[1],
+        "loudness": table.weight.pow(2).mean().sqrt().item(),
+    }
+
+
 def train(args, out):
     """An adapter, into the folder `out`."""
     torch.manual_seed(args.seed)
     rows, states = read_targets(args.targets), States(args.states)
-    model = LM.load(args.model, args.device, torch.float32).requires_grad_(False)
-    table = Table(model.model.embed_tokens)
-    model.model.embed_tokens = table
-    listener = Listener(args.model, len(table.weight))
-    shape = {name: states.meta[name] for name in ("width", "heads")}
-    shape |= {"kind": args.adapter, "taps": len(states.meta["taps"])}
-    shape |= {"queries": args.queries, "layers": 2, "join": 4}
-    shape |= {
-        "out": table.weight.shape[1],
-        "loudness": table.weight.pow(2).mean().sqrt().item(),
-    }
-    adapter = Adapter(shape).to(args.device)
+    model, table, listener = frozen(args.model, args.device, torch.float32)
+    adapter = Adapter(shape_of(args, states.meta, table)).to(args.device)
     optimizer = torch.optim.AdamW(
         adapter.parameters(), betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -472,36 +473,38 @@ def train(args, out):
         tqdm.write(f"resuming at step {step} of {args.steps}")
     runs.keep_log(out / "log.jsonl", step)
 
-    for step in runs.Bar(
-        range(step + 1, args.steps + 1),
-        desc=f"training {args.out}",
-        unit="step",
-        initial=step,
-        total=args.steps,
-    ):
+    steps = range(step + 1, args.steps + 1)
+    about = {"desc": f"training {args.out}", "unit": "step", "total": args.steps}
+    for step in runs.Bar(steps, initial=step, **about):
         # Warm-up over a tenth, then a cosine to zero.
         warm = min(1, step / (0.1 * args.steps))
         rate = args.lr * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
+
+        torch.manual_seed(args.seed << 32 | step)  # dropout, the same in a resumed run
         part = [rows[i] for i in drawn(len(rows), args.batch, args.seed, step)]
+        transcript = not args.no_transcript
         with runs.autocast(args.device, runs.DTYPES[args.dtype]):
-            loss = loss_of(
-                model, table, listener, adapter, part, states, not args.no_transcript
-            )
+            loss = loss_of(model, table, listener, adapter, part, states, transcript)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
+
         if step % LOG_EVERY == 0 or step == args.steps:
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": step, "loss": round(loss.item(), 4)}) + "\n")
-            tqdm.write(f"step {step}/{args.steps} | loss {loss.item():.3f} | lr {rate:.1e}")
+            write_log(out / "log.jsonl", step, args.steps, loss.item(), rate)
         if step % SAVE_EVERY == 0:
-            checkpoint.write(
-                adapter=adapter.state_dict(), optimizer=optimizer.state_dict(), step=step
-            )
+            state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.write(step=step, **state)
     save(args, out, adapter, states.meta["encoder"])
+
+
+def write_log(path, step, steps, loss, rate):
+    """A line of the log, and one on the screen."""
+    with open(path, "a") as log:
+        log.write(json.dumps({"step": step, "loss": round(loss, 4)}) + "\n")
+    tqdm.write(f"step {step}/{steps} | loss {loss:.3f} | lr {rate:.1e}")
 
 
 def drawn(n, batch, seed, step):
@@ -516,11 +519,9 @@ def drawn(n, batch, seed, step):
 def save(args, out, adapter, encoder):
     """desta.json and the adapter: where model and encoder are, and their fingerprints."""
     weights.save(out, adapter.state_dict())
-    transcriber = (
-        None if args.no_transcript else str(Path(args.transcriber or encoder).resolve())
-    )
     made = {"model": str(Path(args.model).resolve()), "encoder": encoder}
-    made |= {"transcriber": transcriber}
+    transcriber = None if args.no_transcript else args.transcriber or encoder
+    made["transcriber"] = transcriber and str(Path(transcriber).resolve())
     made["sha256"] = {name: runs.fingerprint(path) for name, path in made.items() if path}
     made["adapter"] = adapter.shape
     (out / "desta.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -607,34 +607,14 @@ def markdown(seeds):
         means = [f"{np.mean(values):.2f}" if values else "" for values in cells]
         lines.append(f"| {name} | " + " | ".join(means) + " |")
 
-    heads = [
-        "seed",
-        "instruct typed",
-        "merged typed",
-        "merged spoken",
-        "of instruct's typed",
-        "best parent's spoken",
-        "size of instruct's delta",
-        "of speech's",
-    ]
+    heads = "seed", "instruct typed", "merged typed", "merged spoken", "of instruct's typed"
     lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for s in seeds:
-
-        def value(row, column):
-            return s["rows"][row][column]["value"]
-
-        typed, spoken = value("instruct", "typed"), value("merged", "spoken_near")
-        parents = [value(row, "spoken_near") for row in ("base", "instruct_rows", "speech")]
+        typed = s["rows"]["instruct"]["typed"]["value"]
+        merged = s["rows"]["merged"]
+        spoken = merged["spoken_near"]["value"]
         share_of_typed = spoken / typed if typed else math.nan
-        numbers = [
-            typed,
-            value("merged", "typed"),
-            spoken,
-            share_of_typed,
-            max(parents),
-            s["rel"]["instruct"],
-            s["rel"]["speech"],
-        ]
+        numbers = [typed, merged["typed"]["value"], spoken, share_of_typed]
         lines.append(f"| {s['seed']} | " + " | ".join(f"{x:.2f}" for x in numbers) + " |")
     return "\n".join(lines)
 
@@ -776,7 +756,11 @@ def manner(args):
                 model, vocab, prompts, bar=bar, limit=desta.LIMIT, whole=False
             )
             rows[name] = named(said[name], clips)
-    answers = [dict(zip(said, texts)) | clip for clip, *texts in zip(clips, *said.values())]
+    kept = "text", "speaker", "style"
+    answers = [{name: clip.get(name) for name in kept} for clip in clips]
+    for name, texts in said.items():
+        for answer, text in zip(answers, texts):
+            answer[name] = text
     made = {
         "rows": rows,
         "answers": answers,

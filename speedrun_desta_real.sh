@@ -8,7 +8,8 @@
 #          and others are named by LLM=Qwen2.5-0.5B-Instruct WHISPER=whisper-small
 # CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman", "accent":
 #          "American", "rate": "fast", "loudness": "quiet"}
-# A third of the speakers is kept for the test, another third for every seed.
+# A third of the speakers is kept for the test, another third for every seed. QUESTIONS=questions.jsonl
+# asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
 set -euo pipefail
 cd "$(dirname "$0")"
 weights=${1:-weights}
@@ -22,6 +23,7 @@ whisper=$weights/${WHISPER:-whisper-tiny.en}
 # reads: 0.9 of each attribute, in a sentence that ends. By DeSTA2's own it says 0.2 and runs on.
 template='A {gender} with a {accent} accent, speaking {rate} and {loudness}, says: "{text}"'
 prompt="Describe the speaker in one sentence."
+answer="Answer it."  # a second prompt, about the words: without it the adapter forgets that there are others
 
 step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
   local result=${*: -1}
@@ -47,7 +49,7 @@ for name, lines in (("clips", rows), (f"seed{seed}/test", test)):
 END
 
 # What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
-step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" --prompt "$prompt" --out "$out/targets.jsonl"
+step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" --prompt "$prompt" --prompt "$answer" --out "$out/targets.jsonl"
 step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$out/states"
 
 # The adapter. Targets of the test's voices are left out.
@@ -58,7 +60,28 @@ import json, sys
 unheard = {json.loads(line)["speaker"] for line in open(sys.argv[2])}
 print("".join(line for line in open(sys.argv[1]) if json.loads(line)["speaker"] not in unheard), end="")
 END
-step desta.py train "$of/train.jsonl" --model "$llm" --states "$out/states" --queries 16 --steps ${STEPS:-400} --seed "$seed" --out "$of/desta"
+step desta.py train "$of/train.jsonl" --model "$llm" --states "$out/states" --queries 16 --steps ${STEPS:-600} --seed "$seed" --out "$of/desta"
 
 # What it says of unheard voices; what it says on reading about them, and of their transcripts.
 step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$template" --prompt "$prompt" --out "$of/manner.json"
+
+# Spoken questions, beside the same ones typed.
+if [ -n "${QUESTIONS:-}" ]; then
+  python - "$QUESTIONS" "$out" "$answer" <<'END'
+import json, sys
+from pathlib import Path
+
+questions, out, answer = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+rows = [json.loads(line) for line in open(questions)]
+made = {"typed": [], "heard": []}
+for row in rows:
+    wanted = {"answer": row["answer"], "metric": "contains"}
+    made["typed"].append(wanted | {"text": f"{row['text']} {answer}"})
+    sound = str((questions.parent / row["audio"]).resolve())
+    made["heard"].append(wanted | {"audio": sound, "instruction": answer})
+for name, lines in made.items():
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+END
+  step benchmark.py rows "$llm" "$out/typed.jsonl" --out "$out/typed.json"
+  step benchmark.py rows "$of/desta" "$out/heard.jsonl" --out "$of/heard.json"
+fi

@@ -87,7 +87,7 @@ def test_in_a_batch_every_clip_has_the_vectors_that_it_has_alone(kind, trained):
 
 def test_every_query_weighs_the_taps_by_itself_evenly_to_begin_with():
     shape = {"kind": "qformer", "taps": 3, "width": 8, "heads": 2, "queries": 4, "layers": 1, "join": 4, "out": 6, "loudness": 1.0}
-    adapter = desta.Adapter(shape)
+    adapter = desta.Adapter(shape).eval()
     assert torch.equal(adapter.kind.mixing.softmax(-1), torch.full((4, 3), 1 / 3))
     states = torch.randn(3, 9, 8)
     before = adapter([states])[0]

@@ -152,7 +152,7 @@ def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(speedrun, tm
     assert made["rows"] == ["B", "B"] and made["choice"]["value"] == 0.5
 
 
-@pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, wer, choice"),
+@pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, contains, wer, choice"),
                                        ({"text": "hi", "answer": "z", "choices": ["a", "b"]}, "none of its choices"),
                                        ({"text": "hi", "answer": "x", "instruction": 5}, "got instruction = 5, wanted a string"), ({"text": "hi", "answer": "1", "choices": [1, 2]}, "none of its choices")])
 def test_a_row_that_cannot_be_scored_is_named(row, said, speedrun, tmp_path, monkeypatch):
@@ -298,6 +298,13 @@ echo "$@" >> {tmp_path}/asked
 def test_choices_that_are_letters_are_told_from_the_letters_that_name_them(answer, said, right):
     assert (benchmark.meaning(said, {"choices": ["B", "A", "x"], "answer": answer}) == answer) is right
     assert benchmark.meaning("b", {"choices": ["fox", "red"], "answer": "B"}) == "B" and benchmark.meaning("b", {"choices": ["fox", "red"], "answer": "red"}) == "red"
+
+
+def test_a_reply_contains_an_answer_as_whole_words():
+    rows = [{"metric": "contains", "answer": answer} for answer in ("Paris", "a red fox", "man", "c++")]
+    said = ["It is paris.", "that was A RED FOX!", "a woman", "c++ is one"]
+    scores = benchmark.scores_by_metric(rows, said)
+    assert list(scores) == ["contains"] and scores["contains"]["value"] == 0.75
 
 
 def test_an_answer_of_nothing_is_refused(tmp_path):
