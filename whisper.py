@@ -1,4 +1,4 @@
-"""Whisper: samples -> log-mel frames -> an encoder -> a decoder that writes what was said, and when.
+"""Whisper: samples -> log-mel frames -> an encoder -> a decoder that writes what was said and when.
 
 in   16 kHz samples or audio files, a Hugging Face Whisper folder; a manifest
 out  encoder states, 50 frames a second; transcripts; a manifest with the times of words
