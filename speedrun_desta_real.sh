@@ -85,3 +85,24 @@ END
   step benchmark.py rows "$llm" "$out/typed.jsonl" --out "$out/typed.json"
   step benchmark.py rows "$of/desta" "$out/heard.jsonl" --out "$of/heard.json"
 fi
+
+# All of it in one file, with every answer.
+python - "$out" "$seed" <<'END'
+import json, platform, sys
+from pathlib import Path
+
+import torch
+
+out, seed = Path(sys.argv[1]), sys.argv[2]
+read = lambda path: json.loads((out / path).read_text())
+made = {"seed": int(seed), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+manner = read(f"seed{seed}/manner.json")
+made |= {"targets": len((out / "targets.jsonl").read_text().splitlines()), "rows": manner["rows"], "answers": manner["answers"]}
+for name, path in (("typed", "typed.json"), ("spoken", f"seed{seed}/heard.json")):
+    if (out / path).exists():
+        made[name] = {"score": read(path)["contains"], "said": read(path)["rows"]}
+(out / f"seed{seed}/desta.json").write_text(json.dumps(made, indent=1) + "\n")
+for name in ("typed", "spoken"):
+    if name in made:
+        print(f"questions {name}: {made[name]['score']['value']:.2f}")
+END

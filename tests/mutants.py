@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 EVALUATE, CHAT, TOKENIZE, PRETRAIN = "tests/test_evaluate.py", "tests/test_chat.py", "tests/test_tokenize_audio.py", "tests/test_pretrain.py"
 DOCUMENTS, VOCAB, MODEL, HUBERT, MERGE = "tests/test_documents.py", "tests/test_vocab.py", "tests/test_model.py", "tests/test_hubert.py", "tests/test_merge.py"
 FUSED, AUDIO, WEIGHTS, TOY, MUON, RUNS = "tests/test_fused.py", "tests/test_audio.py", "tests/test_weights.py", "tests/test_toy.py", "tests/test_muon.py", "tests/test_runs.py"
+WHISPER, DESTA = "tests/test_whisper.py", "tests/test_desta.py"
 STEP = f"{PRETRAIN} -k 'flag or rows_go_first or beside_imitation or reader or covariance or rate_warms or pace or stepped or thinks or difference or filtered'"
 
 MUTANTS = [     # (file, what stands there, what is planted, the tests that should notice)
@@ -176,6 +177,21 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("runs.py", "if before not in (None, fingerprint(path)):", "if False:", f"{WEIGHTS} {MERGE}"),
     ("weights.py", "if not torch.isfinite(tensor).all():", "if False:", WEIGHTS),
     ("weights.py", "missing or unused:", "missing:", WEIGHTS),
+
+    ("whisper.py", "loud.max() - 8", "loud.max() - 4", WHISPER),
+    ("whisper.py", "causal=past is None", "causal=False", WHISPER),
+    ("whisper.py", "no[self.times : said[-1] + int(", "no[self.times : 0 * said[-1] + int(", WHISPER),
+    ("whisper.py", "reached = round(time * rate) if followed else len(window)", "reached = len(window)", WHISPER),
+    ("whisper.py", "no[self.times + 1 + round(FIRST_BY / TICK) :] = True", "pass", WHISPER),
+    ("whisper.py", "max(best[t, f], best[t, f + 1], best[t + 1, f])", "max(best[t, f], best[t + 1, f])", WHISPER),
+
+    ("desta.py", "memory_key_padding_mask=silent", "memory_key_padding_mask=None", DESTA),
+    ("desta.py", "self.mixing.softmax(-1)", "torch.full_like(self.mixing, 1 / taps)", DESTA),
+    ("desta.py", "bears[n, len(asked) : len(asked) + len(said)] = True", "bears[n, : len(asked) + len(said)] = True", DESTA),
+    ("desta.py", "torch.manual_seed(args.seed << 32 | step)", "pass", DESTA),
+    ("desta.py", "file.truncate(2 * per_frame * sum(counts))", "pass", DESTA),
+    ("desta.py", 'listener.said[first] = row["text"]', "pass", DESTA),
+    ("desta.py", "runs.fingerprint(made[name]) != made", "False and made", DESTA),
 
     ("toy.py", "unseen = dict.fromkeys(pairs, set(rng.sample(range(n), n // 3)))", "unseen = dict.fromkeys(pairs, set())", TOY),
     ("toy.py", "if any(question in listed for question in self.asked):", "if False:", TOY),

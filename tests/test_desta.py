@@ -75,6 +75,25 @@ def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkey
     assert (chat - embedded[0, :len(asked)]).abs().max() < 2e-3 * chat.abs().max()       # states are kept in 16 bits
 
 
+def test_the_loss_is_on_targets_and_their_end_alone_behind_vectors_and_the_true_words(clips, trained):
+    model, vocab, ears = desta.load(trained["concat"])
+    table, states = model.model.embed_tokens, desta.States(clips / "states")
+    rows = [json.loads(line) for line in (clips / "targets.jsonl").read_text().splitlines()[:3]]
+    with torch.no_grad():
+        got = desta.loss_of(model, table, vocab, ears.adapter, rows, states, transcript=True)
+        each = []
+        for row in rows:
+            vectors = ears.adapter([states[row["audio"]]])[0]
+            text = lambda words: table(torch.tensor(vocab.encode(words)))
+            asked = vocab.literal("<|im_start|>user\n"), vocab.literal("<|im_end|>\n<|im_start|>assistant\n")
+            target = torch.tensor([*vocab.encode(row["target"]), vocab.special["<|im_end|>"]])
+            x = torch.cat([table(torch.tensor(asked[0])), text("<start_audio>"), vectors, text(row["text"]), text("<end_audio>\n\n"), text(" " + row["prompt"]),
+                           table(torch.tensor(asked[1])), table(target)])
+            logits = model(embeddings=x[None])[0, len(x) - len(target) - 1:-1]
+            each.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    assert abs(got - torch.cat(each).mean()) < 1e-3
+
+
 @pytest.mark.parametrize("kind", ["qformer", "concat"])
 def test_in_a_batch_every_clip_has_the_vectors_that_it_has_alone(kind, trained):
     _, _, ears = desta.load(trained[kind])
