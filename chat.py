@@ -68,6 +68,11 @@ class Chat:
             raise ValueError(
                 f"{name}: {len(sound)} samples at 16 kHz, too short to hear anything"
             )
+        if seconds > self.ears.most:
+            raise ValueError(
+                f"{name}: {seconds:.0f} s of sound, this model hears {self.ears.most} s at once; "
+                "give a part of it"
+            )
         if seconds * SLOWEST > self.room:
             raise ValueError(
                 f"{name}: {seconds:.0f} s of sound, more than the model's context of "
@@ -139,6 +144,8 @@ class Chat:
         if system is not None:
             kept = [{"role": "system", "content": system}] if system else []
         self.messages = kept
+        if isinstance(self.vocab, Listener):
+            self.ears.forget()
 
 
 def speeds(read, times):

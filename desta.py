@@ -33,7 +33,7 @@ import weights
 from fused import linear_cross_entropy
 from hubert import Hubert
 from model import LM, generate
-from tokenize_audio import AudioTokenizer
+from tokenize_audio import AudioTokenizer, identity
 from vocab import Vocab
 from whisper import SECONDS, Whisper
 
@@ -52,6 +52,24 @@ SAVE_EVERY, LOG_EVERY = 100, 20  # steps
 # --- descriptions, and what a turn is -----------------------------------------
 
 
+def described_clips(path):
+    """The rows of a manifest, each found to have what a description is made of."""
+    rows = audio.read_manifest(path)
+    if not rows:
+        raise ValueError(f"{path}: empty; wanted at least one clip")
+    for number, row in enumerate(rows, 1):
+        style = row.get("style")
+        named = isinstance(style, dict) and style and {*style} == {*rows[0]["style"]}
+        words = named and all(isinstance(value, str) for value in style.values())
+        timed = isinstance(row.get("seconds"), (int, float))
+        if not (words and timed and row.get("text")):
+            raise ValueError(
+                f"{path}, row {number}: wanted text, seconds, and a style of the same "
+                "names in all rows, with words as values"
+            )
+    return rows
+
+
 def description(row, template):
     """A clip in words. Names in the template: text, end, style, and what the style has.
 
@@ -66,7 +84,7 @@ def description(row, template):
     }
     try:
         said = template.format(**row["style"] | names)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(
             f"--template {template!r}: {error} cannot be filled in; a clip has "
             f"{', '.join(row['style'] | names)}"
@@ -109,6 +127,10 @@ class Listener(Vocab):
         self.special |= names
         said = self.encode(self.said.get(int(numbers[0]), ""))
         return self.encode(OPEN) + vectors + said + self.encode(CLOSE)
+
+    def forget(self):
+        self.said.clear()
+        self.special = {name: i for name, i in self.special.items() if i < self.rows}
 
     def heard(self, numbers):
         """The prompt that asks for a transcript."""
@@ -235,7 +257,7 @@ class Adapter(nn.Module):
 class Ears:
     """Sound -> (numbers of its vectors, None), for the model and the listener that share them."""
 
-    hop, makes = audio.HOP, "vectors"
+    hop, most, makes = audio.HOP, SECONDS, "vectors"
 
     def __init__(self, encoder, adapter, transcriber, table, listener):
         self.encoder, self.adapter, self.transcriber = encoder, adapter, transcriber
@@ -253,6 +275,11 @@ class Ears:
             self.listener.said[first] = self.transcriber.transcripts([samples])[0]
         return numbers, None
 
+    def forget(self):
+        """Free what was heard: no turn holds its numbers any more."""
+        self.table.heard = self.table.heard[:0]
+        self.listener.forget()
+
 
 def frozen(folder, device, dtype=None):
     """(an instruct model that stays, its table of rows and vectors, its tokens)."""
@@ -269,9 +296,12 @@ def load(folder, device="cpu", hubert=None, dtype=None):
         ears = AudioTokenizer(folder, device, hubert) if vocab.speech else None
         return model, vocab, ears
 
-    made = runs.read_json(Path(folder) / "desta.json", ["model", "encoder", "adapter"])
+    made = runs.read_json(
+        Path(folder) / "desta.json",
+        ["model", "encoder", "transcriber", "sha256", "adapter"],
+    )
     for name in ("model", "encoder", "transcriber"):
-        if made.get(name) and runs.fingerprint(made[name]) != made["sha256"][name]:
+        if made[name] and runs.fingerprint(made[name]) != made["sha256"][name]:
             raise ValueError(f"{made[name]} has changed since {folder} was trained with it")
     model, table, listener = frozen(made["model"], device, dtype)
     with torch.device("meta"):
@@ -291,21 +321,18 @@ def load(folder, device="cpu", hubert=None, dtype=None):
 
 def write(args):
     """Targets: every clip and prompt, with what the model answers on reading the description."""
-    rows = audio.read_manifest(args.manifest)
-    for number, row in enumerate(rows, 1):
-        if not row.get("text") or not row.get("style") or not row.get("seconds"):
-            raise ValueError(
-                f"{args.manifest}, row {number}: wanted text, style and seconds, which "
-                "a description is made of"
-            )
+    rows = described_clips(args.manifest)
+    told = [description(row, args.template) for row in rows]
     model = LM.load(args.model, args.device, torch.float32).eval()
     vocab, questions = Listener(args.model), args.prompt or [QUESTION]
-    asked = [row | {"prompt": question} for row in rows for question in questions]
+    asked = [
+        (row | {"prompt": question}, text)
+        for row, text in zip(rows, told)
+        for question in questions
+    ]
 
     def work(part):
-        told = [description(row, args.template) for row in part]
-        prompts = [vocab.ask(text, row["prompt"]) for text, row in zip(told, part)]
-        prompts = [torch.tensor(ids) for ids in prompts]
+        prompts = [torch.tensor(vocab.ask(text, row["prompt"])) for row, text in part]
         steps = list(generate(model, prompts, LIMIT, vocab.stop, vocab.text_rows()))
         said = []
         for ids in torch.stack(steps).T.tolist():                   # (B, steps)
@@ -318,7 +345,7 @@ def write(args):
     said = runs.in_pieces(
         args.out, settings, asked, work, BATCH, "writing targets", "target"
     )
-    kept = [row | {"target": text} for row, text in zip(asked, said) if text]
+    kept = [row | {"target": text} for (row, _), text in zip(asked, said) if text]
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     runs.finish_pieces(args.out, lines, args.overwrite)
     print(
@@ -334,7 +361,10 @@ def encode(args, out):
     """A folder of states: states.bin (float16), index.npy (first frame of each clip)."""
     rows = audio.read_manifest(args.manifest)
     encoder = Encoder(args.encoder, args.device, runs.DTYPES[args.dtype])
-    settings = {"audio": json.dumps([row["audio"] for row in rows])}
+    for row in rows:
+        if len(audio.Recording(row["audio"])) > SECONDS * audio.SAMPLE_RATE:
+            raise ValueError(f"{row['audio']}: longer than {SECONDS} s; cut it first")
+    settings = {"audio": identity(rows), "dtype": args.dtype}
     settings["encoder"] = runs.fingerprint(args.encoder)
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
     saved = checkpoint.read("counts")
@@ -346,11 +376,6 @@ def encode(args, out):
         while len(counts) < len(rows):
             part = rows[len(counts) : len(counts) + AT_ONCE]
             clips = [audio.load(row["audio"]) for row in part]
-            for row, clip in zip(part, clips):
-                if len(clip) > SECONDS * audio.SAMPLE_RATE:
-                    raise ValueError(
-                        f"{row['audio']}: longer than {SECONDS} s; cut it first"
-                    )
             for states in encoder.states(clips):                    # (taps, frames, C)
                 file.write(states.half().cpu().numpy().tobytes())
                 counts.append(states.shape[1])
@@ -363,6 +388,7 @@ def encode(args, out):
     (out / "manifest.jsonl").write_text(lines)
     meta = {"encoder": str(Path(args.encoder).resolve()), "taps": encoder.taps}
     meta |= {"width": encoder.width, "heads": encoder.heads}
+    meta["sha256"] = settings["encoder"]
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
@@ -376,7 +402,7 @@ class States:
                 f"{folder}: no encoder states; make them with desta.py encode"
             )
         self.meta = runs.read_json(
-            folder / "meta.json", ["encoder", "taps", "width", "heads"]
+            folder / "meta.json", ["encoder", "taps", "width", "heads", "sha256"]
         )
         self.at = np.load(folder / "index.npy")
         rows = runs.read_lines(folder / "manifest.jsonl")
@@ -435,6 +461,30 @@ def loss_of(model, table, listener, adapter, rows, states, transcript):
     return total / len(hidden)
 
 
+def parts(args, meta):
+    """What desta.json says of model, encoder and transcriber: where, and their fingerprints.
+
+    Taken before training: they must be those that it used.
+    """
+    made = {"model": str(Path(args.model).resolve()), "encoder": meta["encoder"]}
+    transcriber = None if args.no_transcript else args.transcriber or meta["encoder"]
+    if transcriber:
+        file = Path(transcriber) / "config.json"
+        kind = runs.read_json(file).get("model_type") if file.exists() else None
+        if kind != "whisper":
+            raise ValueError(
+                f"{transcriber}: not a Whisper folder, so no transcript comes from it; give "
+                "one as --transcriber, or --no-transcript"
+            )
+    made["transcriber"] = transcriber and str(Path(transcriber).resolve())
+    made["sha256"] = {name: runs.fingerprint(path) for name, path in made.items() if path}
+    if made["sha256"]["encoder"] != meta["sha256"]:
+        raise ValueError(
+            f"{meta['encoder']} has changed since {args.states} was made with it; encode again"
+        )
+    return made
+
+
 def shape_of(args, meta, table):
     """The shape of an adapter between these states and this model."""
     return {
@@ -454,6 +504,7 @@ def train(args, out):
     """An adapter, into the folder `out`."""
     torch.manual_seed(args.seed)
     rows, states = read_targets(args.targets), States(args.states)
+    made = parts(args, states.meta)
     model, table, listener = frozen(args.model, args.device, torch.float32)
     adapter = Adapter(shape_of(args, states.meta, table)).to(args.device)
     optimizer = torch.optim.AdamW(
@@ -487,6 +538,8 @@ def train(args, out):
         transcript = not args.no_transcript
         with runs.autocast(args.device, runs.DTYPES[args.dtype]):
             loss = loss_of(model, table, listener, adapter, part, states, transcript)
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss.item()}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
@@ -497,7 +550,9 @@ def train(args, out):
         if step % SAVE_EVERY == 0:
             state = {"adapter": adapter.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.write(step=step, **state)
-    save(args, out, adapter, states.meta["encoder"])
+    weights.save(out, adapter.state_dict())
+    made["adapter"] = adapter.shape
+    (out / "desta.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 def write_log(path, step, steps, loss, rate):
@@ -514,17 +569,6 @@ def drawn(n, batch, seed, step):
         passes, i = divmod(at, n)
         out.append(int(np.random.default_rng([seed, passes]).permutation(n)[i]))
     return out
-
-
-def save(args, out, adapter, encoder):
-    """desta.json and the adapter: where model and encoder are, and their fingerprints."""
-    weights.save(out, adapter.state_dict())
-    made = {"model": str(Path(args.model).resolve()), "encoder": encoder}
-    transcriber = None if args.no_transcript else args.transcriber or encoder
-    made["transcriber"] = transcriber and str(Path(transcriber).resolve())
-    made["sha256"] = {name: runs.fingerprint(path) for name, path in made.items() if path}
-    made["adapter"] = adapter.shape
-    (out / "desta.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 # --- the command --------------------------------------------------------------
@@ -573,6 +617,11 @@ def add_training_flags(add):
 
 def main():
     args = arguments().parse_args()
+    if args.action == "train" and min(args.steps, args.batch, args.queries) < 1:
+        raise ValueError(
+            f"--steps {args.steps} --batch {args.batch} --queries {args.queries}: wanted at "
+            "least 1 of each"
+        )
     if args.action == "write":
         runs.may_write(args.out, args.overwrite)
         return write(args)

@@ -137,7 +137,13 @@ def interleaved(vocab, corpus, i, rng, texts=()):
     ends = (".\n\n", "\n", "." if isinstance(parts[-1], str) else "")
     over = [text + ("\n\n", "\n")[int(rng.integers(2))] for text in above]
     under = [ends[int(rng.integers(3))] + text for text in below]
-    return vocab.interleave(over + parts + under)
+    document = vocab.interleave(over + parts + under)
+    return document if row.get("words") else unread(document)
+
+
+def unread(document):
+    """A document that no teacher reads: where its words are in the speech is not known."""
+    return document._replace(read=[], place=[])
 
 
 def some(texts, share, rng):
@@ -157,7 +163,7 @@ def transcribed(vocab, corpus, i, rng, progress=1.0):
     row = corpus.rows[i]
     if not row.get("words"):
         text = field(row, "text", "the units' manifest")
-        return vocab.transcribe([(text, np.asarray(corpus[i][0]))])
+        return unread(vocab.transcribe([(text, np.asarray(corpus[i][0]))]))
 
     # Its length, then where it begins: half of the time at the start.
     longest = min(1 + int(max(0, progress - ALONE) * GROWTH), len(row["words"]))

@@ -735,8 +735,9 @@ def manner(args):
     A reply names an attribute if it has the right value's word and no other value's.
     """
     runs.may_write(args.out, args.overwrite)
-    clips = audio.read_manifest(args.clips)
-    model, vocab, ears = load(args.folder, args.device, args.hubert, torch.float32)
+    clips = desta.described_clips(args.clips)
+    told = [desta.description(clip, args.template) for clip in clips]
+    model, vocab, ears = load(args.folder, args.device, None, torch.float32)
     if not isinstance(vocab, desta.Listener):
         raise ValueError(f"{args.folder}: wanted a folder of desta.py train")
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
@@ -744,7 +745,7 @@ def manner(args):
     written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
     asked = {
         "heard": heard,
-        "read": [desta.description(clip, args.template) for clip in clips],
+        "read": told,
         "cascade": [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written],
     }
 
@@ -780,16 +781,20 @@ def named(said, clips):
         right = []
         for text, clip in zip(said, clips):
             words = set(re.findall(r"\w+", text.lower()))
-            found = [value for value in values if words & words_for(value)]
+            found = [value for value in values if names(words, value)]
             right.append(found == [clip["style"][attribute]])
-        row[attribute] = ratio(right, [1] * len(right), speakers)
+        certain = all(right) or not any(right)  # no draw differs: Wilson's interval
+        row[attribute] = (
+            share(right) if certain else ratio(right, [1] * len(right), speakers)
+        )
     return row
 
 
-def words_for(value):
-    """The words by which a reply names a value, like "slowly" or "at a normal rate"."""
-    words = set(value.lower().split())
-    return next((same for same in SAME if same & words), words)
+def names(words, value):
+    """Do these words of a reply name a value, like "slowly" or "South African"?"""
+    wanted = set(value.lower().split())
+    same = next((same for same in SAME if same & wanted), None)
+    return bool(same & words) if same else wanted <= words
 
 
 # --- units --------------------------------------------------------------------
@@ -879,7 +884,7 @@ def arguments():
     )
     units.add_argument("folder", help="a units folder of tokenize_audio.py encode")
 
-    add_ears(how)
+    runs.add_device(how)
     for command in (one, three):
         command.add_argument(
             "--questions",

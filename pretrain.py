@@ -269,8 +269,8 @@ def trained(model, layers, embeddings):
     """(parameters of the blocks, embedding and head): all that the optimizers may move.
 
     layers      two shares of the depth: blocks that begin between them; (0, 0.5) is the lower half
-    embeddings  as `frozen_rows` has it. With "new" norms stay too: then every depth reads text at
-                the scale that it always had.
+    embeddings  as `frozen_rows` has it. With "new", norms stay too: then every depth reads text
+                at the scale that it always had.
     Where the blocks have LoRA, it is trained in place of their matrices.
     """
     for p in model.parameters():

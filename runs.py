@@ -374,7 +374,7 @@ def in_pieces(out, settings, items, work, size, desc, unit):
 def finish_pieces(out, data, overwrite=False):
     """Write what the pieces were for, and forget their checkpoint."""
     write_file(out, data, overwrite)
-    Path(f"{out}.rows").unlink()
+    Path(f"{out}.rows").unlink(missing_ok=True)
 
 
 def keep_log(path, step):

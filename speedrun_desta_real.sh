@@ -8,7 +8,7 @@
 #          and others are named by LLM=Qwen2.5-0.5B-Instruct WHISPER=whisper-small
 # CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman", "accent":
 #          "American", "rate": "fast", "loudness": "quiet"}
-# A third of the speakers is kept for the test, another third for every seed. QUESTIONS=questions.jsonl
+# A third of the speakers is kept for the test: another third for the seeds 0, 1 and 2. QUESTIONS=questions.jsonl
 # asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -18,6 +18,7 @@ out=${3:-out/desta_real}
 seed=${4:-0}
 llm=$weights/${LLM:-SmolLM2-135M-Instruct}
 whisper=$weights/${WHISPER:-whisper-tiny.en}
+of=$out/$(basename "$llm")-$(basename "$whisper")-seed$seed     # what depends on all of them
 
 # Of three forms of a description and six prompts these make the smallest model say most of what it
 # reads: 0.9 of each attribute, in a sentence that ends. By DeSTA2's own it says 0.2 and runs on.
@@ -31,36 +32,37 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
 }
 
 # The corpus with adverbs, as the template wants; and the voices of the test, which are in no target.
-mkdir -p "$out/seed$seed"
-python - "$clips" "$out" "$seed" <<'END'
+mkdir -p "$of"
+python - "$clips" "$out" "$of" "$seed" <<'END'
 import json, sys
 from pathlib import Path
 
-clips, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+clips, out, of, seed = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 adverbs = {"slow": "slowly", "normal": "at a normal rate", "quiet": "quietly", "loud": "loudly"}
 rows = [json.loads(line) for line in open(clips)]
 for row in rows:
     row["audio"] = str((clips.parent / row["audio"]).resolve())
     row["style"] = {name: adverbs.get(value, value) for name, value in row["style"].items()}
-unheard = set(sorted({row["speaker"] for row in rows})[seed::3])
+unheard = set(sorted({row["speaker"] for row in rows})[seed % 3 :: 3])
 test = [row for row in rows if row["speaker"] in unheard]
-for name, lines in (("clips", rows), (f"seed{seed}/test", test)):
-    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+for path, lines in ((out / "clips.jsonl", rows), (of / "test.jsonl", test)):
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
 END
 
 # What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
-step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" --prompt "$prompt" --prompt "$answer" --out "$out/targets.jsonl"
-step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$out/states"
+targets=$out/targets-$(basename "$llm").jsonl
+states=$out/states-$(basename "$whisper")
+step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" --prompt "$prompt" --prompt "$answer" --out "$targets"
+step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$states"
 
 # The adapter. Targets of the test's voices are left out.
-of=$out/seed$seed
-python - "$out/targets.jsonl" "$of/test.jsonl" > "$of/train.jsonl" <<'END'
+python - "$targets" "$of/test.jsonl" > "$of/train.jsonl" <<'END'
 import json, sys
 
 unheard = {json.loads(line)["speaker"] for line in open(sys.argv[2])}
 print("".join(line for line in open(sys.argv[1]) if json.loads(line)["speaker"] not in unheard), end="")
 END
-step desta.py train "$of/train.jsonl" --model "$llm" --states "$out/states" --queries 16 --steps ${STEPS:-600} --seed "$seed" --out "$of/desta"
+step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --queries 16 --steps ${STEPS:-600} --seed "$seed" --out "$of/desta"
 
 # What it says of unheard voices; what it says on reading about them, and of their transcripts.
 step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$template" --prompt "$prompt" --out "$of/manner.json"
@@ -82,27 +84,26 @@ for row in rows:
 for name, lines in made.items():
     (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 END
-  step benchmark.py rows "$llm" "$out/typed.jsonl" --out "$out/typed.json"
+  step benchmark.py rows "$llm" "$out/typed.jsonl" --out "$of/typed.json"
   step benchmark.py rows "$of/desta" "$out/heard.jsonl" --out "$of/heard.json"
 fi
 
 # All of it in one file, with every answer.
-python - "$out" "$seed" <<'END'
+python - "$of" "$seed" "$(basename "$llm")" "$(basename "$whisper")" <<'END'
 import json, platform, sys
 from pathlib import Path
 
 import torch
 
-out, seed = Path(sys.argv[1]), sys.argv[2]
-read = lambda path: json.loads((out / path).read_text())
-made = {"seed": int(seed), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-manner = read(f"seed{seed}/manner.json")
-made |= {"targets": len((out / "targets.jsonl").read_text().splitlines()), "rows": manner["rows"], "answers": manner["answers"]}
-for name, path in (("typed", "typed.json"), ("spoken", f"seed{seed}/heard.json")):
-    if (out / path).exists():
-        made[name] = {"score": read(path)["contains"], "said": read(path)["rows"]}
-(out / f"seed{seed}/desta.json").write_text(json.dumps(made, indent=1) + "\n")
-for name in ("typed", "spoken"):
-    if name in made:
+of, (seed, llm, whisper) = Path(sys.argv[1]), sys.argv[2:]
+read = lambda name: json.loads((of / name).read_text())
+made = {"seed": int(seed), "model": llm, "encoder": whisper}
+made["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+made["targets"] = len((of / "train.jsonl").read_text().splitlines())
+made |= {name: read("manner.json")[name] for name in ("rows", "answers")}
+for name, file in (("typed", "typed.json"), ("spoken", "heard.json")):
+    if (of / file).exists():
+        made[name] = {"score": read(file)["contains"], "said": read(file)["rows"]}
         print(f"questions {name}: {made[name]['score']['value']:.2f}")
+(of / "desta.json").write_text(json.dumps(made, indent=1) + "\n")
 END

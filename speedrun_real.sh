@@ -37,6 +37,7 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
 
 # When each word was said: what interleaving by words and the teacher need.
 hearing="--mix interleave=0.5,transcribe=0.3,text=0.2 --imitate 0"
+if [ -n "${WHISPER:-}" ] && [ ! -e "$whisper" ]; then echo "WHISPER=$WHISPER: no such folder" >&2; exit 1; fi
 if [ -e "$whisper" ]; then
   step whisper.py words "$speech" --whisper "$whisper" --out "$out/words.jsonl"
   speech=$out/words.jsonl

@@ -327,7 +327,7 @@ def collapse(labels):
 class AudioTokenizer:
     """Samples -> (units, durations), with the codebook of a folder. `recipe` is codebook.json."""
 
-    makes = "units"
+    makes, most = "units", math.inf  # seconds of a clip
 
     def __init__(self, folder, device="cpu", hubert=None, dtype=torch.float32):
         folder = Path(folder)

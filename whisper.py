@@ -270,6 +270,7 @@ class Whisper(nn.Module):
         languages = range(self.begin + 1, translate)
         self.languages = list(languages) if many else []
         self.task = [task] if many else []
+
         # No markers but the end; at the beginning not the end either, nor a space alone.
         markers = [i for i in special.values() if self.vocab.eos != i < self.times]
         self.barred = torch.zeros(self.config.vocab_size, dtype=torch.bool)
@@ -375,7 +376,7 @@ class Whisper(nn.Module):
                 if i < self.times:
                     text.append(i)
                     continue
-                time = (i - self.times) * TICK
+                time = min((i - self.times) * TICK, len(window) / rate)
                 if text:
                     out.append(
                         (at / rate + begin, at / rate + time, self.vocab.decode(text))
@@ -408,6 +409,8 @@ class Whisper(nn.Module):
     def words(self, samples, text):
         """[[word, begin, end]] of what is said in a clip of at most 30 s, in seconds.
 
+        None for a text that is longer than the decoder.
+
         Some heads look at the sound of the token that comes next. The decoder reads the
         text; a path from the first token and frame to the last ones goes where these heads
         look.
@@ -420,7 +423,9 @@ class Whisper(nn.Module):
             heard = self.model.decoder.hear(self.model.encoder(mel))
             prompt = self.prompts(heard, 1, times=False)            # (1, T)
             rest = torch.tensor([sum(spelled, [])], device=self.device, dtype=prompt.dtype)
-            ids = torch.cat([prompt, rest], 1)[:, : self.config.max_target_positions]
+            ids = torch.cat([prompt, rest], 1)
+            if ids.shape[1] > self.config.max_target_positions:
+                return None
             self.model.decoder(ids, heard, seen=seen)
 
         # From the prompt's last token on, a row for the next token each, and for the end.
@@ -431,7 +436,7 @@ class Whisper(nn.Module):
         look = scores[..., :frames].float().softmax(-1)          # (heads, tokens, frames)
         look = (look - look.mean(1, keepdim=True)) / look.std(1, keepdim=True)
         begins = warp(median(look).mean(0).cpu().numpy()) * TICK    # (tokens,)
-        edges = np.cumsum([0, *map(len, spelled)]).clip(max=len(begins) - 1)
+        edges = np.cumsum([0, *map(len, spelled)])
         times = begins[edges].round(2).tolist()
         return [[word, *pair] for word, pair in zip(written, zip(times, times[1:]))]
 
@@ -491,19 +496,22 @@ def write_words(args, whisper):
         for n, text in zip(silent, texts):
             part[n]["text"] = text
         for row, clip in zip(part, clips):
-            if len(clip) <= SECONDS * audio.SAMPLE_RATE:
-                row["words"] = whisper.words(clip[:], row["text"])
+            short = len(clip) <= SECONDS * audio.SAMPLE_RATE
+            words = whisper.words(clip[:], row["text"]) if short else None
+            if words:
+                row["words"] = words
         return part
 
     rows = audio.read_manifest(args.manifest)
+    if not rows:
+        raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
     settings = runs.recipe([args.manifest, args.whisper])["inputs"]
+    settings["dtype"] = runs.name_of(whisper.dtype)
     rows = runs.in_pieces(args.out, settings, rows, work, 2 * BATCH, "words", "clip")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     runs.finish_pieces(args.out, lines, args.overwrite)
-    long = sum("words" not in row for row in rows)
-    print(
-        f"{args.out}: {len(rows)} clips, {long} longer than {SECONDS} s and without words"
-    )
+    lacking = sum("words" not in row for row in rows)
+    print(f"{args.out}: {len(rows)} clips, {lacking} of them too long or silent: no words")
 
 
 def main():

@@ -453,6 +453,17 @@ def test_four_questions_about_a_fact_say_no_more_than_one():
     assert exact(["a"] * 80, four)["low"] == share([True] * 20)["low"] and exact([], []) is None
 
 
+def test_what_the_readme_says_of_desta_is_in_the_results():
+    run, = json.loads((ROOT / "results/desta.json").read_text())
+    said, rows = " ".join((ROOT / "README.md").read_text().split()), run["rows"]
+    value = lambda row: [f"{rows[row][name]['value']:.2f}" for name in ("rate", "loudness", "gender")]
+    heard, read, cascade = value("heard"), value("read"), value("cascade")
+    assert f"names rate in {heard[0]} of clips, loudness in {heard[1]}, gender in {heard[2]}." in said and f"took {run['minutes']:.0f} minutes" in said
+    assert f"Told in words: {', '.join(read)}; from a transcript: {', '.join(cascade)}." in said
+    assert f"Spoken questions: {run['spoken']['score']['value']:.2f} right, typed {run['typed']['score']['value']:.2f}." in said
+    assert "/" + "work" not in json.dumps(run) and len(run["answers"]) == rows["heard"]["gender"]["n"]
+
+
 def test_what_the_readme_says_of_float32_is_in_the_results():
     seeds = json.loads((ROOT / "results/toy-float32.json").read_text())["seeds"]
     mean = lambda row, column: sum(seed["rows"][row][column]["value"] for seed in seeds) / len(seeds)
