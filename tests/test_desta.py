@@ -222,3 +222,35 @@ def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcrip
     heard, read, cascade = seen
     assert "<|heard_0|>" in heard[0] and "<|heard_5|>" in heard[1] and "heard" not in read[0] + cascade[0] and len(read[0]) > len(cascade[0])
     assert made["answers"][1]["heard"] == "a woman" and made["answers"][1]["cascade"] == "a man" and made["answers"][1]["style"] == STYLES[1]
+
+
+def test_what_cannot_go_well_is_refused_before_the_work(clips, speedrun, trained, tmp_path, monkeypatch):
+    words = train(clips, speedrun, tmp_path / "x")
+    words.remove("--no-transcript")
+    with pytest.raises(ValueError, match="not a Whisper folder.*--no-transcript"):
+        call(words, monkeypatch)
+    with pytest.raises(ValueError, match="wanted at least 1 of each"):
+        call(train(clips, speedrun, tmp_path / "x", "--steps", "0"), monkeypatch)
+    meta = (clips / "states/meta.json").read_text()
+    (clips / "states/meta.json").write_text(meta.replace(json.loads(meta)["sha256"], "0"))
+    with pytest.raises(ValueError, match="encode again"):
+        call(train(clips, speedrun, tmp_path / "y"), monkeypatch)
+    (clips / "states/meta.json").write_text(meta)
+    rows = [{"audio": "a.wav", "text": "x", "seconds": 1, "style": {"gender": "man"}}, {"audio": "b.wav", "text": "x", "seconds": "1", "style": "man"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="row 2: wanted text, seconds, and a style"):
+        desta.described_clips(tmp_path / "m.jsonl")
+
+
+def test_a_new_conversation_frees_what_was_heard(clips, trained):
+    chat = Chat(trained["concat"])
+    path = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"]
+    first, _ = chat.hear(audio.Recording(path), path)
+    second, _ = chat.hear(audio.Recording(path), path)
+    chat.vocab.span(second)
+    assert first[0] == 0 and second[0] == len(first) and "<|heard_0|>" not in chat.vocab.special
+    chat.begin()
+    assert len(chat.model.model.embed_tokens.heard) == 0 and not any("heard" in token for token in chat.vocab.special)
+    assert (chat.hear(audio.Recording(path), path)[0] == first).all()
+    with pytest.raises(ValueError, match="long.wav: 31 s of sound, this model hears 30 s at once"):
+        chat.hear(np.zeros(31 * 16_000, np.float32), "long.wav")

@@ -55,6 +55,19 @@ def test_interleaved_documents_speak_and_write_by_turns_and_read_as_the_whole_ro
     assert {1, 2} <= turns
 
 
+def test_speech_without_word_times_is_read_by_no_teacher(stream):
+    """Where its words stand among the units is not known, so a teacher would teach it wrong places."""
+    documents = stream({"interleave": 1, "transcribe": 1})
+    vocab, corpus = documents.vocab, documents.sources["interleave"]
+    row = corpus.rows[3]
+    words = row.pop("words")
+    blind = interleaved(vocab, corpus, 3, np.random.default_rng(0)), transcribed(vocab, corpus, 3, np.random.default_rng(0))
+    row["words"] = words
+    seeing = interleaved(vocab, corpus, 3, np.random.default_rng(0)), transcribed(vocab, corpus, 3, np.random.default_rng(0))
+    assert all(document.ids and not len(document.read) and not len(document.place) for document in blind)
+    assert all(len(document.read) == len(document.place) > 1 for document in seeing)
+
+
 def test_base_text_stands_above_and_below_speech_and_grows_into_no_word(stream):
     documents = stream({"interleave": 1})
     vocab, corpus = documents.vocab, documents.sources["interleave"]
