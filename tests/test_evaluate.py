@@ -227,7 +227,7 @@ def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
 def test_the_teachers_page_shows_the_experiments_of_the_results():
     page, start = (ROOT / "TEACHING.md").read_text(), json.loads((ROOT / "results/start.json").read_text())
     assert evaluate.swept(json.loads((ROOT / "results/toy.json").read_text())["seeds"][0]["lam_sweep"]) in page
-    assert evaluate.grid(start["rows"]) in page
+    assert evaluate.grid(start["rows"]) in page and evaluate.grid(json.loads((ROOT / "results/ablations.json").read_text())["rows"]) in page
 
 
 def test_a_finding_claims_no_more_than_the_questions_compared_one_by_one_allow():
