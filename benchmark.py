@@ -143,8 +143,9 @@ def score_rows(args):
         for whole in (True, False):  # what only has to contain an answer need not end
             asked = [i for i, row in enumerate(part) if row["metric"] != "choice"]
             asked = [i for i in asked if (part[i]["metric"] != "contains") == whole]
-            texts = replies(model, vocab, [prompts[i] for i in asked], whole=whole)
-            said |= dict(zip(asked, texts))
+            if asked:
+                texts = replies(model, vocab, [prompts[i] for i in asked], whole=whole)
+                said |= dict(zip(asked, texts))
         chosen = [i for i in range(len(part)) if i not in said]
         for i, likely in zip(
             chosen, log_probabilities(model, [prompts[i] for i in chosen])
