@@ -28,9 +28,7 @@ import torch.nn.functional as F
 
 from fused import linear_cross_entropy
 
-NAMING_SHARE = (
-    6  # the first sixth of the blocks turns units into words: nothing to match yet
-)
+NAMING_SHARE = 6  # the first sixth of the blocks turns units into words: nothing to match yet
 RIDGE = 0.1  # of the mean eigenvalue, added before a covariance is inverted
 
 

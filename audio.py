@@ -52,7 +52,7 @@ def load(path, begin=0, end=None):
         up, down = ratio(rate, SAMPLE_RATE)
         if begin * down >= file.frames * up > 0:
             raise ValueError(
-                f"{path}: ends after {seconds:.1f} s, before the stretch that is " "wanted"
+                f"{path}: ends after {seconds:.1f} s, before the stretch that is wanted"
             )
 
         # Counted in periods of the filters: `down` samples in, `up` out.
@@ -89,11 +89,8 @@ def opened(path):
         raise ValueError(f"{path}: empty, 0 bytes")
     try:
         file = soundfile.SoundFile(path)
-    except (
-        soundfile.LibsndfileError,
-        RuntimeError,
-        TypeError,
-    ):  # TypeError: of a name in .raw
+    # A TypeError is of a name that ends in .raw.
+    except (soundfile.LibsndfileError, RuntimeError, TypeError):
         path.open("rb").close()  # no permission is an OSError of its own
         raise unreadable(path) from None
     if not RATES[0] <= file.samplerate <= RATES[1]:
@@ -248,7 +245,7 @@ def check_row(row, where):
         raise ValueError(f'{where}: got no "audio", wanted a path relative to the manifest')
     if not isinstance(row.get("text", ""), str):
         raise ValueError(
-            f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no " "text"
+            f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no text"
         )
     for word in row.get("words") or []:
         kinds = [type(part) for part in word] if isinstance(word, list) else []

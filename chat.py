@@ -28,9 +28,7 @@ from model import generate
 from tokenize_audio import add_ears
 
 LIMIT = 256  # tokens in a reply
-SLOWEST = (
-    2  # units a second, at least: so what is too long for the context is known unheard
-)
+SLOWEST = 2  # units a second, at least: what is too long for the context is known unheard
 
 # What looks like audio in a line; the latter get the ffmpeg command.
 SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
@@ -70,8 +68,8 @@ class Chat:
             )
         if seconds > self.ears.most:
             raise ValueError(
-                f"{name}: {seconds:.0f} s of sound, this model hears {self.ears.most} s at once; "
-                "give a part of it"
+                f"{name}: {seconds:.0f} s of sound, this model hears {self.ears.most} s at "
+                "once; give a part of it"
             )
         if seconds * SLOWEST > self.room:
             raise ValueError(
@@ -144,7 +142,7 @@ class Chat:
         if system is not None:
             kept = [{"role": "system", "content": system}] if system else []
         self.messages = kept
-        if isinstance(self.vocab, Listener):
+        if self.ears:
             self.ears.forget()
 
 

@@ -37,7 +37,9 @@ from tokenize_audio import AudioTokenizer, identity
 from vocab import Vocab
 from whisper import SECONDS, Whisper
 
-OPEN, CLOSE = "<start_audio>", "<end_audio>\n\n"  # around a description, or what was heard
+# Around a description, or what was heard.
+OPEN, CLOSE = "<start_audio>", "<end_audio>\n\n"
+
 # DeSTA2's own. A small model wants a plain sentence, and a question that it has an answer to.
 QUESTION = "What can you hear from the audio?"
 TEMPLATE = "[00:00-{end}] {text} ({style})"
@@ -461,7 +463,7 @@ def loss_of(model, table, listener, adapter, rows, states, transcript):
     return total / len(hidden)
 
 
-def parts(args, meta):
+def provenance(args, meta):
     """What desta.json says of model, encoder and transcriber: where, and their fingerprints.
 
     Taken before training: they must be those that it used.
@@ -504,7 +506,7 @@ def train(args, out):
     """An adapter, into the folder `out`."""
     torch.manual_seed(args.seed)
     rows, states = read_targets(args.targets), States(args.states)
-    made = parts(args, states.meta)
+    made = provenance(args, states.meta)
     model, table, listener = frozen(args.model, args.device, torch.float32)
     adapter = Adapter(shape_of(args, states.meta, table)).to(args.device)
     optimizer = torch.optim.AdamW(

@@ -369,7 +369,7 @@ def main():
         )
     if units and vocab.speech["codebook_sha256"] != units.meta["codebook_sha256"]:
         raise ValueError(
-            f"{args.units} was encoded with another codebook than {args.folder} " "learnt"
+            f"{args.units} was encoded with another codebook than {args.folder} learnt"
         )
     if args.length < 2:
         raise ValueError(f"--length {args.length}: wanted at least 2")

@@ -43,7 +43,6 @@ import torch.nn.functional as F
 
 import audio
 import desta
-from desta import load
 from merge import Merge
 from model import LM, Config, generate
 from tokenize_audio import AudioTokenizer, add_ears
@@ -651,7 +650,7 @@ def compare(args):
 
     # Who cannot hear is told before the first is asked.
     loaded = {
-        folder: load(folder, args.device, args.hubert, torch.float32)
+        folder: desta.load(folder, args.device, args.hubert, torch.float32)
         for folder in args.folders
     }
     for folder, (_, _, ears) in loaded.items():
@@ -737,7 +736,7 @@ def manner(args):
     runs.may_write(args.out, args.overwrite)
     clips = desta.described_clips(args.clips)
     told = [desta.description(clip, args.template) for clip in clips]
-    model, vocab, ears = load(args.folder, args.device, None, torch.float32)
+    model, vocab, ears = desta.load(args.folder, args.device, None, torch.float32)
     if not isinstance(vocab, desta.Listener):
         raise ValueError(f"{args.folder}: wanted a folder of desta.py train")
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
@@ -880,7 +879,7 @@ def arguments():
     )
     units = commands.add_parser(
         "units",
-        help="used units, perplexity, rate, and how alike a word " "is across voices",
+        help="used units, perplexity, rate, and how alike a word is across voices",
     )
     units.add_argument("folder", help="a units folder of tokenize_audio.py encode")
 
@@ -896,7 +895,7 @@ def arguments():
         command.add_argument(
             "--out",
             required=True,
-            help=".json to write; of table and report, a " "picture goes beside it as .png",
+            help=".json to write; of table and report, a picture goes beside it as .png",
         )
         command.add_argument(
             "--overwrite", action="store_true", help="replace an existing --out"

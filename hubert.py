@@ -39,9 +39,7 @@ class Config:
     conv_kernel: tuple = (10, 3, 3, 3, 3, 2, 2)
     conv_stride: tuple = (5, 2, 2, 2, 2, 2, 2)
     conv_bias: bool = False
-    feat_extract_norm: str = (
-        "group"  # over time in the first layer; "layer": a norm in each
-    )
+    feat_extract_norm: str = "group"  # over time in the first layer; "layer": a norm in each
     feat_proj_layer_norm: bool = True
     hidden_size: int = 192
     intermediate_size: int = 576
@@ -50,9 +48,7 @@ class Config:
     num_conv_pos_embeddings: int = 32
     num_conv_pos_embedding_groups: int = 16
     conv_pos_batch_norm: bool = False  # True in the 25 Hz mHuBERT: in place of weight norm
-    do_stable_layer_norm: bool = (
-        True  # norms before each part (large), or after each sum (base)
-    )
+    do_stable_layer_norm: bool = True  # norms before a part (large), or after a sum (base)
     layer_norm_eps: float = 1e-5
     do_normalize: bool = False  # of preprocessor_config.json: mean 0, variance 1 per clip
 
@@ -130,10 +126,7 @@ class ConvLayer(nn.Module):
             for row, n in zip(x, counts.tolist()):
                 row[:, :n] = self.layer_norm(row[None, :, :n])[0]
         elif self.kind == "layer":
-            # All channels at one time.
-            x = self.layer_norm(x.transpose(1, 2)).transpose(
-                1, 2
-            )
+            x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)  # all channels at a time
         return F.gelu(x)
 
 

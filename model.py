@@ -180,10 +180,7 @@ def rope(config, positions):
 
 def stretched(turn, s):
     """Llama-3's longer context: slow waves are stretched, fast ones stay, a ramp between."""
-    # In the old context.
-    turns = (
-        s["original_max_position_embeddings"] * turn / (2 * math.pi)
-    )
+    turns = s["original_max_position_embeddings"] * turn / (2 * math.pi)  # in the old context
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return turn * (keep + (1 - keep) / s["factor"])
@@ -526,10 +523,7 @@ def padded(prompts):
     if all(len(p) == T for p in prompts):
         return x, None, None
     first = torch.tensor([T - len(p) for p in prompts], device=x.device)[:, None]  # (B, 1)
-    # Padding sees only itself.
-    start = torch.minimum(
-        first, torch.arange(T, device=x.device)
-    )
+    start = torch.minimum(first, torch.arange(T, device=x.device))  # padding sees itself
     return x, first, start
 
 

@@ -121,10 +121,7 @@ def main():
     parser.add_argument("picture", help="a .png to write")
     try:
         draw(parser.parse_args().picture)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # no such folder, or no ending that means a picture
+    except (OSError, ValueError) as error:  # no folder, or no ending that means a picture
         sys.exit(f"muon.py: {error}")
 
 

@@ -149,9 +149,8 @@ def validate(model, held_out, length, filler, units, device):
             for label, which in ((name, ~loss.is_unit), (name + " units", loss.is_unit)):
                 if which.any():
                     total, count = sums.get(label, (0.0, 0))
-                    sums[label] = total + loss.each[which].sum().item(), count + int(
-                        which.sum()
-                    )
+                    total += loss.each[which].sum().item()
+                    sums[label] = total, count + int(which.sum())
         means |= {label: total / count for label, (total, count) in sums.items()}
     return means
 
@@ -584,9 +583,7 @@ class Log:
         self.path, self.picture = out / "log.jsonl", out / "loss.png"
         self.rank, self.world = runs.processes()
         self.spent = 0.0  # seconds before a stop
-        self.heard = (
-            0  # units trained on; where processes share, an estimate from one of them
-        )
+        self.heard = 0  # units trained on; where processes share, one of them estimates it
         corpus = sources["interleave"]
         if corpus:
             self.unit_seconds = (
@@ -713,7 +710,7 @@ def layout_weights(text):
         mix[name] = float(value)
     if not all(0 <= weight < math.inf for weight in mix.values()) or not any(mix.values()):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, wanted weights of 0 or more, one of them " "above 0"
+            f"got {text!r}, wanted weights of 0 or more, one of them above 0"
         )
     return mix
 
@@ -726,7 +723,7 @@ def depth_shares(text):
         first = last = math.nan
     if not 0 <= first < last <= 1:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, wanted two rising shares of the depth, " "like 0:0.5"
+            f"got {text!r}, wanted two rising shares of the depth, like 0:0.5"
         )
     return first, last
 

@@ -185,11 +185,10 @@ def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratc
             shutil.rmtree(old)
         if not resume:
             for path in partial.iterdir():
-                (
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                    if path.is_dir() and not path.is_symlink()
-                    else path.unlink()
-                )
+                else:
+                    path.unlink()
 
         # Inputs are hashed before the work: as they were when they were read.
         made = recipe(inputs) | (notes or {})
@@ -256,10 +255,7 @@ def unchanged(folder, inputs):
     made = read_json(file).get("inputs", {}) if file.exists() else {}
     made = {Path(path).resolve(): digest for path, digest in made.items()}
     for path in inputs:
-        # "out/base" and "./out/base/" are one folder.
-        before = made.get(
-            Path(path).resolve()
-        )
+        before = made.get(Path(path).resolve())  # "out/base" and "./out/base/" are one folder
         if before not in (None, fingerprint(path)):
             raise ValueError(
                 f"{path} has changed since {folder} was made from it; make {folder} "

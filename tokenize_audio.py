@@ -80,7 +80,7 @@ def feature_function(recipe, folder, device, dtype=torch.float32):
         path = Path(folder, "hubert")
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: the HuBERT of these units is not there; pass it with " "--hubert"
+            f"{path}: the HuBERT of these units is not there; pass it with --hubert"
         )
     if runs.fingerprint(path) != recipe["sha256"]:
         raise ValueError(
@@ -349,6 +349,9 @@ class AudioTokenizer:
         )
         self.centroids = load_file(folder / "codebook.safetensors")["centroids"].to(device)
 
+    def forget(self):
+        """Units are numbers of centroids: nothing is kept of a clip."""
+
     def __call__(self, samples):
         return self.many([samples])[0]
 
@@ -442,7 +445,7 @@ def feature_recipe(args):
         )
     if not 1 <= args.k <= 1 << 16:
         raise ValueError(
-            f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can " "name"
+            f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can name"
         )
     if not args.hubert:
         return {"kind": "mfcc"}

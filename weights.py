@@ -38,10 +38,7 @@ class Tensors:
             raise FileNotFoundError(f"{folder}: no such model folder")
         self.home = {}  # tensor name -> the file that holds it
         self.files = {}  # file -> open safetensors handle, or dict of a .bin
-        # File -> (open file, where its tensors begin, header), for `block`
-        self.headers = (
-            {}
-        )
+        self.headers = {}  # file -> (open file, where its tensors begin, header), for `block`
 
         single = self._first("model.safetensors", "pytorch_model.bin")
         index = self._first("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -100,9 +97,7 @@ class Tensors:
         except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:
             why = str(error).splitlines()[0]
             raise ValueError(f"{path}: damaged, cannot be read ({why})") from None
-        except (
-            Exception
-        ) as error:  # weights_only refuses foreign pickles with its own error class
+        except Exception as error:  # weights_only refuses a pickle with an error of its own
             why = type(error).__name__
             raise ValueError(f"{path}: refused, not a plain tensor file ({why})") from None
 

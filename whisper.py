@@ -283,6 +283,11 @@ class Whisper(nn.Module):
         all_of_upper = [(layer, head) for layer in upper for head in every]
         self.alignment = made.get("alignment_heads") or all_of_upper
 
+    def encode(self, clips, blocks=None):
+        """(B, 1500, C) of clips of at most 30 s; `blocks` gets what each block hands on."""
+        mel = torch.stack([log_mel(clip, self.config.num_mel_bins) for clip in clips])
+        return self.model.encoder(mel.to(self.device), blocks)
+
     @torch.inference_mode()
     def states(self, clips, layers=None):
         """Encoder states of clips of at most 30 s: of the last norm, a list of (frames, C).
@@ -290,10 +295,9 @@ class Whisper(nn.Module):
         layers  numbers of blocks, from 0: what these hand on, (len(layers), frames, C) each
         A clip of N samples has N // 320 frames; those of the silence behind it are cut off.
         """
-        mel = torch.stack([log_mel(clip, self.config.num_mel_bins) for clip in clips])
         each = []
         with runs.autocast(self.device, self.dtype):
-            x = self.model.encoder(mel.to(self.device), each)       # (B, 1500, C)
+            x = self.encode(clips, each)                            # (B, 1500, C)
         if layers is not None:
             x = torch.stack([each[n] for n in layers], 1)           # (B, layers, 1500, C)
         frames = [max(1, len(clip) // audio.HOP) for clip in clips]
@@ -302,11 +306,10 @@ class Whisper(nn.Module):
     @torch.inference_mode()
     def write(self, clips, times=False, limit=None):
         """Greedily: the ids that are written of clips of at most 30 s, without the prompt."""
-        mel = torch.stack([log_mel(clip, self.config.num_mel_bins) for clip in clips])
         limit = limit or self.config.max_target_positions // 2
         with runs.autocast(self.device, self.dtype):
             decoder = self.model.decoder
-            heard = decoder.hear(self.model.encoder(mel.to(self.device)))
+            heard = decoder.hear(self.encode(clips))
             ids = self.prompts(heard, len(clips), times)            # (B, T)
             written, ended = [[] for _ in clips], [False] * len(clips)
             past = None
@@ -417,10 +420,9 @@ class Whisper(nn.Module):
         """
         written = text.split()
         spelled = [self.vocab.encode(" " + word) for word in written]
-        mel = log_mel(samples, self.config.num_mel_bins)[None].to(self.device)
         frames, seen = max(1, len(samples) // audio.HOP), []
         with runs.autocast(self.device, self.dtype):
-            heard = self.model.decoder.hear(self.model.encoder(mel))
+            heard = self.model.decoder.hear(self.encode([samples]))
             prompt = self.prompts(heard, 1, times=False)            # (1, T)
             rest = torch.tensor([sum(spelled, [])], device=self.device, dtype=prompt.dtype)
             ids = torch.cat([prompt, rest], 1)
