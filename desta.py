@@ -303,9 +303,19 @@ def load(folder, device="cpu", hubert=None, dtype=None):
         ["model", "encoder", "transcriber", "sha256", "adapter"],
     )
     for name in ("model", "encoder", "transcriber"):
+        if made[name] and not Path(made[name]).exists():
+            raise FileNotFoundError(
+                f"{made[name]}: the {name} of {folder} is not there; put it back, or train "
+                "again"
+            )
         if made[name] and runs.fingerprint(made[name]) != made["sha256"][name]:
             raise ValueError(f"{made[name]} has changed since {folder} was trained with it")
     model, table, listener = frozen(made["model"], device, dtype)
+    if made["adapter"].get("kind") not in ADAPTERS:
+        raise ValueError(
+            f"{folder}/desta.json: got the adapter {made['adapter'].get('kind')!r}, wanted "
+            f"{' or '.join(ADAPTERS)}"
+        )
     with torch.device("meta"):
         adapter = Adapter(made["adapter"])
     weights.load_into(adapter, folder)
@@ -409,31 +419,36 @@ class States:
         self.at = np.load(folder / "index.npy")
         rows = runs.read_lines(folder / "manifest.jsonl")
         self.number = {row["audio"]: n for n, row in enumerate(rows)}
-        self.data = np.memmap(folder / "states.bin", dtype=np.float16, mode="r")
+        self.per_frame = len(self.meta["taps"]) * self.meta["width"]
+        file = folder / "states.bin"
+        if file.stat().st_size != 2 * self.per_frame * self.at[-1]:
+            raise ValueError(f"{file}: cut, or of another encoding; encode again")
+        self.data = np.memmap(file, dtype=np.float16, mode="r")
 
     def __getitem__(self, path):
         if path not in self.number:
             raise ValueError(f"{path}: has no encoder states; encode the manifest it is in")
-        n, taps = self.number[path], len(self.meta["taps"])
-        per_frame = taps * self.meta["width"]
-        a, b = self.at[n] * per_frame, self.at[n + 1] * per_frame
+        n = self.number[path]
+        a, b = self.at[n] * self.per_frame, self.at[n + 1] * self.per_frame
         x = torch.from_numpy(self.data[a:b].astype(np.float32))
-        return x.view(taps, -1, self.meta["width"])
+        return x.view(len(self.meta["taps"]), -1, self.meta["width"])
 
 
 # --- train: the adapter -------------------------------------------------------
 
 
 def read_targets(path):
+    """The rows of a file of targets, checked."""
     rows = runs.read_lines(path)
     if not rows:
         raise ValueError(f"{path}: empty; wanted at least one target")
     for number, row in enumerate(rows, 1):
-        lacking = [n for n in ("audio", "text", "prompt", "target") if not row.get(n)]
-        if lacking:
-            raise ValueError(
-                f"{path}, row {number}: no {lacking[0]!r}; make it with desta.py write"
-            )
+        for name in ("audio", "text", "prompt", "target"):
+            if not isinstance(row.get(name), str) or not row[name]:
+                raise ValueError(
+                    f"{path}, row {number}: got {name} = {str(row.get(name))[:40]}, wanted "
+                    "text; make it with desta.py write"
+                )
     return rows
 
 
@@ -624,6 +639,8 @@ def main():
             f"--steps {args.steps} --batch {args.batch} --queries {args.queries}: wanted at "
             "least 1 of each"
         )
+    if args.action == "train" and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr}: wanted a number above 0")
     if args.action == "write":
         runs.may_write(args.out, args.overwrite)
         return write(args)

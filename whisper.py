@@ -74,7 +74,13 @@ class Config:
                 f"{path}: another activation than gelu, or scaled embeddings, which no "
                 "published Whisper has; not supported"
             )
-        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
+        sizes = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"{path}: got {name} = {size!r}, wanted a number of 1 or more"
+                )
+        return cls(**sizes)
 
 
 # --- log-mel frames -----------------------------------------------------------

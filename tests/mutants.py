@@ -131,7 +131,7 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("model.py", "lora.linear.weight += lora.scale * (lora.B @ lora.A)", "lora.linear.weight += lora.B @ lora.A", f"{PRETRAIN} -k lora"),
     ("model.py", "used.mean(0) + 0.1 * used.std(0)", "used.mean(0) + 1.0 * used.std(0)", MODEL),
     ("model.py", '"torch_dtype": str(dtype).removeprefix("torch.")', '"torch_dtype": "float16"', MODEL),
-    ("model.py", "    start = torch.minimum(\n", "    start = 0 * torch.minimum(\n", MODEL),
+    ("model.py", "start = torch.minimum(first, torch", "start = 0 * torch.minimum(first, torch", MODEL),
 
     ("fused.py", "visible = (past & (key >= start[:, :, None]))[:, None]", "visible = past[None, None]", FUSED),
     ("fused.py", "scatter_add_(-1, right, -value)", "scatter_add_(-1, right, -1.0 + 0 * value)", FUSED),

@@ -1,5 +1,6 @@
 """Promises about desta.py: on the small HuBERT and instruct model of the shrunken speedrun, and a small random Whisper."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -254,3 +255,27 @@ def test_a_new_conversation_frees_what_was_heard(clips, trained):
     assert (chat.hear(audio.Recording(path), path)[0] == first).all()
     with pytest.raises(ValueError, match="long.wav: 31 s of sound, this model hears 30 s at once"):
         chat.hear(np.zeros(31 * 16_000, np.float32), "long.wav")
+
+
+@pytest.mark.parametrize("name, harm, said", [
+    ("targets", lambda row: row | {"target": 7}, "got target = 7, wanted text"), ("targets", lambda row: row | {"prompt": None}, "got prompt = None, wanted text"),
+    ("shape", lambda made: made | {"adapter": {"kind": "lstm"}}, "got the adapter 'lstm'"), ("shape", lambda made: made | {"model": "/gone"}, "/gone: the model of .* is not there")])
+def test_a_damaged_file_is_one_line(name, harm, said, clips, speedrun, trained, tmp_path):
+    if name == "targets":
+        row = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
+        (tmp_path / "t.jsonl").write_text(json.dumps(harm(row)) + "\n")
+        with pytest.raises(ValueError, match=said):
+            desta.read_targets(tmp_path / "t.jsonl")
+        return
+    shutil.copytree(trained["concat"], tmp_path / "m")
+    (tmp_path / "m/desta.json").write_text(json.dumps(harm(json.loads((tmp_path / "m/desta.json").read_text()))))
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        desta.load(tmp_path / "m")
+
+
+def test_states_that_are_cut_are_refused(clips, trained, tmp_path):
+    shutil.copytree(clips / "states", tmp_path / "s")
+    with open(tmp_path / "s/states.bin", "ab") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="cut, or of another encoding"):
+        desta.States(tmp_path / "s")

@@ -157,6 +157,11 @@ def test_what_is_no_whisper_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "hubert"}')
     with pytest.raises(ValueError, match="'hubert', wanted 'whisper'"):
         whisper.Whisper(tmp_path)
+    folder, _ = folder_of(tmp_path / "w", many=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_model": "x"}))
+    with pytest.raises(ValueError, match="got d_model = 'x', wanted a number"):
+        whisper.Whisper(folder)
     with pytest.raises(FileNotFoundError, match="wanted a Hugging Face Whisper folder"):
         whisper.Whisper(tmp_path / "nowhere")
 
