@@ -4,7 +4,7 @@ import pytest
 import align
 import toy
 from conftest import call
-from documents import GROWTH, HELD_OUT, cut, interleaved, pack, read_chats, spoken, transcribed
+from documents import GROWTH, HELD_OUT, Documents, cut, interleaved, pack, read_chats, spoken, transcribed
 from vocab import Document
 
 
@@ -19,6 +19,9 @@ def test_packing_by_hand():
     pieces, _ = pack([(part, 0) for part in cut(spoken, 3)], rows=1, length=8, filler=0)
     assert not align.taught(pieces).any(), "what was cut is not, and keeps a loss of its own"
     assert batch["target"].tolist() == [[7, 8, 9, 0, 2, 3, 0, 0]] and batch["loss"].tolist() == [[1, 1, 1, 0, 1, 1, 0, 0]]
+    asked = Document([1, 2, 3, 4], [0, 0, 1, 0])
+    batch, left = pack([(asked, 0)], rows=1, length=4, filler=0)
+    assert not left and batch["loss"].tolist() == [[0, 1, 0, 0]], "what just fits is packed; a target bears the loss of its own id"
 
 
 @pytest.mark.parametrize("mix", [{"text": 1}, {"chat": 1}, {"interleave": 0.35, "transcribe": 0.65}])
@@ -169,3 +172,21 @@ def test_held_out_text_never_stands_beside_speech(stream):
     documents = stream({"interleave": 1})
     texts = documents.sources["text"]
     assert documents.below == texts[len(texts) // HELD_OUT:] and len(documents.below) < len(texts)
+
+
+def test_of_two_streams_each_has_its_own_documents_and_together_they_have_all(stream):
+    whole = stream({"text": 1})
+    vocab, texts = whole.vocab, whole.sources
+    halves = [Documents(vocab, texts, {"text": 1}, 0, part, 2) for part in (0, 1)]
+    count = whole.count("text") - whole.count("text") // HELD_OUT
+    drawn = [tuple(half.next()[0].ids) for half in halves for _ in range(count // 2)]
+    one = [tuple(whole.next()[0].ids) for _ in range(count // 2 * 2)]
+    assert sorted(drawn) == sorted(one)
+
+
+def test_a_word_of_several_ids_has_them_on_its_last_units(stream):
+    documents = stream({"interleave": 1})
+    vocab = documents.vocab
+    written = vocab.encode("qzx")
+    document = vocab.interleave([[("qzx", np.array([1, 2, 3, 4, 5])), (" of", np.array([6]))]])
+    assert len(written) == 3 and document.place == [3, 4, 5, 6, 8], "the marker stands at 0, units from 1 on; the end is at 8"

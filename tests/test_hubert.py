@@ -110,3 +110,13 @@ def test_the_loss_is_on_hidden_and_on_seen_frames_alike_and_not_on_what_filled_a
     assert at.tolist() == [[True, False, False, True, False, False]] and torch.isclose(loss, 2 * torch.tensor(4.0).log())
     assert torch.allclose(logits.grad[0, :4].gather(1, targets[0, :4, None]), torch.full((4, 1), -0.375))
     assert not logits.grad[0, 4:].any()
+
+
+def test_a_model_that_normalizes_hears_loud_and_soft_alike(tmp_path):
+    theirs_of("large", tmp_path)
+    config = tmp_path / "preprocessor_config.json"
+    config.write_text('{"do_normalize": true}')
+    model, clip = Hubert.load(tmp_path), 0.1 * torch.randn(1, 8000)
+    with torch.no_grad():
+        soft, loud = model(clip, 2), model(10 * clip, 2)
+    assert model.config.do_normalize and (soft - loud).abs().max() < 1e-3 < soft.abs().max()

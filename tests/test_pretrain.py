@@ -33,6 +33,9 @@ def test_every_document_is_read_at_its_own_pace_from_position_0_on():
     assert (uneven.gather(1, start) == 0).all() and (uneven >= even).all() and 1.3 < uneven[:, 255].float().mean() / 155 < 2.8
     gaps = uneven.diff(dim=1)[:, 100:]
     assert gaps.min() == 1 and 0.6 < (gaps == 1).float().mean() < 0.9 and gaps.max() < 16
+    together = (gaps[:, 1:] == 1) & (gaps[:, :-1] == 1) & (gaps > 1).any(1, keepdim=True)
+    alone = (gaps[:, :-1] == 1) & (gaps > 1).any(1, keepdim=True)
+    assert together.sum() > 0.8 * alone.sum(), "gaps come in stretches: behind no gap there mostly is none"
 
 
 def test_a_difference_counts_by_how_much_texts_differ_there():
@@ -450,3 +453,24 @@ def test_the_arithmetic_is_kept_with_the_run_and_a_resume_in_another_is_refused(
         call([*words, "--dtype", "float32"], monkeypatch)
     with pytest.raises(ValueError, match=r"another dtype \(float32, now bfloat16\)"):
         call([*words, "--dtype", "bfloat16"], monkeypatch)
+
+
+def test_a_step_is_the_mean_of_its_batches_and_its_gradient_has_a_norm_of_at_most_one(speedrun, tmp_path, monkeypatch):
+    """Every batch is given the same loss here: two of them then have the gradient of one."""
+    forward, clip, norms = pretrain.forward, torch.nn.utils.clip_grad_norm_, []
+
+    def alike(run, *rest):
+        _, loss = forward(run, *rest)
+        return sum(p.square().sum() for p in [*run.body, *run.tables]), loss
+
+    def watched(parameters, most):
+        before = clip(parameters, most)
+        norms.append((before.item(), sum(p.grad.square().sum() for p in parameters).sqrt().item()))
+        return before
+    monkeypatch.setattr(pretrain, "forward", alike)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    for count in ("1", "2"):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--text", str(speedrun / "toy/base.jsonl"), "--plain", "--steps", "1", "--rows", "2",
+              "--accumulate", count, "--device", "cpu", "--out", str(tmp_path / count)], monkeypatch)
+    assert norms[0][0] > 1 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0][1] == pytest.approx(1, rel=1e-3)

@@ -313,3 +313,13 @@ def test_a_picture_shows_a_sound_its_frames_and_its_units(speedrun, tmp_path, mo
         call(words, monkeypatch)
     with pytest.raises(ValueError, match="ends in .png"):
         call([*words, "--out", str(tmp_path / "q.jpg")], monkeypatch)
+
+
+def test_the_price_of_a_change_is_counted_in_mean_squared_distances(speedrun, tmp_path, monkeypatch):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"audio": str(speedrun / "question.wav")}) + "\n")
+    words = ["tokenize_audio.py", "fit", "--manifest", str(tmp_path / "one.jsonl"), "--features", "mfcc", "--k", "5", "--switch", "2"]
+    call([*words, "--device", "cpu", "--out", str(tmp_path / "c")], monkeypatch)
+    ears = AudioTokenizer(tmp_path / "c")
+    (x,) = ears.features([audio.load(speedrun / "question.wav")])
+    distance = (x - ears.centroids[nearest(x, ears.centroids)]).pow(2).sum(1).mean().item()
+    assert ears.recipe["switch"] == pytest.approx(2 * distance, rel=1e-4)
