@@ -333,6 +333,10 @@ class Units:
         a, b = self.offsets[i], self.offsets[i + 1]
         return self.units[a:b], self.durations[a:b]
 
+    def unit_seconds(self):
+        """How much speech a unit stands for, on average."""
+        return self.durations.mean(dtype=float) / self.meta["frame_rate"]
+
 
 def mapped(path):
     """The uint16 numbers of a file, read as they are needed. An empty file cannot be mapped."""

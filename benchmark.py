@@ -6,10 +6,11 @@ see  sBLIMP and sWUGGY (arXiv:2011.11588), spoken StoryCloze (arXiv:2305.13009),
      (arXiv:2409.07437) for pairs
 run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 
-A row is {"audio", "text", "instruction", "choices", "answer", "metric"}: at least one of
-the first three, and the answer. Metrics: "exact" (in lower case), "contains" (the
+A row is {"audio" or "said", "text", "instruction", "choices", "answer", "metric",
+"group"}: something to ask, and the answer. "said" is what prosody.py makes of audio.
+Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
-letter).
+letter). Rows with a "group" are scored group by group, too.
 
 Every batch is kept at once in OUT.rows: after a stop the same command goes on there.
 """
@@ -26,8 +27,9 @@ import audio
 from desta import load
 from evaluate import BATCH, edit_distance, normal, ratio, replies, share
 from tokenize_audio import add_ears
+from vocab import Said
 
-METRICS = ["exact", "contains", "wer", "choice"]
+METRICS = ["exact", "ends", "contains", "wer", "choice"]
 READ = 16  # prompts read at once for the likelihood of all their ids
 
 
@@ -85,7 +87,7 @@ def what_is_wrong(row):
     if not isinstance(answer, str) or not answer.strip():
         return "no answer, wanted a string with something in it"
     asked = "audio", "text", "instruction"
-    if not any(row.get(name) for name in asked):
+    if not any(row.get(name) for name in (*asked, "said")):
         return "nothing to ask, wanted audio, text or instruction"
     for name in asked:
         if not isinstance(row.get(name) or "", str):
@@ -121,19 +123,23 @@ def score_rows(args):
     """Score a model on rows of questions."""
     rows, folder = read_rows(args.rows), Path(args.rows).parent
     model, vocab, ears = load(args.folder, args.device, args.hubert, torch.float32)
-    if any(row.get("audio") for row in rows) and not ears:
+    if any(row.get("audio") or row.get("said") for row in rows) and not ears:
         raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
 
     def content(row):
-        """A user's turn: units, if there are any, then what is written."""
-        words = [row[name] for name in ("text", "instruction") if row.get(name)]
+        """A user's turn: what is heard, if anything, then what is written."""
+        names = ["instruction"] if row.get("said") else ["text", "instruction"]
+        words = [row[name] for name in names if row.get(name)]
         if row["metric"] == "choice":
             words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(row["choices"])]
             words.append("Answer with the letter.")
         text = "\n".join(words)
-        if not row.get("audio"):
+        if row.get("said"):  # its text is in it
+            units = Said((word, numbers) for word, numbers in row["said"])
+        elif row.get("audio"):
+            units, _ = ears(audio.load(folder / row["audio"]))
+        else:
             return [text]
-        units, _ = ears(audio.load(folder / row["audio"]))
         return [units] + ([" " + text] if text else [])
 
     def work(part):
@@ -157,7 +163,12 @@ def score_rows(args):
         return [said[i] for i in range(len(part))]
 
     said = in_batches(args, rows, work)
-    finish(args, scores_by_metric(rows, said), said)
+    scores = scores_by_metric(rows, said)
+    for group in sorted({row["group"] for row in rows if row.get("group")}):
+        among = [n for n, row in enumerate(rows) if row.get("group") == group]
+        part = scores_by_metric([rows[n] for n in among], [said[n] for n in among])
+        scores[group] = part
+    finish(args, scores, said)
 
 
 def contains(text, answer):
@@ -176,6 +187,8 @@ def scores_by_metric(rows, said):
             continue
         if metric == "exact":
             scores[metric] = share([text == normal(row["answer"]) for text, row in asked])
+        elif metric == "ends":
+            scores[metric] = share([text.endswith(normal(row["answer"])) for text, row in asked])
         elif metric == "contains":
             scores[metric] = share([contains(text, row["answer"]) for text, row in asked])
         elif metric == "choice":
@@ -188,6 +201,18 @@ def scores_by_metric(rows, said):
             wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
             scores[metric] = ratio(wrong, [len(w) for w in words])
     return scores
+
+
+def show(files):
+    """What several models scored, group by group, as a table."""
+    made = {file: runs.read_json(file, ["rows", "made"]) for file in files}
+    names = [name for name in next(iter(made.values())) if name not in ("rows", "made", *METRICS)]
+    width = 2 + max(map(len, files))
+    print(" " * width + "".join(f"{name:>10}" for name in names))
+    for file, scores in made.items():
+        cells = [next(iter(scores.get(name, {}).values()), None) for name in names]
+        values = ["-" if cell is None else format(cell["value"], ".2f") for cell in cells]
+        print(f"{file:{width}}" + "".join(f"{value:>10}" for value in values))
 
 
 # --- pairs of clips -----------------------------------------------------------
@@ -264,6 +289,8 @@ def main():
         help='JSON lines {"audio", "text", "instruction", '
         '"choices", "answer", "metric"}',
     )
+    three = commands.add_parser("show", help="scores of several models, group by group")
+    three.add_argument("scores", nargs="+", help="files that rows has written")
     two = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
     for command in (one, two):
         add = command.add_argument
@@ -280,6 +307,8 @@ def main():
         add("--out", required=True, help=".json to write")
         add("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
+    if args.action == "show":
+        return show(args.scores)
     if Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
     if args.action == "rows":

@@ -23,9 +23,10 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from desta import Listener, load
+from desta import Listener, load, written_down
 from model import generate
 from tokenize_audio import add_ears
+from vocab import Said
 
 LIMIT = 256  # tokens in a reply
 SLOWEST = 2  # units a second, at least: what is too long for the context is known unheard
@@ -129,9 +130,9 @@ class Chat:
         """The model's own transcript of units: what it understood."""
         if isinstance(self.vocab, Listener):  # it stands in the turn
             return self.vocab.said.get(int(units[0]), "")
-        prompt, vocab = torch.tensor(self.vocab.heard(units)), self.vocab
-        steps = generate(self.model, [prompt], LIMIT, vocab.stop, vocab.text_rows())
-        return vocab.decode([int(ids[0]) for ids in steps]).strip().removesuffix(".")
+        if isinstance(units, Said):
+            return units.text()
+        return written_down(self.model, self.vocab, units)
 
     def begin(self, system=None):
         """Forget the conversation, and begin one with a system message.

@@ -24,6 +24,9 @@ from vocab import Document, Vocab
 ALONE, GROWTH = 0.1, 20
 ROLES = "system", "user", "assistant", "tool"  # another role could spell a chat's markers
 HELD_OUT = 100  # one document in a hundred is for validation only
+# How often a caption stands before what it is about, and behind it; and how often a line
+# without one ends like a turn.
+BEFORE_AFTER_ENDS = 0.3, 0.3, 0.2
 WAITING = 1.3  # batches' worth of documents to choose from: more choice, fuller rows
 
 
@@ -146,6 +149,18 @@ def unread(document):
     return document._replace(read=[], place=[])
 
 
+def captioned(vocab, corpus, i, rng):
+    """Row i with its text: [caption] text [speech] [caption].
+
+    The caption says in words how the text was said; it stands before, behind, or nowhere.
+    """
+    caption, where = corpus.rows[i].get("caption", ""), rng.random()
+    before, after, ends = BEFORE_AFTER_ENDS
+    above = caption + "\n" if where < before else ""
+    below = f"\n{caption}." if before <= where < before + after else ""
+    return vocab.captioned(above, corpus[i], below, where > 1 - ends)
+
+
 def some(texts, share, rng):
     """One of the texts for this share of calls, else none; a list."""
     if not texts or rng.random() >= share:
@@ -214,11 +229,13 @@ class Documents:
             return self.vocab.chat(source[i])
         if name == "interleave":
             return interleaved(self.vocab, source, i, rng, self.below)
+        if name == "captioned":
+            return captioned(self.vocab, source, i, rng)
         return transcribed(self.vocab, source, i, rng, self.progress)
 
     def count(self, name):
         source = self.sources[name]
-        return len(source.rows if isinstance(source, Units) else source)
+        return len(getattr(source, "rows", source))
 
     def next(self):
         """(the next training document, its layout's number); validation documents never come."""

@@ -35,6 +35,7 @@ from documents import Documents, batches_ahead, cut, pack, read_chats, read_text
 from fused import linear_cross_entropy
 from model import SIZES, LM, Config, LoRA, add_lora, add_rows, merge_lora
 from muon import Muon
+from prosody import Prosody, is_prosody
 from vocab import Vocab
 
 # The settings of each stage, for the toy world. A real model wants a tenth of these rates
@@ -71,8 +72,18 @@ STAGES = {
         keep_text=0.01,
         rows_first=0.05,
     ),
+    # A speech model as the paper has it: the plain loss, and transcripts beside the speech.
+    "prosody": PLAIN
+    | dict(
+        mix="captioned=0.8,text=0.2",
+        steps=900,
+        lr=4e-4,
+        rows=16,
+        length=128,
+        embeddings="new",
+    ),
 }
-LAYOUTS = "text", "chat", "interleave", "transcribe"
+LAYOUTS = "text", "chat", "interleave", "transcribe", "captioned"
 NEW_FASTER = 10  # new rows start from noise: they learn this much faster than the blocks
 FILTER_BATCHES = 8  # batches of text that the filter of --keep-text is made from
 SAVE_EVERY, LOG_EVERY = 200, 50  # steps
@@ -188,10 +199,15 @@ def start_model(args):
             f"the embedding has {model.config.vocab_size} rows"
         )
     if args.units:
-        add_units(model, vocab, Units(args.units), args)
+        add_units(model, vocab, read_corpus(args.units), args)
 
     speech = vocab.speech or {"first_unit": 0, "k": 0}
     return model, vocab, range(speech["first_unit"], speech["first_unit"] + speech["k"])
+
+
+def read_corpus(folder):
+    """Speech to train on: a folder of units, or of prosody beside transcripts."""
+    return Prosody(folder) if is_prosody(folder) else Units(folder)
 
 
 def add_units(model, vocab, corpus, args):
@@ -210,7 +226,7 @@ def add_units(model, vocab, corpus, args):
     texts = [row.get("text", "") for row in corpus.rows[:1000]]
     used = {i for text in texts for i in vocab.encode(text)} or set(vocab.bytes_of)
     first = add_rows(model, 2 + meta["k"], {0: space, 1: space}, used, args.seed)
-    vocab.with_speech(first, meta["k"])
+    vocab.with_speech(first, meta["k"], meta.get("names"))
     vocab.speech = {
         "speech": first,
         "end_speech": first + 1,
@@ -222,12 +238,13 @@ def add_units(model, vocab, corpus, args):
 
 def read_sources(args):
     """({layout: its documents}, {layout: weight}) of a run, checked."""
-    corpus = Units(args.units) if args.units else None
+    corpus = read_corpus(args.units) if args.units else None
     sources = {
         "text": args.text and read_text(args.text),
         "chat": args.chat and read_chats(args.chat),
         "interleave": corpus,
         "transcribe": corpus,
+        "captioned": corpus,
     }
     mix = {name: weight for name, weight in args.mix.items() if weight > 0}
     lacking = [name for name in mix if not sources[name]]
@@ -586,9 +603,7 @@ class Log:
         self.heard = 0  # units trained on; where processes share, one of them estimates it
         corpus = sources["interleave"]
         if corpus:
-            self.unit_seconds = (
-                corpus.durations.mean(dtype=float) / corpus.meta["frame_rate"]
-            )
+            self.unit_seconds = corpus.unit_seconds()
 
     def seconds(self):
         """Of training, with those before a stop."""
@@ -864,9 +879,9 @@ def settled(parser, world):
         parser.error(
             "--size wants --tokenizer, the folder of the text tokenizer to train with"
         )
-    stage = (
-        "units" if args.units else "chat" if args.chat else "text" if args.text else None
-    )
+    stage = "chat" if args.chat else "text" if args.text else None
+    if args.units:
+        stage = "prosody" if is_prosody(args.units) else "units"
     if not stage:
         parser.error("nothing to train on: give --text, --chat or --units")
 
@@ -880,7 +895,7 @@ def settled(parser, world):
         defaults |= PLAIN
     if args.lora:
         defaults["keep_text"] = 0.0  # it filters matrices, and those are frozen
-        if stage != "units":
+        if not args.units:
             defaults["embeddings"] = "markers"
     for name, value in defaults.items():
         if getattr(args, name) is None:

@@ -490,9 +490,8 @@ def word_counts(world, rng, lines=4000):
     return counts
 
 
-def write_tokenizer(world, seed, folder):
-    """The world's own byte-level BPE, as a Hugging Face folder."""
-    counts = word_counts(world, random.Random(f"tokenizer {seed}"))
+def write_tokenizer(counts, folder):
+    """A byte-level BPE of the pieces of {piece: how often}, as a Hugging Face folder."""
     merges = vocab.train_bpe(counts)
     tokens = vocab.LETTERS + [left + right for left, right in merges]
     ids = {token: i for i, token in enumerate(tokens)}
@@ -541,7 +540,8 @@ def write_world(args):
     }
 
     with runs.new_folder(args.out, overwrite=args.overwrite) as out:
-        write_tokenizer(world, args.seed, out / "tokenizer")
+        counts = word_counts(world, random.Random(f"tokenizer {args.seed}"))
+        write_tokenizer(counts, out / "tokenizer")
         texts = (base_document(world, rng["base"]) for _ in range(args.documents))
         write_lines(out / "base.jsonl", ({"text": text} for text in texts))
         chats = (chat(world, rng["chat"]) for _ in range(args.documents))

@@ -306,6 +306,16 @@ class Document(NamedTuple):
     place: list = ()
 
 
+class Said(list):
+    """A stretch of speech as its words, each with numbers that say how it was spoken.
+
+    [("", [3]), ("anna", [24, 39, 55]), (" likes", [18, ...]), ...]: see prosody.py
+    """
+
+    def text(self):
+        return "".join(word for word, _ in self)
+
+
 class Vocab:
     """The tokens of a model folder. Text is encoded as text even where it spells a special token.
 
@@ -446,18 +456,21 @@ class Vocab:
         """Ids that a reply may hold: text, and what ends it."""
         return sorted({*self.bytes_of, *self.stop})
 
-    def with_speech(self, first, k):
+    def with_speech(self, first, k, names=None):
         """Add `<|speech|>`, `<|/speech|>` and k units as tokens from row `first` on.
+
+        names  of the units, if not unit_0, unit_1, ...
 
         Every row up to the next multiple of 128, and any hole before `first` (open
         checkpoints pad their embedding), becomes an `<|unused_N|>` entry: so row number =
         token id in every reader. Returns the row of unit 0.
         """
         total = -(-(first + 2 + k) // 128) * 128
-        names = {first: SPEECH, first + 1: END_SPEECH}
-        names |= {first + 2 + unit: f"<|unit_{unit}|>" for unit in range(k)}
+        tokens = {first: SPEECH, first + 1: END_SPEECH}
+        names = names or [f"unit_{unit}" for unit in range(k)]
+        tokens |= {first + 2 + unit: f"<|{name}|>" for unit, name in enumerate(names)}
         for i in range(self.size, total):
-            token = names.get(i, f"<|unused_{i}|>")
+            token = tokens.get(i, f"<|unused_{i}|>")
             self.special[token] = i
             self.json["added_tokens"].append(added_token(token, i))
         self.size = total
@@ -485,12 +498,20 @@ class Vocab:
     # --- what layouts are made of ---
 
     def span(self, units):
-        """`<|speech|>` units `<|/speech|>`; ValueError if this model does not know the units."""
+        """`<|speech|>` units `<|/speech|>`; ValueError if this model does not know the units.
+
+        Of a `Said`: its text, and between the markers every word with its units.
+        """
         if not self.speech:
             raise ValueError(
                 "this model cannot hear: its folder has no speech.json (merge a "
                 "speech model into it)"
             )
+        if isinstance(units, Said):
+            ids = self.encode(units.text()) + [self.speech["speech"]]
+            for word, numbers in units:
+                ids += self.encode(word) + self.span(np.asarray(numbers))[1:-1]
+            return [*ids, self.speech["end_speech"]]
         units = np.asarray(units, dtype=np.int64)
         if units.size and units.max() >= self.speech["k"]:
             raise ValueError(
@@ -503,7 +524,7 @@ class Vocab:
     def content(self, parts):
         """Ids of what a turn or a question says: text, units (an array), or a list of both."""
         ids = []
-        for part in [parts] if isinstance(parts, (str, np.ndarray)) else parts:
+        for part in [parts] if isinstance(parts, (str, np.ndarray, Said)) else parts:
             ids += self.encode(part) if isinstance(part, str) else self.span(part)
         return ids
 
@@ -567,8 +588,7 @@ class Vocab:
         place.append(len(ids))
         ids.append(self.eos)
         read.append(self.eos)
-        no_loss = {self.speech["speech"], self.speech["end_speech"], self.eos, *self.begin}
-        return Document(ids, [int(i not in no_loss) for i in ids], read, place)
+        return Document(ids, self.all_but_switches(ids), read, place)
 
     def transcribe(self, spoken):
         """spoken: a list of (text, units), as above; then the cue, and the text.
@@ -582,6 +602,24 @@ class Vocab:
         n = len(document.ids)
         first = n - len(self.encode(said)) - 1
         return document._replace(loss=[int(at >= first) for at in range(n)])
+
+    def captioned(self, before, said, after, ends=False):
+        """A caption, text and speech, a caption; all but markers bears loss.
+
+        before, after  captions, or ""
+        ends           the turn ends behind it: markers of a chat stay alive
+        Nor does the end bear any: a caption may stand last here, and in a reply more follows.
+        """
+        ids = self.begin + self.encode(before) + self.span(said) + self.encode(after)
+        if ends:
+            ids.append(self.special[self.template().end])
+        ids.append(self.eos)
+        return Document(ids, self.all_but_switches(ids))
+
+    def all_but_switches(self, ids):
+        """Which ids of a document bear loss: not where speech begins or ends, nor its own ends."""
+        no_loss = {self.speech["speech"], self.speech["end_speech"], self.eos, *self.begin}
+        return [int(i not in no_loss) for i in ids]
 
     def chat(self, messages):
         """Messages [{"role", "content"}] in the family's template.

@@ -7,6 +7,7 @@ run  python voices.py "what is the capital of france" --voice en-us+f3 --out hel
 
 import argparse
 import ctypes
+import html
 import io
 from pathlib import Path
 
@@ -29,8 +30,10 @@ GAP = 6  # pause between words in 10 ms: a careful speaker's, for a listener who
 SCALE = 32768  # of a 16-bit sample
 
 # Constants of speak_lib.h.
-RETRIEVAL, UTF8, AT_CHARACTER, WORD = 2, 1, 1, 1
+RETRIEVAL, UTF8, SSML, AT_CHARACTER, WORD = 2, 1, 16, 1, 1
 RATE, PITCH, WORDGAP = 1, 3, 7
+STRESS = '<prosody pitch="{pitch}" rate="65%" volume="+6dB">', "</prosody>"  # around a word
+HIGHER = 25  # on eSpeak's scale of pitch: a stressed word
 
 
 class Event(ctypes.Structure):
@@ -80,11 +83,12 @@ class Speaker:
             i += 1
         return 0
 
-    def say(self, text, voice, rate=160, pitch=50):
+    def say(self, text, voice, rate=160, pitch=50, stress=None):
         """(samples at 16 kHz, words [[word, start, end] in seconds]).
 
-        rate in words a minute, pitch 0 to 100. A wrong voice name keeps the last voice,
-        and a wrong +variant the plain one, without a word: both are checked.
+        rate in words a minute, pitch 0 to 100; stress: the number of the word that is
+        said higher and longer than the others. A wrong voice name keeps the last voice, and
+        a wrong +variant the plain one, without a word: both are checked.
         """
         variant = voice.partition("+")[2]
         known = not variant or (self.data / "voices" / "!v" / variant).exists()
@@ -100,34 +104,47 @@ class Speaker:
         # Breath and flutter are noise; the clock would seed it.
         self.lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self.sound, self.events = [], []
-        data = text.encode()
+        marked, words = with_stress(text, stress, min(99, pitch + HIGHER))
+        data = marked.encode()
+        kind = UTF8 if stress is None else UTF8 | SSML
         failed = self.lib.espeak_Synth(
-            data, len(data) + 1, 0, AT_CHARACTER, 0, UTF8, None, None
+            data, len(data) + 1, 0, AT_CHARACTER, 0, kind, None, None
         )
         if failed or not self.sound:
             raise OSError(f"eSpeak NG could not read {text!r}")
         samples = np.concatenate(self.sound).astype(np.float32) / SCALE
-        words = self.word_times(text, len(samples) / self.rate)
+        words = self.word_times(words, len(marked), len(samples) / self.rate)
         return audio.resample(samples, self.rate), words
 
-    def word_times(self, text, seconds):
-        """[[word, start, end]]: each from its own event to the next.
+    def word_times(self, words, end, seconds):
+        """[[word, start, end]] of words [(place in the text, word)]: each from its own event on.
 
         Words that eSpeak runs together share their time by letters.
         """
-        words, at = [], 0
-        for word in text.split():
-            at = text.index(word, at)
-            words.append((at, word))
-            at += len(word)
-
         begins = [0.0, *(begin for _, begin in self.events), seconds]
-        letters = [0, *(letter for letter, _ in self.events), len(text) + 1]
+        letters = [0, *(letter for letter, _ in self.events), end + 1]
         starts = [float(np.interp(at, letters, begins)) for at, _ in words] + [seconds]
         return [
             [word, round(start, 3), round(end, 3)]
             for (_, word), start, end in zip(words, starts, starts[1:])
         ]
+
+
+def with_stress(text, stress, pitch):
+    """(the text with marks around its stressed word, words [(place there, word)])."""
+    marked, parts = text, text.split()
+    opened, closed = STRESS[0].format(pitch=pitch), STRESS[1]
+    if stress is not None:
+        parts = [html.escape(word) for word in parts]
+        tagged = [opened + part + closed if n == stress else part for n, part in enumerate(parts)]
+        marked = " ".join(tagged)
+
+    words, at = [], 0
+    for number, (word, part) in enumerate(zip(text.split(), parts)):
+        at = marked.index(part, at + len(opened) if number == stress else at)
+        words.append((at, word))
+        at += len(part) + (len(closed) if number == stress else 0)
+    return marked, words
 
 
 def encoded(samples, form):

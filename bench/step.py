@@ -30,7 +30,7 @@ def main():
     dtype = runs.arithmetic(parser.parse_args().dtype, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         folder, world, rng = Path(folder), toy.World(0), random.Random(0)
-        toy.write_tokenizer(world, 0, folder / "tokenizer")
+        toy.write_tokenizer(toy.word_counts(world, random.Random("tokenizer 0")), folder / "tokenizer")
         (folder / "base.jsonl").write_text("".join(json.dumps({"text": toy.base_document(world, rng)}) + "\n" for _ in range(10_000)))
         before = runs.product_rate(dtype, PRODUCT)
         subprocess.run([sys.executable, ROOT / "pretrain.py", "--size", "nano", "--tokenizer", folder / "tokenizer", "--text", folder / "base.jsonl",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 EVALUATE, CHAT, TOKENIZE, PRETRAIN = "tests/test_evaluate.py", "tests/test_chat.py", "tests/test_tokenize_audio.py", "tests/test_pretrain.py"
 DOCUMENTS, VOCAB, MODEL, HUBERT, MERGE = "tests/test_documents.py", "tests/test_vocab.py", "tests/test_model.py", "tests/test_hubert.py", "tests/test_merge.py"
 FUSED, AUDIO, WEIGHTS, TOY, MUON, RUNS = "tests/test_fused.py", "tests/test_audio.py", "tests/test_weights.py", "tests/test_toy.py", "tests/test_muon.py", "tests/test_runs.py"
-WHISPER, DESTA = "tests/test_whisper.py", "tests/test_desta.py"
+WHISPER, DESTA, PROSODY, MANNER = "tests/test_whisper.py", "tests/test_desta.py", "tests/test_prosody.py", "tests/test_manner.py"
 STEP = f"{PRETRAIN} -k 'flag or rows_go_first or beside_imitation or reader or covariance or rate_warms or pace or stepped or thinks or difference or filtered'"
 
 MUTANTS = [     # (file, what stands there, what is planted, the tests that should notice)
@@ -192,6 +192,23 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("desta.py", "file.truncate(2 * per_frame * sum(counts))", "pass", DESTA),
     ("desta.py", 'listener.said[first] = row["text"]', "pass", DESTA),
     ("desta.py", "runs.fingerprint(made[name]) != made", "False and made", DESTA),
+
+    ("prosody.py", "peak, here + HIGHER * octave, -np.inf", "peak, here - 5 * HIGHER * octave, -np.inf", PROSODY),
+    ("prosody.py", "np.where(bend < 0, bend, -1)", "np.where(bend < 0, -bend, -1)", PROSODY),
+    ("prosody.py", "here[at] > VOICED) & (loud", "here[at] > 0.0) & (loud", PROSODY),
+    ("prosody.py", "STRAIN * np.log(n / want) ** 2", "0.0 * np.log(n / want) ** 2", PROSODY),
+    ("prosody.py", "best = cost + np.append(cut, 0.0)", "best = cost + 0.0 * np.append(cut, 0.0)", PROSODY),
+    ("prosody.py", "np.median(tone) - speaker", "np.median(tone)", PROSODY),
+    ("prosody.py", "if gap >= PAUSE:", "if gap >= 0:", PROSODY),
+    ("prosody.py", "UNVOICED if np.isnan(value) else row", "0 if np.isnan(value) else row", PROSODY),
+    ("documents.py", "below = f", "below = '' and f", PROSODY),
+    ("documents.py", "where > 1 - ends", "where > ends", PROSODY),
+    ("vocab.py", "ids = self.encode(units.text()) + [", "ids = [", PROSODY),
+    ("manner.py", "page = written(line, rng)", "pass", MANNER),
+    ("manner.py", 'reader.read(out / name, line, manner, "near")', 'reader.read(out / name, line, manner, "heard")', MANNER),
+    ("manner.py", "rate, pitch, manner.stress)", "rate, pitch, None)", MANNER),
+    ("benchmark.py", "text.endswith(normal(row", "text.startswith(normal(row", MANNER),
+    ("benchmark.py", 'if row.get("group") == group]', 'if row.get("group") != group]', MANNER),
 
     ("toy.py", "unseen = dict.fromkeys(pairs, set(rng.sample(range(n), n // 3)))", "unseen = dict.fromkeys(pairs, set())", TOY),
     ("toy.py", "if any(question in listed for question in self.asked):", "if False:", TOY),

@@ -15,13 +15,14 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "runs": set(), "fused": set(), "muon": set(), "weights": {"runs"}, "vocab": {"runs"}, "audio": {"runs"}, "align": {"fused"},
     "model": {"runs", "weights", "fused"}, "hubert": {"runs", "weights", "audio"}, "voices": {"runs", "audio"},
     "tokenize_audio": {"runs", "weights", "audio", "hubert"}, "documents": {"runs", "vocab", "audio"}, "merge": {"runs", "weights", "vocab"},
-    "pretrain": {"runs", "weights", "fused", "muon", "model", "vocab", "audio", "documents", "align"},
+    "pretrain": {"runs", "weights", "fused", "muon", "model", "vocab", "audio", "documents", "align", "prosody"},
+    "prosody": {"runs", "audio", "vocab", "tokenize_audio"},
     "whisper": {"runs", "weights", "vocab", "audio"},
-    "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper"},
-    "chat": {"runs", "model", "audio", "tokenize_audio", "desta"},
+    "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper", "prosody"},
+    "chat": {"runs", "model", "audio", "tokenize_audio", "desta", "vocab"},
     "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta"},
-    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "desta"},
-    "toy": {"runs", "vocab", "audio", "voices"},
+    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "desta", "vocab"},
+    "toy": {"runs", "vocab", "audio", "voices"}, "manner": {"runs", "audio", "voices", "toy"},
 }
 SOURCES = sorted(ROOT.glob("*.py"))
 PAGES = "README.md", "TEACHING.md", "FORMATS.md", "MESSAGES.md", "bench/README.md"

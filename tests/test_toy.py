@@ -1,3 +1,4 @@
+import html
 import random
 import subprocess
 import sys
@@ -129,3 +130,12 @@ def test_words_in_no_order_never_make_a_question_of_the_world():
     world, rng = toy.World(0), random.Random(0)
     world.asked = ["what is", "which city"]                                  # short ones, that would come by chance
     assert not any(question in world.words(rng) for _ in range(2000) for question in world.asked)
+
+
+@pytest.mark.parametrize("text, stress", [("the rate of the pitch", 1), ("prosody <b> & {x} rate", 2), ("rate rate rate", 2), ("one two", None)])
+def test_words_are_placed_in_a_text_with_marks_around_one_of_them(text, stress):
+    marked, words = voices.with_stress(text, stress, 60)
+    assert [word for _, word in words] == text.split() and [at for at, _ in words] == sorted({at for at, _ in words})
+    assert all(marked[at:].startswith(html.escape(word) if stress is not None else word) for at, word in words)
+    before = [marked[:at].endswith(">") for at, _ in words]
+    assert before == [n == stress for n in range(len(words))] and (stress is None) == (marked == text)

@@ -1,0 +1,330 @@
+"""A second story of the toy world: not what was said, but how.
+
+in   a seed
+out  OUT/tokenizer, base.jsonl, chat.jsonl, speech/train.jsonl, dev.jsonl, test.jsonl, their audio
+see  toy.py, whose facts and styles of answers these are; SpeechCombine's captions
+run  python manner.py --seed 0 --out out/manner
+
+Men and women speak, high or low, fast or slow; in a third of their sentences one word is
+stressed. A *caption* says that in words: "a high fast woman stresses peru".
+
+Captions stand in text, for the base; in chats about a line of text, for the instruct
+model; and beside speech, for the speech model. No chat has speech in it, and no speech has
+an answer beside it.
+"""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import runs  # before torch, which voices needs: it sets how OpenMP waits
+import audio
+import toy
+import voices
+
+# Of VOICES, by the letter behind "+": men are m1, m2, ..., women f1, f2, ...
+GENDERS = {"man": "m", "woman": "f"}
+PITCHES = {"low": (25, 40), "high": (60, 75)}  # eSpeak's 0 to 100
+PACES = {"slow": (110, 130), "fast": (190, 215)}  # words a minute
+UNSTRESSED = "the of is a in to and it".split()
+STRESSED = 1 / 3  # of the lines
+
+# What may be asked, as toy.py asks for facts: "what is the pitch of it".
+RELATIONS = "gender", "pitch", "pace", "stress"
+QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r} of it"
+
+SIGNS = "#$%&*+<=>@^_|~"
+CLUTTERED = 0.5  # of the lines in text: their words again, among signs that say nothing
+UNDESCRIBED = 0.25  # of the chats about a line: it has no caption, and the answer is a guess
+
+
+class Manner(NamedTuple):
+    """How a line is said. stress: the number of its stressed word, or None."""
+
+    gender: str
+    pitch: str
+    pace: str
+    stress: int | None
+
+    def caption(self, line):
+        said = f"a {self.pitch} {self.pace} {self.gender}"
+        return said if self.stress is None else f"{said} stresses {self.answer('stress', line)}"
+
+    def answer(self, relation, line):
+        if relation == "stress":
+            return line.split()[self.stress]
+        return getattr(self, relation)
+
+    def relations(self):
+        """What may be asked about it."""
+        return RELATIONS if self.stress is not None else RELATIONS[:-1]
+
+
+def drawn_manner(line, rng):
+    """A manner for a line. Small words, and words that come twice, are not stressed."""
+    words = line.split()
+    able = [n for n, w in enumerate(words) if words.count(w) == 1 and w not in UNSTRESSED]
+    stress = rng.choice(able) if able and rng.random() < STRESSED else None
+    traits = [rng.choice(list(names)) for names in (GENDERS, PITCHES, PACES)]
+    return Manner(*traits, stress)
+
+
+def drawn_line(world, rng):
+    """Something to say: a story, a seen fact, or words in no order."""
+    kind = rng.choices(["story", "fact", "words"], [4, 3, 3])[0]
+    if kind == "fact":
+        return world.state(rng.choice(world.seen), rng)
+    return world.story(rng) if kind == "story" else world.words(rng)
+
+
+def question(manner, line, rng, relation=None):
+    """(relation, style, question, answer) about how a line was said."""
+    relation = relation or rng.choice(manner.relations())
+    style = rng.choice(list(toy.STYLES))
+    asked = rng.choice(QUESTIONS).format(r=relation)
+    answer = manner.answer(relation, line)
+    told = f"the {relation} of it is {answer}"
+    reply = toy.in_style(style, f"{relation} of it", answer, told)
+    return relation, style, rng.choice(toy.STYLES[style]).format(q=asked), reply
+
+
+# --- text and chats -----------------------------------------------------------
+
+
+def cluttered(line, rng):
+    """A line, and behind it its words among signs, as speech will stand there.
+
+    Open models have read markup of every kind, and read on behind it. So does one that
+    was trained on this.
+    """
+
+    def signs(count):
+        return "".join(rng.choice(SIGNS) for _ in range(count))
+
+    count = rng.choice([1, 2, 4, 5, 5, 6])  # behind every word
+    opened, closed = signs(rng.randint(1, 2)), signs(rng.randint(1, 2))
+    if rng.random() < 0.3:
+        return line + opened + signs(count * rng.randint(1, 6)) + closed
+    words = " ".join(word + signs(count) for word in line.split())
+    return line + opened + words + closed
+
+
+def below(rng):
+    """What stands between a line and what belongs to it."""
+    return rng.choice(["\n", " "])
+
+
+def written(line, rng):
+    """A line as it stands in text, now and then with clutter behind it."""
+    return cluttered(line, rng) if rng.random() < CLUTTERED else line
+
+
+def described(line, caption, rng):
+    """A line of text, and a caption above or below it."""
+    line = written(line, rng)
+    return rng.choice([f"{caption}\n{line}", f"{line}\n{caption}"])
+
+
+def captioned_text(world, rng):
+    """A described line, and perhaps what follows from its caption: for the base."""
+    line = drawn_line(world, rng)
+    manner = drawn_manner(line, rng)
+    caption = manner.caption(line)
+    page = described(line, caption, rng)
+    relation = rng.choice(manner.relations())
+    answer = manner.answer(relation, line)
+    told = f"the {relation} of it is {answer}"
+    kind = rng.random()
+    if kind < 0.35:
+        return f"{page}."
+    if kind < 0.7:
+        return f"{page}\n{caption}. {told}."
+    asked = rng.choice(QUESTIONS).format(r=relation)
+    said = rng.choice(
+        [
+            told,
+            f"{told}. {' '.join(answer)}",
+            f"{told}. {answer} {answer}",
+            f"{relation} of it: {answer}",
+        ]
+    )
+    return f"{page}\nquestion: {asked}\nanswer: {caption}. {said}"
+
+
+def base_document(world, rng):
+    """A document of the base corpus: one of toy.py's, or a described line."""
+    kind = rng.random()
+    if kind < 0.3:
+        return captioned_text(world, rng)
+    if kind < 0.4:
+        fact = world.state(rng.choice(world.facts), rng)
+        return f"{cluttered(fact, rng)}\n{toy.plain_document(world, rng)}"
+    return toy.base_document(world, rng)
+
+
+def chat(world, rng):
+    """A conversation: one of toy.py's, or a question about a described line."""
+    if rng.random() < 0.6:
+        messages = toy.chat(world, rng)
+        for message in messages:
+            if message["role"] == "user":
+                message["content"] = written(message["content"], rng)
+        return messages
+
+    # The reply begins with the caption. So behind speech, where none stands to be copied,
+    # the speech model's own goes before the answer.
+    line = drawn_line(world, rng)
+    manner = drawn_manner(line, rng)
+    caption = manner.caption(line)
+    page = described(line, caption, rng)
+    if rng.random() < UNDESCRIBED:
+        page = written(line, rng)
+    _, _, asked, reply = question(manner, line, rng)
+    return [
+        {"role": "user", "content": below(rng).join(rng.choice([(page, asked), (asked, page)]))},
+        {"role": "assistant", "content": f"{caption}. {reply}"},
+    ]
+
+
+# --- speech -------------------------------------------------------------------
+
+
+class Reader:
+    """Reads lines aloud in a manner, into files."""
+
+    def __init__(self, seed):
+        self.speaker, self.rng = voices.Speaker(), random.Random(f"manner voices {seed}")
+
+    def read(self, path, line, manner, group):
+        """Write a .flac; the line's row of a manifest, without its path."""
+        mark = "+" + GENDERS[manner.gender]
+        voice = self.rng.choice([v for v in voices.VOICES[group] if mark in v])
+        rate = self.rng.randint(*PACES[manner.pace])
+        pitch = self.rng.randint(*PITCHES[manner.pitch])
+        samples, words = self.speaker.say(line, voice, rate, pitch, manner.stress)
+        path.write_bytes(voices.encoded(samples, "FLAC"))
+        style = manner._asdict()
+        return {
+            "text": line,
+            "speaker": voice,
+            "seconds": round(len(samples) / audio.SAMPLE_RATE, 3),
+            "words": words,
+            "style": {name: value for name, value in style.items() if name != "stress"},
+            "caption": manner.caption(line),
+        }
+
+
+def write_speech(world, rng, reader, count, out):
+    """Lines read aloud by the voices of training."""
+    (out / "audio").mkdir(parents=True)
+    rows = []
+    for number in runs.Bar(range(count), desc="training speech", unit="line"):
+        line = drawn_line(world, rng)
+        name = f"audio/{number:05d}.flac"
+        row = reader.read(out / name, line, drawn_manner(line, rng), "heard")
+        rows.append({"audio": name} | row)
+    toy.write_lines(out / "train.jsonl", rows)
+    return rows
+
+
+def write_questions(world, rng, reader, counts, out):
+    """Questions about how lines were said by unheard voices, and spoken questions of toy.py.
+
+    A third of the former ask for the stressed word.
+    """
+    (out / "questions").mkdir()
+    rows = []
+    for split, count in counts.items():
+        for number in range(count):
+            relation = "stress" if number % 3 == 0 else None
+            line = drawn_line(world, rng)
+            manner = drawn_manner(line, rng)
+            while relation and manner.stress is None:
+                line = drawn_line(world, rng)
+                manner = drawn_manner(line, rng)
+            asked = question(manner, line, rng, relation or rng.choice(RELATIONS[:-1]))
+            rows.append((split, line, manner, asked))
+    for row in toy.questions(world, rng, counts["dev"] // 2, counts["test"] // 2):
+        manner = drawn_manner(row["question"], rng)._replace(stress=None)
+        fact = "fact", row["kind"], "", row["answer"]
+        rows.append((row["split"], row["question"], manner, fact))
+
+    made = []
+    for number, (split, line, manner, asked) in enumerate(runs.Bar(rows, unit="question")):
+        name = f"questions/{number:04d}.flac"
+        row = reader.read(out / name, line, manner, "near")
+        relation, kind, instruction, answer = asked
+        row |= {"instruction": instruction, "answer": answer, "kind": kind}
+        row["group"] = relation if relation in ("fact", "stress") else "manner"
+        row["metric"] = "exact" if relation == "fact" else "ends"
+        made.append((split, {"audio": name} | row))
+
+    # Each as sound, and as the text that a perfect ear would write down: without the how.
+    names = "text", "instruction", "answer", "group", "metric"
+    for split in counts:
+        rows = [row for part, row in made if part == split]
+        texts = [{name: row[name] for name in names} for row in rows]
+        toy.write_lines(out / f"{split}.jsonl", rows)
+        toy.write_lines(out / f"{split}_text.jsonl", texts)
+    return made
+
+
+# --- the command --------------------------------------------------------------
+
+
+def word_counts(world, rng):
+    """{piece: how often}, of toy.py's world and of this one's words."""
+    counts = toy.word_counts(world, rng)
+    for _ in range(2000):
+        text = captioned_text(world, rng)
+        said = [message["content"] for message in chat(world, rng)]
+        counts.update(re.findall(" ?[a-z]+", "\n".join([text, *said])))
+    return counts
+
+
+def write_world(args):
+    """All of it, as a folder."""
+    for name in ("lines", "documents", "dev", "test"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: wanted more than 0")
+    world, reader = toy.World(args.seed), Reader(args.seed)
+    rng = {
+        name: random.Random(f"manner {name} {args.seed}")
+        for name in ("tokenizer", "base", "chat", "speech", "questions")
+    }
+    with runs.new_folder(args.out, overwrite=args.overwrite) as out:
+        toy.write_tokenizer(word_counts(world, rng["tokenizer"]), out / "tokenizer")
+        texts = (base_document(world, rng["base"]) for _ in range(args.documents))
+        toy.write_lines(out / "base.jsonl", ({"text": text} for text in texts))
+        chats = (chat(world, rng["chat"]) for _ in range(args.documents))
+        toy.write_lines(out / "chat.jsonl", ({"messages": messages} for messages in chats))
+        clips = write_speech(world, rng["speech"], reader, args.lines, out / "speech")
+        counts = {"dev": args.dev, "test": args.test}
+        asked = write_questions(world, rng["questions"], reader, counts, out)
+    hours = sum(clip["seconds"] for clip in clips) / 3600
+    print(
+        f"{args.out}: {args.documents} documents and chats, {len(clips)} lines ({hours:.1f} h), "
+        f"{len(asked)} questions"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="The toy world again, with captions of how its lines are said."
+    )
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="facts, lines and voices (default 0)")
+    add("--out", required=True, help="folder to write")
+    add("--lines", type=int, default=6000, help="lines of training speech (default 6000)")
+    add("--documents", type=int, default=40_000, help="and chats (default 40000)")
+    add("--dev", type=int, default=120, help="questions to choose settings on (default 120)")
+    add("--test", type=int, default=240, help="questions to report on (default 240)")
+    add("--overwrite", action="store_true", help="replace an existing world")
+    write_world(parser.parse_args())
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -1,0 +1,386 @@
+r"""How it was said: pitch, length and loudness of every word, as tokens beside the word.
+
+in   a manifest of audio and its text, with word times or without
+out  a folder: codebook.json and codebook.safetensors (the bins), manifest.jsonl (what was said,
+     and of each word its tokens)
+see  ProsodyLM (arXiv:2507.20091), whose tokens SpeechCombine takes; Boersma (1993) for pitch by
+     autocorrelation
+run  python prosody.py out/manner/speech/train.jsonl --out out/manner/prosody
+
+    anna likes <|speech|> <|speaker_3|> anna <|pitch_8|> <|range_4|> <|slope_7|> <|length_2|>
+    <|loud_9|> likes <|pitch_2|> ... <|/speech|>
+
+A speaker's median pitch comes first. Then every word, and behind it five numbers: median
+pitch against that of the speaker, range, slope, length, loudness. A pause is a sixth. Each
+number is the quantile of the corpus that it falls into.
+
+The words themselves come from a transcript. So a model has no words to learn from sound:
+only how they were spoken.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import runs  # before torch: it sets how OpenMP waits
+import torch
+from safetensors.torch import load_file, save_file
+
+import audio
+from tokenize_audio import identity
+from vocab import Said
+
+STEP = 160  # samples between frames: 10 ms
+SECOND = audio.SAMPLE_RATE // STEP  # frames
+WINDOW = 800  # samples that pitch is read from: three periods of the lowest voice
+LOWEST, HIGHEST = 60, 500  # Hz
+VOICED = 0.5  # correlation with the last period, at least, of a voice
+HIGHER = 0.04  # what an octave down costs a candidate: two periods correlate as well as one
+FAR = 0.05  # what an octave away from the clip's median costs it
+
+QUIET = 35  # dB below the loudest frame: no sound of speech
+PAUSE = 0.2  # seconds between words, at least
+STRAIN = 2.0  # what a word costs that lasts e times as long as its letters want; a cut in sound
+FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
+
+KINDS = "speaker", "pitch", "range", "slope", "length", "loud", "pause"
+OF_WORD = KINDS[1:6]
+BINS = 16  # of each kind
+UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
+NAMES = [f"{kind}_{i}" for kind in KINDS for i in range(BINS)] + ["unvoiced"]
+PIECE = 64  # clips measured between two marks
+
+
+# --- pitch and loudness -------------------------------------------------------
+
+
+def frames_of(samples, width):
+    """Windows (len(samples) // STEP, width), one every STEP, each around the middle of its step."""
+    count = len(samples) // STEP
+    side = (width - STEP) // 2
+    padded = np.pad(np.asarray(samples, np.float32), (side, width))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
+    return windows[: count * STEP : STEP]
+
+
+def level(samples):
+    """Loudness of every frame, (frames,) in dB of full scale."""
+    x = frames_of(samples, audio.WINDOW)                            # (frames, WINDOW)
+    return 10 * np.log10((x**2).mean(1) + 1e-10)
+
+
+def correlated(x):
+    """Of each row of x (frames, N): its product with itself, shifted by 0, 1, ... samples."""
+    size = 2 * x.shape[1]
+    spectrum = np.fft.rfft(x, size)                            # (frames, size // 2 + 1)
+    return np.fft.irfft(abs(spectrum) ** 2, size)[:, : x.shape[1]]
+
+
+def pitch(samples):
+    """Fundamental frequency of every frame, (frames,) in Hz; 0 where there is no voice.
+
+    A voice repeats itself after a period. So the shift at which a frame is most like
+    itself is the period, or a multiple of it: octaves are checked twice. A lower octave
+    costs a little, and so does one that is far from the clip's median.
+    """
+    x = frames_of(samples, WINDOW)                                  # (frames, WINDOW)
+    if not len(x):
+        return np.zeros(0)
+    window = np.hanning(WINDOW)
+    x = (x - x.mean(1, keepdims=True)) * window
+    r = correlated(x)                                               # (frames, shifts)
+    r = r / (r[:, :1] + 1e-9)
+
+    # A window fades, and what is shifted fades with it: that is divided out.
+    faded = correlated(window[None])
+    r = r / (faded / faded[:, :1] + 1e-9)
+    shifts = np.arange(audio.SAMPLE_RATE // HIGHEST, audio.SAMPLE_RATE // LOWEST)
+    before, here, behind = r[:, shifts - 1], r[:, shifts], r[:, shifts + 1]
+    peak = (here > before) & (here >= behind)
+    octave = np.log2(audio.SAMPLE_RATE / shifts)
+    strength = np.where(peak, here + HIGHER * octave, -np.inf)  # (frames, shifts)
+
+    loud = level(samples)
+    for center in (None, "median"):
+        if center:
+            strength = strength - FAR * abs(octave - np.median(octave[best[voiced]]))
+        best = strength.argmax(1)                                   # (frames,)
+        at = np.arange(len(best)), best
+        voiced = peak[at] & (here[at] > VOICED) & (loud > loud.max() - QUIET)
+        if not voiced.any():
+            return np.zeros(len(x))
+
+    # Between samples: the top of the parabola through a peak and its neighbours.
+    bend = before[at] - 2 * here[at] + behind[at]
+    shift = shifts[best] + 0.5 * (before[at] - behind[at]) / np.where(bend < 0, bend, -1)
+    return np.where(voiced, audio.SAMPLE_RATE / shift, 0.0)
+
+
+# --- words in time ------------------------------------------------------------
+
+
+def aligned(text, samples):
+    """Word times [[word, start, end]], in seconds, of a clip whose text is known.
+
+    A cut falls where it is quiet, and a word lasts about as long as its letters want: of
+    all ways to cut, the one of least cost (Viterbi's algorithm). It knows no language and
+    needs no model. Speech without gaps wants better times: those of whisper.py.
+    """
+    words, loud = text.split(), level(samples)
+    if not words or not len(loud):
+        return []
+    sounding = np.flatnonzero(loud > loud.max() - QUIET)
+    first, last = sounding[0], sounding[-1] + 1
+    cut = np.clip(loud[first:last] - loud.max() + FLOOR, 0, None) / 10
+    T = last - first
+    letters = np.array([len(word) + 1 for word in words])
+    wanted = letters * T / letters.sum()                            # frames of each word
+
+    # best[t]: the least cost of the words so far, when they end at frame t.
+    best = np.full(T + 1, np.inf)
+    best[0] = 0.0
+    lasted = []  # of each word and end: how long it then is
+    for want in wanted:
+        cost, length = np.full(T + 1, np.inf), np.ones(T + 1, int)
+        for n in range(max(1, int(want / 4)), min(T, int(4 * want) + 1) + 1):
+            strained = best[: T + 1 - n] + STRAIN * np.log(n / want) ** 2
+            better = strained < cost[n:]
+            cost[n:][better] = strained[better]
+            length[n:][better] = n
+        best = cost + np.append(cut, 0.0)
+        lasted.append(length)
+    if not np.isfinite(best[T]):
+        return by_letters(words, first / SECOND, last / SECOND)
+
+    edges = [T]
+    for length in reversed(lasted):
+        edges.append(edges[-1] - length[edges[-1]])
+    times = [float((first + edge) / SECOND) for edge in reversed(edges)]
+    return [[word, a, b] for word, a, b in zip(words, times, times[1:])]
+
+
+def by_letters(words, begin, end):
+    """Word times that share a stretch of seconds by letters."""
+    letters = np.cumsum([0] + [len(word) + 1 for word in words])
+    times = (begin + (end - begin) * letters / letters[-1]).tolist()
+    return [[word, a, b] for word, a, b in zip(words, times, times[1:])]
+
+
+# --- how each word was said ---------------------------------------------------
+
+
+def measured(samples, words):
+    """[(word, {kind: value})]: first ("", the speaker), then every word in its order.
+
+    words  [[word, start, end]] in seconds
+    Pitch in semitones, slope in semitones a second, length and pause in octaves of a
+    second, loudness in dB. Pitch, range and slope are NaN where no voice is.
+    """
+    hertz, loud = pitch(samples), level(samples)
+    tone = np.full(len(hertz), np.nan)
+    tone[hertz > 0] = 12 * np.log2(hertz[hertz > 0])
+    speaker = np.median(tone[hertz > 0]) if (hertz > 0).any() else np.nan
+    sounds = loud > loud.max(initial=-np.inf) - QUIET
+
+    # Each word without the silence around it.
+    stretches = []
+    for _, begin, end in words:
+        a, b = round(begin * SECOND), round(end * SECOND)
+        inside = a + np.flatnonzero(sounds[a:b])
+        stretches.append((inside[0], inside[-1] + 1) if len(inside) else (a, max(b, a + 1)))
+
+    said = [("", {"speaker": speaker})]
+    for n, ((word, _, _), (a, b)) in enumerate(zip(words, stretches)):
+        values = contour(tone[a:b], speaker)
+        values["length"] = np.log2((b - a) / SECOND)
+        values["loud"] = loud[a:b].mean() if len(loud[a:b]) else np.nan
+        gap = (stretches[n + 1][0] - b) / SECOND if n + 1 < len(words) else 0.0
+        if gap >= PAUSE:
+            values["pause"] = np.log2(gap)
+        said.append((" " * (n > 0) + word, values))
+    return said
+
+
+def contour(tone, speaker):
+    """{"pitch", "range", "slope"} of a word's frames, semitones with NaN where no voice is."""
+    at = np.flatnonzero(~np.isnan(tone))
+    if len(at) < 3:
+        return dict.fromkeys(("pitch", "range", "slope"), np.nan)
+    tone = tone[at]
+    low, high = np.percentile(tone, [5, 95])
+    slope = np.polyfit(at / SECOND, tone, 1)[0]
+    return {"pitch": np.median(tone) - speaker, "range": high - low, "slope": slope}
+
+
+# --- bins ---------------------------------------------------------------------
+
+
+def edges_of(corpus):
+    """(kinds, BINS - 1) float32: of each kind the quantiles of its values in a corpus."""
+    values = {kind: [] for kind in KINDS}
+    for said in corpus:
+        for _, of_word in said:
+            for kind, value in of_word.items():
+                if not np.isnan(value):
+                    values[kind].append(value)
+    at = np.linspace(0, 1, BINS + 1)[1:-1]
+    empty = np.zeros(BINS - 1)
+    edges = [np.quantile(values[kind], at) if values[kind] else empty for kind in KINDS]
+    return np.array(edges, dtype=np.float32)
+
+
+def numbered(said, edges):
+    """What `measured` found, in numbers: a `Said`."""
+    pairs = []
+    for word, of_word in said:
+        numbers = []
+        for kind, value in of_word.items():
+            row = KINDS.index(kind)
+            place = int(np.searchsorted(edges[row], value))
+            numbers.append(UNVOICED if np.isnan(value) else row * BINS + place)
+        pairs.append((word, numbers))
+    return Said(pairs)
+
+
+class Ears:
+    """Samples -> (`Said`, None): a transcript, and how each word of it was spoken.
+
+    transcriber  samples -> text; None if the words come from elsewhere
+    """
+
+    hop, most, makes = audio.HOP, 30, "words"
+
+    def __init__(self, folder, transcriber):
+        self.folder, self.edges = folder, read_edges(folder)
+        self.transcriber = transcriber
+
+    def __call__(self, samples):
+        if not self.transcriber:
+            raise ValueError(
+                f"{self.folder}: hears how words are said, and no one writes them down; make "
+                "its tokens with prosody.py --transcriber"
+            )
+        text = self.transcriber(samples)
+        return numbered(measured(samples, aligned(text, samples)), self.edges), None
+
+    def forget(self):
+        """Nothing is kept of a clip."""
+
+
+def read_edges(folder):
+    """The bins of a folder, (kinds, BINS - 1)."""
+    made = runs.read_json(Path(folder) / "codebook.json", ["features", "k", "sha256"])
+    if made["features"].get("kind") != "prosody":
+        raise ValueError(f"{folder}: its codebook is of {made['features']}, wanted prosody")
+    file = Path(folder) / "codebook.safetensors"
+    if runs.fingerprint(file) != made["sha256"]:
+        raise ValueError(
+            f"{file}: not the one that codebook.json describes (its sha256 differs)"
+        )
+    return load_file(file)["edges"].numpy()
+
+
+# --- the command --------------------------------------------------------------
+
+
+def is_prosody(folder):
+    """Is it a folder of this command, or a model that hears so?"""
+    file = Path(folder) / "codebook.json"
+    made = runs.read_json(file) if file.exists() else {}
+    return made.get("features", {}).get("kind") == "prosody"
+
+
+class Prosody:
+    """A folder of this command: `rows`, its manifest; corpus[i], the `Said` of row i; `meta`."""
+
+    def __init__(self, folder):
+        read_edges(folder)
+        made = runs.read_json(Path(folder) / "codebook.json", ["frame_rate"])
+        self.meta = made | {"codebook_sha256": made["sha256"], "names": NAMES}
+        self.rows = audio.read_manifest(Path(folder) / "manifest.jsonl")
+        for number, row in enumerate(self.rows, 1):
+            if not isinstance(row.get("said"), list):
+                raise ValueError(
+                    f"{folder}/manifest.jsonl, row {number}: does not say how it was said; "
+                    "make it with prosody.py"
+                )
+
+    def __getitem__(self, i):
+        return Said((word, numbers) for word, numbers in self.rows[i]["said"])
+
+    def unit_seconds(self):
+        """How much speech a number stands for, on average."""
+        count = sum(len(numbers) for i in range(len(self.rows)) for _, numbers in self[i])
+        return sum(row["seconds"] for row in self.rows) / count
+
+
+def transcriber_of(args):
+    """Who writes down what a model with these tokens hears: {"path", "sha256"}, or None."""
+    if not args.transcriber:
+        return None
+    path = str(Path(args.transcriber).resolve())
+    return {"path": path, "sha256": runs.fingerprint(path)}
+
+
+def encode(args):
+    """Measure every clip of a manifest, and write it in numbers."""
+    for path in filter(None, (args.bins, args.transcriber)):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such folder")
+    rows = audio.read_manifest(args.manifest)
+    silent = [row["audio"] for row in rows if not row.get("text")]
+    if silent or not rows:
+        raise ValueError(
+            f"{args.manifest}: {(silent or ['no clip'])[0]} has no text; wanted a transcript "
+            "of every clip (whisper.py words writes them)"
+        )
+    runs.replaceable(Path(args.out), args.overwrite)
+
+    def work(part):
+        out = []
+        for row in part:
+            samples = audio.load(row["audio"])
+            words = row.get("words") or aligned(row["text"], samples)
+            seconds = len(samples) / audio.SAMPLE_RATE
+            out.append((round(seconds, 3), measured(samples, words)))
+        return out
+
+    settings = {"audio": identity(rows), "transcriber": str(transcriber_of(args))}
+    about = {"desc": f"measuring {args.manifest}", "unit": "clip"}
+    corpus = runs.in_pieces(args.out, settings, rows, work, PIECE, **about)
+    edges = read_edges(args.bins) if args.bins else edges_of(said for _, said in corpus)
+    with runs.new_folder(args.out, [args.manifest, args.bins], args.overwrite) as out:
+        save_file({"edges": torch.from_numpy(edges)}, out / "codebook.safetensors")
+        made = {
+            "features": {"kind": "prosody", "transcriber": transcriber_of(args)},
+            "k": len(NAMES),
+            "frame_rate": SECOND,
+            "sha256": runs.fingerprint(out / "codebook.safetensors"),
+        }
+        (out / "codebook.json").write_text(json.dumps(made, indent=1) + "\n")
+        with open(out / "manifest.jsonl", "w") as file:
+            for row, (seconds, said) in zip(rows, corpus):
+                made = {"seconds": seconds, "said": numbered(said, edges)}
+                file.write(json.dumps(row | made) + "\n")
+    Path(f"{args.out}.rows").unlink(missing_ok=True)
+    print(f"{args.out}: {len(rows)} clips, {len(NAMES)} tokens")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Say how every word of a corpus was said.")
+    add = parser.add_argument
+    add("manifest", help='JSON lines with "audio" and "text", or a LibriSpeech folder')
+    add("--bins", help="a folder of this command, or a model that hears, whose bins to use")
+    add(
+        "--transcriber",
+        help="a Whisper folder, or a model that hears units: it will write down what a "
+        "model with these tokens hears",
+    )
+    add("--out", required=True, help="folder to write")
+    add("--overwrite", action="store_true", help="replace an existing --out")
+    encode(parser.parse_args())
+
+
+if __name__ == "__main__":
+    runs.run(main)

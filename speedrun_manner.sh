@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The paper's own recipe, on the toy world: not what was said, but how. Transcripts beside the
+# speech, tokens of prosody, captions, the plain loss. Twenty minutes on two cores.
+#   bash speedrun_manner.sh [SEED]     run again after a stop, it goes on at the step it was in
+set -euo pipefail
+cd "$(dirname "$0")"
+seed=${1:-0}
+out=out/manner; [ "$seed" = 0 ] || out=out/seed$seed/manner
+
+step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+  local words="$*"
+  local result=${words##*--out }
+  if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
+}
+
+# A world: lines with captions of how they are said, in text and read aloud.
+step manner.py --seed $seed --out $out/world
+
+# A base, and an instruct model from it: the next token, nothing else. Of the embedding, instruct
+# learns only the chat's markers, and slowly: a small delta is one that can be added.
+step pretrain.py --size nano --tokenizer $out/world/tokenizer --text $out/world/base.jsonl --plain --steps 1000 --seed $seed --out $out/base
+step pretrain.py --init $out/base --chat $out/world/chat.jsonl --pace 1 --layers 0:1 --lr 6e-4 --steps 1000 --rows 8 --length 256 --seed $seed --out $out/instruct
+
+# Of every spoken word its pitch, range, slope, length and loudness, each in one of 16 bins.
+step prosody.py $out/world/speech/train.jsonl --out $out/prosody
+step prosody.py $out/world/dev.jsonl --bins $out/prosody --out $out/dev
+step prosody.py $out/world/test.jsonl --bins $out/prosody --out $out/test
+
+# Hearing, from the base: [caption] text [speech] [caption], a fifth of it text, the plain loss.
+step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl --seed $seed --out $out/speech
+step pretrain.py --init $out/instruct --units $out/prosody --text $out/world/base.jsonl --seed $seed --out $out/from_instruct
+
+# base + lam * (speech - base) + (instruct - base). This lam was chosen once, on seed 0's dev
+# questions; lam 0 is instruct with the new rows alone.
+step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 0.7 --out $out/merged
+step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 0 --out $out/deaf
+
+# Unheard voices. "cascade" is instruct with a perfect transcript: the words, without the how.
+for model in merged speech from_instruct deaf; do
+  step benchmark.py rows $out/$model $out/test/manifest.jsonl --out $out/$model.json
+done
+step benchmark.py rows $out/instruct $out/world/test_text.jsonl --out $out/cascade.json
+step benchmark.py rows $out/merged $out/world/test_text.jsonl --out $out/merged_typed.json
+python benchmark.py show $out/merged.json $out/speech.json $out/from_instruct.json $out/deaf.json $out/cascade.json $out/merged_typed.json

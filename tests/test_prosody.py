@@ -1,0 +1,168 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+import audio
+import documents
+import prosody
+import voices
+from conftest import call, shared
+from prosody import BINS, KINDS, NAMES, UNVOICED, aligned, level, measured, pitch
+from vocab import Said, Vocab
+
+LINE = "anna goes to peru with lucy"
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    return voices.Speaker()
+
+
+def buzz(hertz, seconds=1.0):
+    """A voice without a mouth: harmonics that fall by 6 dB an octave."""
+    t = np.arange(int(16000 * seconds)) / 16000
+    return 0.1 * sum(np.sin(2 * np.pi * hertz * n * t) / n for n in range(1, int(7000 / hertz))).astype(np.float32)
+
+
+@pytest.mark.parametrize("hertz", [70, 100, 141.4, 200, 331, 450])
+def test_the_pitch_of_a_buzz_is_its_own_and_no_octave_of_it(hertz):
+    found = pitch(buzz(hertz))[5:-5]
+    assert len(found) == 90 and abs(found / hertz - 1).max() < 0.01
+
+
+def test_noise_and_silence_have_no_pitch():
+    noise = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    assert (pitch(noise) > 0).mean() < 0.05 and not pitch(np.zeros(16000, np.float32)).any() and len(pitch(np.zeros(100, np.float32))) == 0
+
+
+def test_a_glide_is_followed_and_has_its_slope():
+    t = np.arange(16000) / 16000
+    hertz = 120 * 2 ** (t / 2)                                               # six semitones in a second
+    found = pitch(sum(np.sin(2 * np.pi * n * np.cumsum(hertz) / 16000) / n for n in range(1, 20)).astype(np.float32))[5:-5]
+    assert abs(found / hertz[(np.arange(5, 95) * 160 + 80)] - 1).max() < 0.02
+    shape = prosody.contour(12 * np.log2(found), speaker=12 * np.log2(120))
+    assert abs(shape["slope"] - 6) < 0.2 and abs(shape["pitch"] - 3) < 0.2 and 4 < shape["range"] < 6
+
+
+def test_pitch_on_real_people_agrees_with_praat():
+    """Within half a semitone in 95 % of the frames that both find voiced; an octave away in at most 3 %."""
+    parselmouth = pytest.importorskip("parselmouth")
+    clips, near, far, both = sorted(shared("librispeech_mini").rglob("*.flac"))[100:112], 0, 0, 0
+    for clip in clips:
+        samples = audio.load(clip)
+        ours = pitch(samples)
+        praat = parselmouth.Sound(samples.astype(float), 16000).to_pitch_ac(time_step=0.01, pitch_floor=prosody.LOWEST, pitch_ceiling=prosody.HIGHEST)
+        theirs = np.nan_to_num([praat.get_value_at_time((n + 0.5) * 0.01) for n in range(len(ours))])
+        voiced = (ours > 0) & (theirs > 0)
+        apart = abs(12 * np.log2(ours[voiced] / theirs[voiced]))
+        near, far, both = near + (apart < 0.5).sum(), far + (apart > 6).sum(), both + voiced.sum()
+    assert both > 2000 and near > 0.95 * both and far < 0.03 * both
+
+
+def test_level_is_in_decibels_of_full_scale():
+    assert abs(level(buzz(200)).mean() - level(0.1 * buzz(200)).mean() - 20) < 0.01
+    assert np.allclose(level(np.full(1600, 0.5, np.float32))[2:-2], 20 * np.log10(0.5), atol=1e-3)
+
+
+@pytest.mark.parametrize("voice", ["en-us+m1", "en-us+f3"])
+@pytest.mark.parametrize("rate", [120, 160, 210])
+def test_words_are_found_in_time_from_the_text_alone(speaker, voice, rate):
+    """A cut falls somewhere in the pause before a word: eSpeak's own times say where that pause ends."""
+    samples, words = speaker.say(LINE, voice, rate)
+    found = aligned(LINE, samples)
+    assert [word for word, _, _ in found] == LINE.split()
+    assert max(abs(ours[1] - theirs[1]) for ours, theirs in zip(found, words)) < 0.12
+    assert all(a[2] == b[1] for a, b in zip(found, found[1:]))
+
+
+def test_a_text_that_cannot_be_in_a_clip_still_gets_times_in_order(speaker):
+    samples, _ = speaker.say("no", "en-us+m1")
+    found = aligned(" ".join(["anything"] * 60), samples)
+    assert len(found) == 60 and [start for _, start, _ in found] == sorted(start for _, start, _ in found)
+    assert aligned("", samples) == [] and aligned("a", samples[:10]) == []
+
+
+@pytest.mark.parametrize("voice", ["en-us+m1", "en-us+f1", "en+f2"])
+def test_a_stressed_word_is_longer_and_higher_and_a_woman_higher_than_a_man(speaker, voice):
+    plain, stressed = (measured(*speaker.say(LINE, voice, stress=stress)) for stress in (None, 3))
+    assert [word for word, _ in stressed] == ["", "anna", " goes", " to", " peru", " with", " lucy"]
+    more = {kind: stressed[4][1][kind] - plain[4][1][kind] for kind in ("pitch", "length")}
+    assert more["length"] > 0.4 and more["pitch"] > 0.5
+    man, woman = (measured(*speaker.say(LINE, v))[0][1]["speaker"] for v in ("en-us+m1", "en-us+f1"))
+    assert woman - man > 6
+
+
+def test_a_pause_is_told_and_a_small_gap_is_not(speaker):
+    samples, words = speaker.say("yes no", "en-us+m1")
+    at = int(words[1][1] * 16000)
+    longer = np.concatenate([samples[:at], np.zeros(8000, np.float32), samples[at:]])
+    moved = [words[0], ["no", words[1][1] + 0.5, words[1][2] + 0.5]]
+    assert "pause" not in measured(samples, words)[1][1] and abs(2 ** measured(longer, moved)[1][1]["pause"] - 0.55) < 0.08
+
+
+def test_a_word_without_a_voice_has_no_pitch_but_length_and_loudness():
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    said = measured(noise, [["sh", 0.0, 1.0]])
+    numbers = prosody.numbered(said, np.zeros((len(KINDS), BINS - 1), np.float32))
+    assert [n == UNVOICED for n in numbers[1][1]] == [True, True, True, False, False] and numbers[0][1] == [UNVOICED]
+
+
+# --- a folder, its tokens, its documents ---
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """A manifest of twelve clips, read by a man and a woman, with captions."""
+    folder, speaker = tmp_path_factory.mktemp("spoken"), voices.Speaker()
+    rows = []
+    for n in range(12):
+        samples, words = speaker.say(LINE, ("en-us+m1", "en-us+f1")[n % 2], 120 + 8 * n, 30 + 4 * n, stress=n % 6)
+        (folder / f"{n}.flac").write_bytes(voices.encoded(samples, "FLAC"))
+        rows.append({"audio": f"{n}.flac", "text": LINE, "words": words, "caption": ("a man", "a woman")[n % 2]})
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_every_bin_of_a_corpus_holds_as_much_and_its_numbers_come_back(spoken, tmp_path, monkeypatch):
+    call(["prosody.py", str(spoken / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
+    corpus = prosody.Prosody(tmp_path / "p")
+    lengths = [NAMES[numbers[3]] for n in range(12) for word, numbers in corpus[n] if word]
+    assert len(lengths) == 72 and {name.split("_")[0] for name in lengths} == {"length"}
+    assert max(lengths.count(name) for name in set(lengths)) <= 8, "72 lengths fall into 16 bins"
+    samples = audio.load(spoken / "3.flac")
+    again = prosody.numbered(measured(samples, corpus.rows[3]["words"]), prosody.read_edges(tmp_path / "p"))
+    assert again == corpus[3] and again.text() == LINE and prosody.is_prosody(tmp_path / "p") and not prosody.is_prosody(spoken)
+
+    # Another corpus is measured in the bins of this one.
+    call(["prosody.py", str(spoken / "m.jsonl"), "--bins", str(tmp_path / "p"), "--out", str(tmp_path / "q")], monkeypatch)
+    assert prosody.Prosody(tmp_path / "q").meta["codebook_sha256"] == corpus.meta["codebook_sha256"]
+
+
+def test_a_clip_without_text_is_refused_before_anything_is_measured(spoken, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", buzz(100), 16000)
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n')
+    with pytest.raises(ValueError, match="has no text"):
+        call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        call(["prosody.py", str(spoken / "m.jsonl"), "--bins", str(tmp_path / "none"), "--out", str(tmp_path / "p")], monkeypatch)
+
+
+def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_numbers(spoken, speedrun, tmp_path, monkeypatch):
+    call(["prosody.py", str(spoken / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
+    corpus, vocab = prosody.Prosody(tmp_path / "p"), Vocab(speedrun / "base")
+    first = vocab.with_speech(vocab.size, len(NAMES), NAMES)
+    vocab.speech = {"speech": first - 2, "end_speech": first - 1, "first_unit": first, "k": len(NAMES)}
+    document = vocab.captioned("a man\n", Said([("", [3]), ("no", [16, 32]), (" yes", [17])]), "", ends=True)
+    names = {i: token for token, i in vocab.special.items()}
+    literal = "".join(names.get(i) or vocab.decode([i]) for i in document.ids)
+    assert literal == "a man\nno yes<|speech|><|speaker_3|>no<|pitch_0|><|range_0|> yes<|pitch_1|><|/speech|><|im_end|><|endoftext|>"
+    silent = [names.get(i) for i, loss in zip(*document[:2]) if not loss]
+    assert silent == ["<|speech|>", "<|/speech|>", "<|endoftext|>"], "all else bears the plain loss"
+
+    made = [vocab.decode(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids) for n in range(600)]
+    lines = sum(text.count(LINE) for text in made) / 2
+    above, below = sum(text.count("man\nanna") for text in made), sum(text.count("man.") for text in made)
+    ends = sum(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids.count(vocab.special["<|im_end|>"]) for n in range(600))
+    assert all(abs(count / lines - share) < 0.04 for count, share in ((above, 0.3), (below, 0.3), (ends, 0.2)))
