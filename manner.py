@@ -38,7 +38,8 @@ QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r}
 
 SIGNS = "#$%&*+<=>@^_|~"
 CLUTTERED = 0.5  # of the lines in text: their words again, among signs that say nothing
-UNDESCRIBED = 0.25  # of the chats about a line: it has no caption, and the answer is a guess
+ASIDE = 0.8  # of the other turns: what is cluttered is not therefore described
+UNDESCRIBED = 0.15  # of the chats about a line: it has no caption, and the answer is a guess
 
 
 class Manner(NamedTuple):
@@ -117,9 +118,9 @@ def below(rng):
     return rng.choice(["\n", " "])
 
 
-def written(line, rng):
-    """A line as it stands in text, now and then with clutter behind it."""
-    return cluttered(line, rng) if rng.random() < CLUTTERED else line
+def written(line, rng, share=CLUTTERED):
+    """A line as it stands in text, for this share of lines with clutter behind it."""
+    return cluttered(line, rng) if rng.random() < share else line
 
 
 def described(line, caption, rng):
@@ -171,7 +172,7 @@ def chat(world, rng):
         messages = toy.chat(world, rng)
         for message in messages:
             if message["role"] == "user":
-                message["content"] = written(message["content"], rng)
+                message["content"] = written(message["content"], rng, ASIDE)
         return messages
 
     # The reply begins with the caption. So behind speech, where none stands to be copied,
@@ -278,10 +279,8 @@ def write_questions(world, rng, reader, counts, out):
 def word_counts(world, rng):
     """{piece: how often}, of toy.py's world and of this one's words."""
     counts = toy.word_counts(world, rng)
-    for _ in range(2000):
-        text = captioned_text(world, rng)
-        said = [message["content"] for message in chat(world, rng)]
-        counts.update(re.findall(" ?[a-z]+", "\n".join([text, *said])))
+    for _ in range(4000):
+        counts.update(re.findall(" ?[a-z]+", captioned_text(world, rng)))
     return counts
 
 
