@@ -17,6 +17,7 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 from audio import Units, between
+from prosody import Prosody, is_prosody
 from vocab import Document, Vocab
 
 # Transcripts are of single words for this share of a run; then the longest grows by 20
@@ -80,6 +81,15 @@ def field(row, name, path, kind=str):
             f"{', '.join(row)}; wanted a {kind.__name__} there"
         )
     return row[name]
+
+
+def read_corpus(folder):
+    """{layout: speech to train on}, of a folder of units, or of prosody beside transcripts."""
+    if not folder:
+        return {}
+    if is_prosody(folder):
+        return {"captioned": Prosody(folder)}
+    return dict.fromkeys(("interleave", "transcribe"), Units(folder))
 
 
 # --- documents of speech and text ---------------------------------------------
@@ -372,29 +382,31 @@ def main():
         "--text", help='JSON lines {"text"}, or a .txt with one document a line'
     )
     parser.add_argument("--chat", help='JSON lines {"messages": [{"role", "content"}]}')
-    parser.add_argument("--units", help="a folder of tokenize_audio.py encode")
+    parser.add_argument(
+        "--units", help="a folder of tokenize_audio.py encode, or of prosody.py"
+    )
     parser.add_argument(
         "--length", type=int, default=256, help="tokens in a row (default 256)"
     )
     args = parser.parse_args()
 
-    vocab, units = Vocab(args.folder), args.units and Units(args.units)
-    if units and not vocab.speech:
+    vocab, spoken = Vocab(args.folder), read_corpus(args.units)
+    if spoken and not vocab.speech:
         raise ValueError(
             f"{args.folder} cannot hear (no speech.json), so units are no tokens of "
             "it; give a speech or merged model"
         )
-    if units and vocab.speech["codebook_sha256"] != units.meta["codebook_sha256"]:
-        raise ValueError(
-            f"{args.units} was encoded with another codebook than {args.folder} learnt"
-        )
+    for corpus in spoken.values():
+        if vocab.speech["codebook_sha256"] != corpus.meta["codebook_sha256"]:
+            raise ValueError(
+                f"{args.units} was encoded with another codebook than {args.folder} learnt"
+            )
     if args.length < 2:
         raise ValueError(f"--length {args.length}: wanted at least 2")
     sources = {
         "text": args.text and read_text(args.text),
         "chat": args.chat and read_chats(args.chat),
-        "interleave": units,
-        "transcribe": units,
+        **spoken,
     }
     mix = {name: 1.0 for name, source in sources.items() if source}
     if not mix:

@@ -30,12 +30,11 @@ from tqdm import tqdm
 
 import weights
 from align import Align
-from audio import Units
-from documents import Documents, batches_ahead, cut, pack, read_chats, read_text
+from documents import Documents, batches_ahead, cut, pack, read_chats, read_corpus, read_text
 from fused import linear_cross_entropy
 from model import SIZES, LM, Config, LoRA, add_lora, add_rows, merge_lora
 from muon import Muon
-from prosody import Prosody, is_prosody
+from prosody import is_prosody
 from vocab import Vocab
 
 # The settings of each stage, for the toy world. A real model wants a tenth of these rates
@@ -199,15 +198,11 @@ def start_model(args):
             f"the embedding has {model.config.vocab_size} rows"
         )
     if args.units:
-        add_units(model, vocab, read_corpus(args.units), args)
+        corpus, *_ = read_corpus(args.units).values()
+        add_units(model, vocab, corpus, args)
 
     speech = vocab.speech or {"first_unit": 0, "k": 0}
     return model, vocab, range(speech["first_unit"], speech["first_unit"] + speech["k"])
-
-
-def read_corpus(folder):
-    """Speech to train on: a folder of units, or of prosody beside transcripts."""
-    return Prosody(folder) if is_prosody(folder) else Units(folder)
 
 
 def add_units(model, vocab, corpus, args):
@@ -238,22 +233,21 @@ def add_units(model, vocab, corpus, args):
 
 def read_sources(args):
     """({layout: its documents}, {layout: weight}) of a run, checked."""
-    corpus = read_corpus(args.units) if args.units else None
+    spoken = read_corpus(args.units)
     sources = {
         "text": args.text and read_text(args.text),
         "chat": args.chat and read_chats(args.chat),
-        "interleave": corpus,
-        "transcribe": corpus,
-        "captioned": corpus,
+        **spoken,
     }
     mix = {name: weight for name, weight in args.mix.items() if weight > 0}
-    lacking = [name for name in mix if not sources[name]]
+    lacking = [name for name in mix if not sources.get(name)]
     if lacking:
         raise ValueError(
             f"--mix wants {', '.join(lacking)}, but no data for it is given (--text, "
             "--chat or --units)"
         )
-    if corpus and not args.unit_loss and not any(row.get("text") for row in corpus.rows):
+    rows = [row for corpus in spoken.values() for row in corpus.rows]
+    if rows and not args.unit_loss and not any(row.get("text") for row in rows):
         raise ValueError(
             f"{args.units}: no row has text, so there is no text to predict; give "
             "speech with its text, or --unit-loss above 0"
@@ -601,7 +595,7 @@ class Log:
         self.rank, self.world = runs.processes()
         self.spent = 0.0  # seconds before a stop
         self.heard = 0  # units trained on; where processes share, one of them estimates it
-        corpus = sources["interleave"]
+        corpus = sources.get("interleave") or sources.get("captioned")
         if corpus:
             self.unit_seconds = corpus.unit_seconds()
 
@@ -765,7 +759,7 @@ def arguments():
     add("--tokenizer", help="folder of the text tokenizer, with --size")
     add("--text", help='JSON lines {"text"}, or a .txt with one document a line')
     add("--chat", help='JSON lines {"messages": [{"role", "content"}]}')
-    add("--units", help="a folder of tokenize_audio.py encode")
+    add("--units", help="a folder of tokenize_audio.py encode, or of prosody.py")
     add("--out", required=True, help="model folder to write")
 
     add_recipe_flags(add, default)

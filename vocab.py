@@ -12,6 +12,7 @@ text         text <eos>                                                all
 chat         <|im_start|>user\\n...<|im_end|>\\n                       replies and their end
              <|im_start|>assistant\\n...<|im_end|>\\n
 spoken turn  <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
+captioned    caption\\n text <|speech|> word numbers... <|/speech|> <eos>  all but switches and end
 page         question: ...\\nanswer:         a plain prompt, for a model that never chatted
 
 `<|/speech|>` alone promises nothing: text may go on, or the cue " transcript:" may ask
@@ -680,7 +681,12 @@ def show(vocab):
         question = {"role": "user", "content": "hi"}
         line("chat", *vocab.chat([question, {"role": "assistant", "content": "yes"}])[:2])
     line("page", vocab.page("hi"))
-    if vocab.speech:
+    said = Said([("", [3]), ("hi", [24, 40, 56, 72, 88])])
+    if vocab.speech and vocab.speech.get("features", {}).get("kind") == "prosody":
+        line("captioned", *vocab.captioned("a high fast woman\n", said, "")[:2])
+        if vocab.family:
+            line("spoken turn", vocab.turn([{"role": "user", "content": said}]))
+    elif vocab.speech:
         units = np.array([3, 1, 4])
         line("interleave", *vocab.interleave(["hi", [(" hi", units)], " there"])[:2])
         line("transcribe", *vocab.transcribe([("hi", units)])[:2])

@@ -27,6 +27,8 @@ SMALL = {      # flags that shrink a step of speedrun.sh to a second or two
     "tokenize_audio.py encode": "--device cpu",
     "evaluate.py table": "--device cpu",
     "chat.py": "--device cpu",
+    "manner.py": "--lines 12 --documents 200 --dev 3 --test 6",
+    "benchmark.py rows": "--device cpu",
 }
 
 
@@ -45,9 +47,9 @@ def real(name):
     return folder
 
 
-def speedrun_commands(out):
-    """The commands of speedrun.sh as word lists, writing to `out`, at their real size."""
-    lines = re.findall(r"^(?:step|python) (\w+\.py .*)$", (ROOT / "speedrun.sh").read_text(), re.M)
+def speedrun_commands(out, script="speedrun.sh"):
+    """The commands of a speedrun as word lists, writing to `out`, at their real size."""
+    lines = re.findall(r"^(?:step|python) (\w+\.py .*)$", (ROOT / script).read_text(), re.M)
     return [shlex.split(line.replace("$out", str(out)).replace("$seed", "0")) for line in lines]
 
 

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -12,23 +13,16 @@ import manner
 import prosody
 import toy
 from chat import Chat
-from conftest import ROOT, call
+from conftest import ROOT, call, shrink, speedrun_commands
 from vocab import Vocab
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A small world, its tokens of prosody, and three small models that were trained on it, with their sum."""
+    """The out folder of a whole shrunken speedrun_manner.sh."""
     out, patch = tmp_path_factory.mktemp("manner"), pytest.MonkeyPatch()
-    few = ["--steps", "4", "--rows", "2", "--device", "cpu"]
-    call(["manner.py", "--lines", "12", "--documents", "200", "--dev", "3", "--test", "6", "--out", str(out / "world")], patch)
-    call(["prosody.py", str(out / "world/speech/train.jsonl"), "--out", str(out / "prosody")], patch)
-    call(["prosody.py", str(out / "world/test.jsonl"), "--bins", str(out / "prosody"), "--out", str(out / "test")], patch)
-    text, train = str(out / "world/base.jsonl"), ["pretrain.py", "--init", str(out / "base"), *few]
-    call(["pretrain.py", "--size", "micro", "--tokenizer", str(out / "world/tokenizer"), "--text", text, "--plain", *few, "--out", str(out / "base")], patch)
-    call([*train, "--chat", str(out / "world/chat.jsonl"), "--out", str(out / "instruct")], patch)
-    call([*train, "--units", str(out / "prosody"), "--text", text, "--out", str(out / "speech")], patch)
-    call(["merge.py", *(word for name in ("base", "instruct", "speech") for word in (f"--{name}", str(out / name))), "--out", str(out / "merged")], patch)
+    for words in speedrun_commands(out, "speedrun_manner.sh"):
+        call(shrink(words), patch)
     patch.undo()
     return out
 
@@ -120,17 +114,14 @@ def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
 
 
 def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(world, tmp_path, monkeypatch, capsys):
-    rows = world / "test/manifest.jsonl"
-    call(["benchmark.py", "rows", str(world / "merged"), str(rows), "--device", "cpu", "--out", str(tmp_path / "m.json")], monkeypatch)
-    made = json.loads((tmp_path / "m.json").read_text())
+    made = json.loads((world / "merged.json").read_text())
     assert {name: {m: c["n"] for m, c in made[name].items()} for name in ("fact", "manner", "stress")} == {"fact": {"exact": 3}, "manner": {"ends": 4}, "stress": {"ends": 2}}
-    capsys.readouterr()
-    (tmp_path / "n.json").write_text(json.dumps(made))
-    call(["benchmark.py", "show", str(tmp_path / "m.json"), str(tmp_path / "n.json")], monkeypatch)
+    names = "merged", "typed", "cascade", "speech", "deaf", "from_instruct"
+    call(["benchmark.py", "show", *(str(world / f"{name}.json") for name in names)], monkeypatch)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["fact", "manner", "stress"] and len(lines) == 3 and len(lines[1].split()) == 4
+    assert lines[0].split() == ["fact", "manner", "stress"] and len(lines) == 7 and all(len(line.split()) == 4 for line in lines[1:])
     with pytest.raises(ValueError, match="cannot hear"):
-        call(["benchmark.py", "rows", str(world / "instruct"), str(rows), "--device", "cpu", "--out", str(tmp_path / "i.json")], monkeypatch)
+        call(["benchmark.py", "rows", str(world / "instruct"), str(world / "test/manifest.jsonl"), "--device", "cpu", "--out", str(tmp_path / "i.json")], monkeypatch)
 
 
 def test_ends_is_right_of_a_reply_that_ends_with_the_answer_whatever_it_says_before():
@@ -152,3 +143,25 @@ def test_without_a_transcriber_a_model_of_prosody_hears_no_sound_and_with_one_it
     said, seconds = chat.hear(audio.load(clip), clip)
     assert seconds > 0.5 and chat.heard(said) == said.text() == Chat(speedrun / "speech").heard(Chat(speedrun / "speech").hear(audio.load(clip), clip)[0])
     assert said[0][0] == "" and len(chat.vocab.content([said])) > len(said)
+
+
+def test_every_word_of_this_world_is_one_token(world):
+    vocab = Vocab(world / "world/tokenizer")
+    texts = [row["text"] for row in rows_of(world / "world/base.jsonl")] + [m["content"] for row in rows_of(world / "world/chat.jsonl") for m in row["messages"]]
+    words = {word for text in texts if " transcript:" not in text for word in re.findall(r" [a-z]+", text) if word.strip() in toy_words()}
+    assert len(words) > 100 and all(len(vocab.encode(word)) == 1 for word in words)
+
+
+def toy_words():
+    """The words that captions and questions about them are made of, and the names of the world."""
+    said = " ".join([*manner.QUESTIONS, *manner.RELATIONS, *manner.GENDERS, *manner.PITCHES, *manner.PACES, "stresses", *toy.NAMES, *toy.PEOPLE])
+    return set(said.replace("{r}", "").split())
+
+
+def test_its_documents_can_be_looked_at_and_layouts_of_units_are_refused(world, tmp_path, monkeypatch, capsys):
+    call(["documents.py", str(world / "speech"), "--units", str(world / "prosody")], monkeypatch)
+    call(["vocab.py", "show", str(world / "speech")], monkeypatch)
+    said = capsys.readouterr().out
+    assert said.count("captioned\n    ") == 2 and "<|pitch_" in said and "spoken turn" in said
+    with pytest.raises(ValueError, match="--mix wants interleave, but no data"):
+        call(["pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"), "--mix", "interleave=1", "--out", str(tmp_path / "x")], monkeypatch)

@@ -14,8 +14,8 @@ from conftest import ROOT, speedrun_commands
 ARROWS = {     # module -> what it may import; design and README draw the same picture
     "runs": set(), "fused": set(), "muon": set(), "weights": {"runs"}, "vocab": {"runs"}, "audio": {"runs"}, "align": {"fused"},
     "model": {"runs", "weights", "fused"}, "hubert": {"runs", "weights", "audio"}, "voices": {"runs", "audio"},
-    "tokenize_audio": {"runs", "weights", "audio", "hubert"}, "documents": {"runs", "vocab", "audio"}, "merge": {"runs", "weights", "vocab"},
-    "pretrain": {"runs", "weights", "fused", "muon", "model", "vocab", "audio", "documents", "align", "prosody"},
+    "tokenize_audio": {"runs", "weights", "audio", "hubert"}, "documents": {"runs", "vocab", "audio", "prosody"}, "merge": {"runs", "weights", "vocab"},
+    "pretrain": {"runs", "weights", "fused", "muon", "model", "vocab", "documents", "align", "prosody"},
     "prosody": {"runs", "audio", "vocab", "tokenize_audio"},
     "whisper": {"runs", "weights", "vocab", "audio"},
     "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper", "prosody"},
