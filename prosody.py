@@ -190,7 +190,7 @@ def measured(samples, words):
         inside = a + np.flatnonzero(sounds[a:b])
         stretches.append((inside[0], inside[-1] + 1) if len(inside) else (a, max(b, a + 1)))
 
-    said = [("", {"speaker": speaker})]
+    said = [("", {"speaker": float(speaker)})]
     for n, ((word, _, _), (a, b)) in enumerate(zip(words, stretches)):
         values = contour(tone[a:b], speaker)
         values["length"] = np.log2((b - a) / SECOND)
@@ -198,7 +198,9 @@ def measured(samples, words):
         gap = (stretches[n + 1][0] - b) / SECOND if n + 1 < len(words) else 0.0
         if gap >= PAUSE:
             values["pause"] = np.log2(gap)
-        said.append((" " * (n > 0) + word, values))
+        # Plain numbers: a checkpoint holds no NumPy.
+        numbers = {kind: float(value) for kind, value in values.items()}
+        said.append((" " * (n > 0) + word, numbers))
     return said
 
 

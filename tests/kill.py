@@ -30,6 +30,7 @@ COMMANDS = {
     "speech": "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps 450 --rows 2 --device cpu --out {out}",
     "hubert": "hubert.py train --units {w}/units --steps 150 --batch 2 --device cpu --out {out}",
     "encode": "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook {w}/codebook --device cpu --out {out}",
+    "prosody": "prosody.py {w}/toy/speech/train.jsonl --out {out}",
     "merge": "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {out}",
     "rows": "benchmark.py rows {w}/merged {w}/rows.jsonl --device cpu --out {out}.json",
 }

@@ -140,6 +140,27 @@ def test_every_bin_of_a_corpus_holds_as_much_and_its_numbers_come_back(spoken, t
     assert prosody.Prosody(tmp_path / "q").meta["codebook_sha256"] == corpus.meta["codebook_sha256"]
 
 
+def test_measuring_goes_on_after_a_stop_and_ends_with_the_same_bytes(spoken, tmp_path, monkeypatch):
+    words = ["prosody.py", str(spoken / "m.jsonl"), "--out"]
+    call([*words, str(tmp_path / "straight")], monkeypatch)
+    monkeypatch.setattr(prosody, "PIECE", 5)
+    measure, count = prosody.measured, []
+
+    def dying(*given):
+        count.append(1)
+        if len(count) == 8:
+            raise KeyboardInterrupt
+        return measure(*given)
+    monkeypatch.setattr(prosody, "measured", dying)
+    with pytest.raises(KeyboardInterrupt):
+        call([*words, str(tmp_path / "p")], monkeypatch)
+    call([*words, str(tmp_path / "p")], monkeypatch)
+    assert len(count) == 8 + 7, "the first five were kept"
+    for name in ("manifest.jsonl", "codebook.json", "codebook.safetensors"):
+        assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert not (tmp_path / "p.rows").exists()
+
+
 def test_a_clip_without_text_is_refused_before_anything_is_measured(spoken, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "a.wav", buzz(100), 16000)
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n')
