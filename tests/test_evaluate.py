@@ -152,7 +152,7 @@ def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(speedrun, tm
     assert made["rows"] == ["B", "B"] and made["choice"]["value"] == 0.5
 
 
-@pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, contains, wer, choice"),
+@pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, ends, contains, wer, choice"),
                                        ({"text": "hi", "answer": "z", "choices": ["a", "b"]}, "none of its choices"),
                                        ({"text": "hi", "answer": "x", "instruction": 5}, "got instruction = 5, wanted a string"), ({"text": "hi", "answer": "1", "choices": [1, 2]}, "none of its choices")])
 def test_a_row_that_cannot_be_scored_is_named(row, said, speedrun, tmp_path, monkeypatch):

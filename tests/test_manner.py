@@ -165,3 +165,14 @@ def test_its_documents_can_be_looked_at_and_layouts_of_units_are_refused(world, 
     assert said.count("captioned\n    ") == 2 and "<|pitch_" in said and "spoken turn" in said
     with pytest.raises(ValueError, match="--mix wants interleave, but no data"):
         call(["pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"), "--mix", "interleave=1", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+def test_the_readme_tells_what_the_results_hold():
+    """Of gender, pitch and pace; of the stressed word; of spoken facts, and of the same typed."""
+    rows = json.loads((ROOT / "results/manner.json").read_text())[0]["rows"]
+    value = lambda row, group: format(rows[row][group]["value"], ".2f")
+    told = " ".join((ROOT / "README.md").read_text().split())
+    assert f"right in {value('merged', 'manner')}, with words alone in {value('cascade', 'manner')}." in told
+    assert f"stressed word: {value('merged', 'stress')} and {value('cascade', 'stress')}." in told
+    assert f"Spoken facts: {value('merged', 'fact')}, typed {value('typed', 'fact')}." in told
+    assert f"Learnt by instruct itself instead: {value('from_instruct', 'manner')}, facts {value('from_instruct', 'fact')}." in told
