@@ -175,4 +175,4 @@ def test_the_readme_tells_what_the_results_hold():
     assert f"right in {value('merged', 'manner')}, with words alone in {value('cascade', 'manner')}." in told
     assert f"stressed word: {value('merged', 'stress')} and {value('cascade', 'stress')}." in told
     assert f"Spoken facts: {value('merged', 'fact')}, typed {value('typed', 'fact')}." in told
-    assert f"Learnt by instruct itself instead: {value('from_instruct', 'manner')}, facts {value('from_instruct', 'fact')}." in told
+    assert f"Learnt by instruct itself: {value('from_instruct', 'manner')}, facts {value('from_instruct', 'fact')}." in told
