@@ -88,10 +88,12 @@ def what_is_wrong(row):
         return "no answer, wanted a string with something in it"
     asked = "audio", "text", "instruction"
     if not any(row.get(name) for name in (*asked, "said")):
-        return "nothing to ask, wanted audio, text or instruction"
+        return "nothing to ask, wanted audio, said, text or instruction"
     for name in asked:
         if not isinstance(row.get(name) or "", str):
             return f"got {name} = {str(row[name])[:40]}, wanted a string"
+    if not isinstance(row.get("group") or "", str):
+        return f"got group = {str(row['group'])[:40]}, wanted a string"
     if row["metric"] == "choice":
         choices = row.get("choices")
         texts = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
@@ -135,7 +137,7 @@ def score_rows(args):
             words.append("Answer with the letter.")
         text = "\n".join(words)
         if row.get("said"):  # its text is in it
-            units = Said((word, numbers) for word, numbers in row["said"])
+            units = Said.read(row["said"], args.rows)
         elif row.get("audio"):
             units, _ = ears(audio.load(folder / row["audio"]))
         else:
@@ -164,10 +166,13 @@ def score_rows(args):
 
     said = in_batches(args, rows, work)
     scores = scores_by_metric(rows, said)
-    for group in sorted({row["group"] for row in rows if row.get("group")}):
+    groups = sorted({row["group"] for row in rows if row.get("group")})
+    if groups:
+        scores["groups"] = {}
+    for group in groups:
         among = [n for n, row in enumerate(rows) if row.get("group") == group]
         part = scores_by_metric([rows[n] for n in among], [said[n] for n in among])
-        scores[group] = part
+        scores["groups"][group] = part
     finish(args, scores, said)
 
 
@@ -205,12 +210,12 @@ def scores_by_metric(rows, said):
 
 def show(files):
     """What several models scored, group by group, as a table."""
-    made = {file: runs.read_json(file, ["rows", "made"]) for file in files}
-    names = [name for name in next(iter(made.values())) if name not in ("rows", "made", *METRICS)]
+    made = {file: runs.read_json(file, ["groups"])["groups"] for file in files}
+    names = sorted({name for groups in made.values() for name in groups})
     width = 2 + max(map(len, files))
     print(" " * width + "".join(f"{name:>10}" for name in names))
-    for file, scores in made.items():
-        cells = [next(iter(scores.get(name, {}).values()), None) for name in names]
+    for file, groups in made.items():
+        cells = [next(iter(groups.get(name, {}).values()), None) for name in names]
         values = ["-" if cell is None else format(cell["value"], ".2f") for cell in cells]
         print(f"{file:{width}}" + "".join(f"{value:>10}" for value in values))
 

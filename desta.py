@@ -323,9 +323,9 @@ def load(folder, device="cpu", hubert=None, dtype=None):
         model, vocab = LM.load(folder, device, dtype).eval(), Vocab(folder)
         if not vocab.speech:
             return model, vocab, None
-        features = vocab.speech.get("features") or {}
-        if features.get("kind") == "prosody":
-            return model, vocab, prosody.Ears(folder, hears_words(features, folder, device))
+        if vocab.reads_prosody():
+            writer = hears_words(vocab.speech["features"], folder, device)
+            return model, vocab, prosody.Ears(folder, writer)
         return model, vocab, AudioTokenizer(folder, device, hubert)
 
     made = runs.read_json(

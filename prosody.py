@@ -45,7 +45,6 @@ STRAIN = 2.0  # what a word costs that lasts e times as long as its letters want
 FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
 
 KINDS = "speaker", "pitch", "range", "slope", "length", "loud", "pause"
-OF_WORD = KINDS[1:6]
 BINS = 16  # of each kind
 UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
 NAMES = [f"{kind}_{i}" for kind in KINDS for i in range(BINS)] + ["unvoiced"]
@@ -102,18 +101,21 @@ def pitch(samples):
     strength = np.where(peak, here + HIGHER * octave, -np.inf)  # (frames, shifts)
 
     loud = level(samples)
-    for center in (None, "median"):
-        if center:
-            strength = strength - FAR * abs(octave - np.median(octave[best[voiced]]))
-        best = strength.argmax(1)                                   # (frames,)
-        at = np.arange(len(best)), best
-        voiced = peak[at] & (here[at] > VOICED) & (loud > loud.max() - QUIET)
-        if not voiced.any():
-            return np.zeros(len(x))
+
+    def chosen(strength):
+        """(each frame's strongest shift, as an index of the arrays above; is it a voice's?)."""
+        at = np.arange(len(x)), strength.argmax(1)
+        return at, peak[at] & (here[at] > VOICED) & (loud > loud.max() - QUIET)
+
+    at, voiced = chosen(strength)
+    if not voiced.any():
+        return np.zeros(len(x))
+    median = np.median(octave[at[1][voiced]])
+    at, voiced = chosen(strength - FAR * abs(octave - median))
 
     # Between samples: the top of the parabola through a peak and its neighbours.
     bend = before[at] - 2 * here[at] + behind[at]
-    shift = shifts[best] + 0.5 * (before[at] - behind[at]) / np.where(bend < 0, bend, -1)
+    shift = shifts[at[1]] + 0.5 * (before[at] - behind[at]) / np.where(bend < 0, bend, -1)
     return np.where(voiced, audio.SAMPLE_RATE / shift, 0.0)
 
 
@@ -301,20 +303,17 @@ class Prosody:
         made = runs.read_json(Path(folder) / "codebook.json", ["frame_rate"])
         self.meta = made | {"codebook_sha256": made["sha256"], "names": NAMES}
         self.rows = audio.read_manifest(Path(folder) / "manifest.jsonl")
+        self.said = []
         for number, row in enumerate(self.rows, 1):
-            if not isinstance(row.get("said"), list):
-                raise ValueError(
-                    f"{folder}/manifest.jsonl, row {number}: does not say how it was said; "
-                    "make it with prosody.py"
-                )
+            self.said.append(Said.read(row.get("said"), f"{folder}/manifest.jsonl, row {number}"))
 
     def __getitem__(self, i):
-        return Said((word, numbers) for word, numbers in self.rows[i]["said"])
+        return self.said[i]
 
     def unit_seconds(self):
         """How much speech a number stands for, on average."""
-        count = sum(len(numbers) for i in range(len(self.rows)) for _, numbers in self[i])
-        return sum(row["seconds"] for row in self.rows) / count
+        count = sum(len(numbers) for said in self.said for _, numbers in said)
+        return sum(row.get("seconds", 0) for row in self.rows) / max(1, count)
 
 
 def transcriber_of(args):

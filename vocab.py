@@ -313,6 +313,20 @@ class Said(list):
     [("", [3]), ("anna", [24, 39, 55]), (" likes", [18, ...]), ...]: see prosody.py
     """
 
+    @classmethod
+    def read(cls, pairs, where):
+        """One of JSON; a ValueError that begins with `where` if it has another form."""
+        try:
+            said = cls((word, [int(number) for number in numbers]) for word, numbers in pairs)
+            if all(isinstance(word, str) for word, _ in said):
+                return said
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(
+            f"{where}: got said = {str(pairs)[:40]}, wanted [[word, [number, ...]], ...]; make "
+            "it with prosody.py"
+        )
+
     def text(self):
         return "".join(word for word, _ in self)
 
@@ -508,19 +522,32 @@ class Vocab:
                 "this model cannot hear: its folder has no speech.json (merge a "
                 "speech model into it)"
             )
+        if isinstance(units, Said) != self.reads_prosody():
+            raise ValueError(
+                "a model of units was given words with their prosody, or the other way round; "
+                "give a model that was trained on such speech"
+            )
         if isinstance(units, Said):
             ids = self.encode(units.text()) + [self.speech["speech"]]
             for word, numbers in units:
-                ids += self.encode(word) + self.span(np.asarray(numbers))[1:-1]
+                ids += self.encode(word) + self.rows_of(numbers)
             return [*ids, self.speech["end_speech"]]
-        units = np.asarray(units, dtype=np.int64)
-        if units.size and units.max() >= self.speech["k"]:
+        return [self.speech["speech"], *self.rows_of(units), self.speech["end_speech"]]
+
+    def reads_prosody(self):
+        """Does its speech come with words and prosody, and not as units?"""
+        return (self.speech.get("features") or {}).get("kind") == "prosody"
+
+    def rows_of(self, units):
+        """The ids of units."""
+        units, k = np.asarray(units, dtype=np.int64), self.speech["k"]
+        unknown = units[(units < 0) | (units >= k)]
+        if len(unknown):
             raise ValueError(
-                f"unit {units.max()} is outside this model's codebook of "
-                f"{self.speech['k']}; encode with the codebook in its folder"
+                f"unit {unknown[0]} is outside this model's codebook of {k}; encode with the "
+                "codebook in its folder"
             )
-        ids = (self.speech["first_unit"] + units).tolist()
-        return [self.speech["speech"], *ids, self.speech["end_speech"]]
+        return (self.speech["first_unit"] + units).tolist()
 
     def content(self, parts):
         """Ids of what a turn or a question says: text, units (an array), or a list of both."""
@@ -682,7 +709,7 @@ def show(vocab):
         line("chat", *vocab.chat([question, {"role": "assistant", "content": "yes"}])[:2])
     line("page", vocab.page("hi"))
     said = Said([("", [3]), ("hi", [24, 40, 56, 72, 88])])
-    if vocab.speech and vocab.speech.get("features", {}).get("kind") == "prosody":
+    if vocab.speech and vocab.reads_prosody():
         line("captioned", *vocab.captioned("a high fast woman\n", said, "")[:2])
         if vocab.family:
             line("spoken turn", vocab.turn([{"role": "user", "content": said}]))

@@ -114,7 +114,7 @@ def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
 
 
 def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(world, tmp_path, monkeypatch, capsys):
-    made = json.loads((world / "merged.json").read_text())
+    made = json.loads((world / "merged.json").read_text())["groups"]
     assert {name: {m: c["n"] for m, c in made[name].items()} for name in ("fact", "manner", "stress")} == {"fact": {"exact": 3}, "manner": {"ends": 4}, "stress": {"ends": 2}}
     names = "merged", "typed", "cascade", "speech", "deaf", "from_instruct"
     call(["benchmark.py", "show", *(str(world / f"{name}.json") for name in names)], monkeypatch)
@@ -176,3 +176,16 @@ def test_the_readme_tells_what_the_results_hold():
     assert f"stressed word: {value('merged', 'stress')} and {value('cascade', 'stress')}." in told
     assert f"Spoken facts: {value('merged', 'fact')}, typed {value('typed', 'fact')}." in told
     assert f"Learnt by instruct itself: {value('from_instruct', 'manner')}, facts {value('from_instruct', 'fact')}." in told
+
+
+@pytest.mark.parametrize("row, said", [({"said": 5}, "wanted [[word"), ({"said": [["a", ["x"]]]}, "wanted [[word"), ({"said": [["a", [-1]]]}, "unit -1 is outside"),
+                                       ({"said": [["a", [900]]]}, "unit 900 is outside"), ({"text": "hi", "group": ["a"]}, "wanted a string")])
+def test_rows_of_prosody_of_the_wrong_form_are_shown(row, said, world, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"answer": "x"}) + "\n")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        call(["benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
+
+
+def test_words_with_prosody_are_no_units(world, speedrun, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="a model of units was given words"):
+        call(["benchmark.py", "rows", str(speedrun / "merged"), str(world / "test/manifest.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)

@@ -174,7 +174,7 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
     call(["prosody.py", str(spoken / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
     corpus, vocab = prosody.Prosody(tmp_path / "p"), Vocab(speedrun / "base")
     first = vocab.with_speech(vocab.size, len(NAMES), NAMES)
-    vocab.speech = {"speech": first - 2, "end_speech": first - 1, "first_unit": first, "k": len(NAMES)}
+    vocab.speech = {"speech": first - 2, "end_speech": first - 1, "first_unit": first, "k": len(NAMES), "features": {"kind": "prosody"}}
     document = vocab.captioned("a man\n", Said([("", [3]), ("no", [16, 32]), (" yes", [17])]), "", ends=True)
     names = {i: token for token, i in vocab.special.items()}
     literal = "".join(names.get(i) or vocab.decode([i]) for i in document.ids)
