@@ -249,7 +249,8 @@ def check_row(row, where):
         )
     for word in row.get("words") or []:
         kinds = [type(part) for part in word] if isinstance(word, list) else []
-        if len(kinds) != 3 or kinds[0] is not str or not set(kinds[1:]) <= {int, float}:
+        timed = len(kinds) == 3 and kinds[0] is str and set(kinds[1:]) <= {int, float}
+        if not timed or not 0 <= word[1] <= word[2] < math.inf:
             raise ValueError(
                 f'{where}: got {str(word)[:40]} among "words", wanted ["the", start, '
                 "end] in seconds"

@@ -211,6 +211,9 @@ def scores_by_metric(rows, said):
 def show(files):
     """What several models scored, group by group, as a table."""
     made = {file: runs.read_json(file, ["groups"])["groups"] for file in files}
+    for file, groups in made.items():
+        if not isinstance(groups, dict) or not all(isinstance(c, dict) for c in groups.values()):
+            raise ValueError(f"{file}: no scores by group; wanted a file of benchmark.py rows")
     names = sorted({name for groups in made.values() for name in groups})
     width = 2 + max(map(len, files))
     print(" " * width + "".join(f"{name:>10}" for name in names))

@@ -330,12 +330,13 @@ def encode(args):
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such folder")
     rows = audio.read_manifest(args.manifest)
-    silent = [row["audio"] for row in rows if not row.get("text")]
+    silent = [row["audio"] for row in rows if not row.get("text", "").strip()]
     if silent or not rows:
         raise ValueError(
             f"{args.manifest}: {(silent or ['no clip'])[0]} has no text; wanted a transcript "
             "of every clip (whisper.py words writes them)"
         )
+    edges = read_edges(args.bins) if args.bins else None
     runs.replaceable(Path(args.out), args.overwrite)
 
     def work(part):
@@ -350,7 +351,8 @@ def encode(args):
     settings = {"audio": identity(rows), "transcriber": str(transcriber_of(args))}
     about = {"desc": f"measuring {args.manifest}", "unit": "clip"}
     corpus = runs.in_pieces(args.out, settings, rows, work, PIECE, **about)
-    edges = read_edges(args.bins) if args.bins else edges_of(said for _, said in corpus)
+    if edges is None:
+        edges = edges_of(said for _, said in corpus)
     with runs.new_folder(args.out, [args.manifest, args.bins], args.overwrite) as out:
         save_file({"edges": torch.from_numpy(edges)}, out / "codebook.safetensors")
         made = {

@@ -120,6 +120,9 @@ def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(world, tmp_pa
     call(["benchmark.py", "show", *(str(world / f"{name}.json") for name in names)], monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["fact", "manner", "stress"] and len(lines) == 7 and all(len(line.split()) == 4 for line in lines[1:])
+    (tmp_path / "x.json").write_text('{"groups": 5}')
+    with pytest.raises(ValueError, match="no scores by group"):
+        call(["benchmark.py", "show", str(tmp_path / "x.json")], monkeypatch)
     with pytest.raises(ValueError, match="cannot hear"):
         call(["benchmark.py", "rows", str(world / "instruct"), str(world / "test/manifest.jsonl"), "--device", "cpu", "--out", str(tmp_path / "i.json")], monkeypatch)
 

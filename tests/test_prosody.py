@@ -187,3 +187,20 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
     above, below = sum(text.count("man\nanna") for text in made), sum(text.count("man.") for text in made)
     ends = sum(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids.count(vocab.special["<|im_end|>"]) for n in range(600))
     assert all(abs(count / lines - share) < 0.04 for count, share in ((above, 0.3), (below, 0.3), (ends, 0.2)))
+
+
+@pytest.mark.parametrize("words", [[["a", float("nan"), 1.0]], [["a", 5.0, 2.0]], [["a", -1, 2.0]], [["a", 0.0, float("inf")]]])
+def test_word_times_that_cannot_be_are_refused(words, spoken, tmp_path, monkeypatch):
+    row = {"audio": str(spoken / "0.flac"), "text": "a", "words": words}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="among \"words\""):
+        call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
+
+
+def test_a_blank_text_is_none_and_wrong_bins_are_told_before_the_work(spoken, speedrun, tmp_path, monkeypatch):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": str(spoken / "0.flac"), "text": "  "}) + "\n")
+    with pytest.raises(ValueError, match="has no text"):
+        call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
+    with pytest.raises(ValueError, match="wanted prosody"):
+        call(["prosody.py", str(spoken / "m.jsonl"), "--bins", str(speedrun / "codebook"), "--out", str(tmp_path / "p")], monkeypatch)
+    assert not (tmp_path / "p.rows").exists()
