@@ -24,8 +24,8 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from desta import load
 from evaluate import BATCH, edit_distance, normal, ratio, replies, share
+from listen import load
 from tokenize_audio import add_ears
 from vocab import Said
 

@@ -23,7 +23,8 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from desta import Listener, load, written_down
+from desta import Listener
+from listen import load, written_down
 from model import generate
 from tokenize_audio import add_ears
 from vocab import Said

@@ -29,12 +29,11 @@ from torch import nn
 from tqdm import tqdm
 
 import audio
-import prosody
 import weights
 from fused import linear_cross_entropy
 from hubert import Hubert
 from model import LM, generate
-from tokenize_audio import AudioTokenizer, identity
+from tokenize_audio import identity
 from vocab import Vocab
 from whisper import SECONDS, Whisper
 
@@ -48,7 +47,6 @@ TAPS = 4  # blocks of the encoder that are listened to
 LIMIT = 64  # tokens of a target; a longer one goes round in circles
 BATCH = 32  # targets written at once
 AT_ONCE = 8  # clips encoded at once
-WORDS = 256  # tokens of a transcript
 DROPOUT = 0.1  # in a Q-Former, as in BERT
 SAVE_EVERY, LOG_EVERY = 100, 20  # steps
 
@@ -293,53 +291,15 @@ def frozen(folder, device, dtype=None):
     return model, table, Listener(folder, len(table.weight))
 
 
-def hears_words(features, folder, device):
-    """samples -> text, by whom the features of a model's prosody name; None if no one."""
-    made = features.get("transcriber")
-    if not made:
-        return None
-    if not Path(made["path"]).exists():
-        raise FileNotFoundError(f"{made['path']}: the transcriber of {folder} is not there")
-    if runs.fingerprint(made["path"]) != made["sha256"]:
-        raise ValueError(f"{made['path']} has changed since {folder} was trained with it")
-    if not (Path(made["path"]) / "speech.json").exists():
-        whisper = Whisper(made["path"], device)
-        return lambda samples: whisper.transcripts([samples])[0].strip()
-
-    model, vocab, ears = load(made["path"], device)
-    return lambda samples: written_down(model, vocab, ears(samples)[0])
-
-
-def written_down(model, vocab, units):
-    """The transcript of units, by the model that knows them."""
-    prompt = torch.tensor(vocab.heard(units))
-    steps = generate(model, [prompt], WORDS, vocab.stop, vocab.text_rows())
-    return vocab.decode([int(ids[0]) for ids in steps]).strip().removesuffix(".")
-
-
-def load(folder, device="cpu", hubert=None, dtype=None):
-    """(model, vocabulary, ears or None) of any folder that can be talked to."""
-    if not (Path(folder) / "desta.json").exists():
-        model, vocab = LM.load(folder, device, dtype).eval(), Vocab(folder)
-        if not vocab.speech:
-            return model, vocab, None
-        if vocab.reads_prosody():
-            writer = hears_words(vocab.speech["features"], folder, device)
-            return model, vocab, prosody.Ears(folder, writer)
-        return model, vocab, AudioTokenizer(folder, device, hubert)
-
+def load(folder, device="cpu", dtype=None):
+    """(model, vocabulary, ears) of a folder of `train`."""
     made = runs.read_json(
         Path(folder) / "desta.json",
         ["model", "encoder", "transcriber", "sha256", "adapter"],
     )
     for name in ("model", "encoder", "transcriber"):
-        if made[name] and not Path(made[name]).exists():
-            raise FileNotFoundError(
-                f"{made[name]}: the {name} of {folder} is not there; put it back, or train "
-                "again"
-            )
-        if made[name] and runs.fingerprint(made[name]) != made["sha256"][name]:
-            raise ValueError(f"{made[name]} has changed since {folder} was trained with it")
+        if made[name]:
+            runs.still(made[name], made["sha256"][name], name, folder)
     model, table, listener = frozen(made["model"], device, dtype)
     if made["adapter"].get("kind") not in ADAPTERS:
         raise ValueError(

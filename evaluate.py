@@ -43,6 +43,7 @@ import torch.nn.functional as F
 
 import audio
 import desta
+import listen
 from merge import Merge
 from model import LM, Config, generate
 from tokenize_audio import AudioTokenizer, add_ears
@@ -650,7 +651,7 @@ def compare(args):
 
     # Who cannot hear is told before the first is asked.
     loaded = {
-        folder: desta.load(folder, args.device, args.hubert, torch.float32)
+        folder: listen.load(folder, args.device, args.hubert, torch.float32)
         for folder in args.folders
     }
     for folder, (_, _, ears) in loaded.items():
@@ -736,7 +737,7 @@ def manner(args):
     runs.may_write(args.out, args.overwrite)
     clips = desta.described_clips(args.clips)
     told = [desta.description(clip, args.template) for clip in clips]
-    model, vocab, ears = desta.load(args.folder, args.device, None, torch.float32)
+    model, vocab, ears = listen.load(args.folder, args.device, None, torch.float32)
     if not isinstance(vocab, desta.Listener):
         raise ValueError(f"{args.folder}: wanted a folder of desta.py train")
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")

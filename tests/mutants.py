@@ -191,7 +191,8 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("desta.py", "torch.manual_seed(args.seed << 32 | step)", "pass", DESTA),
     ("desta.py", "file.truncate(2 * per_frame * sum(counts))", "pass", DESTA),
     ("desta.py", 'listener.said[first] = row["text"]', "pass", DESTA),
-    ("desta.py", "runs.fingerprint(made[name]) != made", "False and made", DESTA),
+    ("runs.py", "if fingerprint(path) != digest:", "if False:", DESTA),
+    ("listen.py", "written_down(model, vocab, ears(samples)[0])", "''", MANNER),
 
     ("prosody.py", "peak, here + HIGHER * octave, -np.inf", "peak, here - 5 * HIGHER * octave, -np.inf", PROSODY),
     ("prosody.py", "np.where(bend < 0, bend, -1)", "np.where(bend < 0, -bend, -1)", PROSODY),

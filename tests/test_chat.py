@@ -223,9 +223,9 @@ def test_a_whole_conversation_in_a_terminal_with_every_bad_input(speedrun, tmp_p
 
 def test_replies_are_written_in_text_rows_alone(chat, monkeypatch):
     import chat as module
-    import desta
+    import listen
     given = []
-    for room in (module, desta):
+    for room in (module, listen):
         monkeypatch.setattr(room, "generate", lambda model, prompts, limit, stop, allowed, *rest, **named: given.append((stop, allowed)) or iter(()))
     list(chat.reply("x")), chat.heard(np.array([1, 2]))
     assert given == [(chat.vocab.stop, chat.vocab.text_rows())] * 2

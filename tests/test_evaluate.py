@@ -245,7 +245,7 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(speedrun,
     said = {"one": ["yes" if q["fact"] < 30 else "no" for q in questions], "two": ["yes" if q["fact"] < 22 else "no" for q in questions]}
     cell = evaluate.share([True, False])
     monkeypatch.setattr(evaluate, "read_questions", lambda path: (questions, [questions[0]]))
-    monkeypatch.setattr(evaluate.desta, "load", lambda folder, *_: (folder, None, True))
+    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, None, True))
     monkeypatch.setattr(evaluate, "hear", lambda *_: [])
     monkeypatch.setattr(evaluate, "better_prompt", lambda *_: "chat")
     monkeypatch.setattr(evaluate, "score", lambda model, *_: (dict.fromkeys(evaluate.COLUMNS) | {"spoken_near": cell, "typed": cell}, said[model]))

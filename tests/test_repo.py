@@ -18,10 +18,11 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "pretrain": {"runs", "weights", "fused", "muon", "model", "vocab", "documents", "align", "prosody"},
     "prosody": {"runs", "audio", "vocab", "tokenize_audio"},
     "whisper": {"runs", "weights", "vocab", "audio"},
-    "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper", "prosody"},
-    "chat": {"runs", "model", "audio", "tokenize_audio", "desta", "vocab"},
-    "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta"},
-    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "desta", "vocab"},
+    "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper"},
+    "listen": {"runs", "model", "vocab", "audio", "tokenize_audio", "whisper", "prosody", "desta"},
+    "chat": {"runs", "model", "audio", "tokenize_audio", "desta", "listen", "vocab"},
+    "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta", "listen"},
+    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "listen", "vocab"},
     "toy": {"runs", "vocab", "audio", "voices"}, "manner": {"runs", "audio", "voices", "toy"},
 }
 SOURCES = sorted(ROOT.glob("*.py"))
