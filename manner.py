@@ -106,7 +106,7 @@ def cluttered(line, rng):
         return "".join(rng.choice(SIGNS) for _ in range(count))
 
     count = rng.choice([1, 2, 4, 5, 5, 6])  # behind every word
-    opened, closed = signs(rng.randint(1, 2)), signs(rng.randint(1, 2))
+    opened, closed = signs(rng.randint(1, 4)), signs(rng.randint(1, 2))
     if rng.random() < 0.3:
         return line + opened + signs(count * rng.randint(1, 6)) + closed
     words = " ".join(word + signs(count) for word in line.split())

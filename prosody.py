@@ -7,12 +7,13 @@ see  ProsodyLM (arXiv:2507.20091), whose tokens SpeechCombine takes; Boersma (19
      autocorrelation
 run  python prosody.py out/manner/speech/train.jsonl --out out/manner/prosody
 
-    anna likes <|speech|> <|speaker_3|> anna <|pitch_8|> <|range_4|> <|slope_7|> <|length_2|>
-    <|loud_9|> likes <|pitch_2|> ... <|/speech|>
+    anna likes <|speech|> <|speaker_3|> <|rate_9|> <|level_5|> anna <|pitch_8|> <|range_4|>
+    <|slope_7|> <|length_2|> <|loud_9|> likes <|pitch_2|> ... <|/speech|>
 
-A speaker's median pitch comes first. Then every word, and behind it five numbers: median
-pitch against that of the speaker, range, slope, length, loudness. A pause is a sixth. Each
-number is the quantile of the corpus that it falls into.
+The speaker comes first: median pitch, rate and loudness. Then every word, and behind it
+five numbers: pitch, range and slope of its melody, length and loudness. A pause is a sixth.
+A word's pitch, length and loudness are told against the speaker's own. Each number is the
+quantile of the corpus that it falls into.
 
 The words themselves come from a transcript. So a model has no words to learn from sound:
 only how they were spoken.
@@ -44,7 +45,8 @@ PAUSE = 0.2  # seconds between words, at least
 STRAIN = 2.0  # what a word costs that lasts e times as long as its letters want; a cut in sound
 FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
 
-KINDS = "speaker", "pitch", "range", "slope", "length", "loud", "pause"
+OPENING = "speaker", "rate", "level"  # what is told once, of the speaker
+KINDS = *OPENING, "pitch", "range", "slope", "length", "loud", "pause"
 BINS = 16  # of each kind
 UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
 NAMES = [f"{kind}_{i}" for kind in KINDS for i in range(BINS)] + ["unvoiced"]
@@ -67,6 +69,11 @@ def level(samples):
     """Loudness of every frame, (frames,) in dB of full scale."""
     x = frames_of(samples, audio.WINDOW)                            # (frames, WINDOW)
     return 10 * np.log10((x**2).mean(1) + 1e-10)
+
+
+def together(loud):
+    """Loudness of frames as one, in dB: that of their mean energy; NaN of none."""
+    return 10 * np.log10((10 ** (loud / 10)).mean()) if len(loud) else np.nan
 
 
 def correlated(x):
@@ -176,13 +183,13 @@ def measured(samples, words):
     """[(word, {kind: value})]: first ("", the speaker), then every word in its order.
 
     words  [[word, start, end]] in seconds
-    Pitch in semitones, slope in semitones a second, length and pause in octaves of a
-    second, loudness in dB. Pitch, range and slope are NaN where no voice is.
+    Pitch in semitones, slope in semitones a second, loudness in dB. Rate, in octaves, is how
+    long a letter lasts; a word's length is against what its letters want at that rate.
+    NaN where there is nothing to measure.
     """
     hertz, loud = pitch(samples), level(samples)
     tone = np.full(len(hertz), np.nan)
     tone[hertz > 0] = 12 * np.log2(hertz[hertz > 0])
-    speaker = np.median(tone[hertz > 0]) if (hertz > 0).any() else np.nan
     sounds = loud > loud.max(initial=-np.inf) - QUIET
 
     # Each word without the silence around it.
@@ -191,19 +198,26 @@ def measured(samples, words):
         a, b = round(begin * SECOND), round(end * SECOND)
         inside = a + np.flatnonzero(sounds[a:b])
         stretches.append((inside[0], inside[-1] + 1) if len(inside) else (a, max(b, a + 1)))
+    letters = np.array([len(word) + 1 for word, _, _ in words])
+    lasts = np.array([(b - a) / SECOND for a, b in stretches])
+    lengths = np.log2(lasts / letters)                              # (words,)
 
-    said = [("", {"speaker": float(speaker)})]
+    speaker = {
+        "speaker": np.nanmedian(tone) if (hertz > 0).any() else np.nan,
+        "rate": np.median(lengths) if len(words) else np.nan,
+        "level": together(loud[sounds]),
+    }
+    said = [("", speaker)]
     for n, ((word, _, _), (a, b)) in enumerate(zip(words, stretches)):
-        values = contour(tone[a:b], speaker)
-        values["length"] = np.log2((b - a) / SECOND)
-        values["loud"] = loud[a:b].mean() if len(loud[a:b]) else np.nan
+        values = contour(tone[a:b], speaker["speaker"])
+        values["length"] = lengths[n] - speaker["rate"]
+        values["loud"] = together(loud[a:b]) - speaker["level"]
         gap = (stretches[n + 1][0] - b) / SECOND if n + 1 < len(words) else 0.0
         if gap >= PAUSE:
             values["pause"] = np.log2(gap)
-        # Plain numbers: a checkpoint holds no NumPy.
-        numbers = {kind: float(value) for kind, value in values.items()}
-        said.append((" " * (n > 0) + word, numbers))
-    return said
+        said.append((" " * (n > 0) + word, values))
+    # Plain numbers: a checkpoint holds no NumPy.
+    return [(word, {kind: float(x) for kind, x in of_word.items()}) for word, of_word in said]
 
 
 def contour(tone, speaker):

@@ -1,6 +1,7 @@
 """Promises about the repository itself: who imports whom, that flags do something, that the README is true."""
 import ast
 import io
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from conftest import ROOT, speedrun_commands
+from conftest import ROOT, call, speedrun_commands
 
 ARROWS = {     # module -> what it may import; design and README draw the same picture
     "runs": set(), "fused": set(), "muon": set(), "weights": {"runs"}, "vocab": {"runs"}, "audio": {"runs"}, "align": {"fused"},
@@ -87,12 +88,18 @@ def test_every_file_opens_with_what_it_is_what_goes_in_and_out_and_a_command():
         assert doc and re.search(r"^in +", doc, re.M) and re.search(r"\bout  ", doc) and re.search(r"^run +python ", doc, re.M), path.name
 
 
-def test_importing_does_nothing_and_help_reads_well():
-    for path in SOURCES:
-        if path.stem in ("fused", "align"):                                  # the two files without a command
-            continue
-        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and done.stdout.startswith(f"usage: {path.name}") and len(done.stdout.splitlines()) > 4, done.stderr
+def test_importing_does_nothing(tmp_path):
+    names = ", ".join(path.stem for path in SOURCES)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", f"import {names}"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [path.name for path in SOURCES if path.stem not in ("fused", "align")])     # the two files without a command
+def test_help_reads_well(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        call([name, "--help"], monkeypatch)
+    told = capsys.readouterr().out
+    assert not end.value.code and told.startswith(f"usage: {name}") and len(told.splitlines()) > 4
 
 
 def test_the_speedrun_is_the_designs_commands_in_order():
