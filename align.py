@@ -36,13 +36,13 @@ class Align:
     """The three of them for one run, as the settings of pretrain.py say.
 
     pace, imitate, keep_text   their strengths; 1, 0 and 0 turn them off
-    by_turns                   the number of the interleaved layout in the batches, or -1
+    interleaved                the number of the interleaved layout in the batches, or -1
     first_new                  row of `<|speech|>`: ids from here on are heard, not read
     """
 
-    def __init__(self, args, model, by_turns, first_new):
+    def __init__(self, args, model, interleaved, first_new):
         self.pace, self.weight, self.seed = args.pace, args.imitate, args.seed
-        self.by_turns, self.first_new = by_turns, first_new
+        self.interleaved, self.first_new = interleaved, first_new
         self.teacher = copy.deepcopy(model).requires_grad_(False) if args.imitate else None
         self.filters, self.before = {}, {}
 
@@ -67,7 +67,7 @@ class Align:
         """
         if self.teacher is None:
             return None
-        return (batch["kind"] == self.by_turns) & taught(batch)
+        return (batch["kind"] == self.interleaved) & taught(batch)
 
     def loss(self, states, batch):
         """The distillation of a batch with these hidden states; 0 without a teacher."""

@@ -1,11 +1,12 @@
-"""The idea of SpeechCombine: add what instruct training changed to a model that hears.
+r"""The idea of SpeechCombine: add what instruct training changed to a model that hears.
 
     merged = base + lam * (speech - base) + mu * (instruct - base)
 
 in   three model folders: base, and from it speech and instruct
 out  a model folder that hears and answers, with the size of both deltas in merge.json
 see  SpeechCombine (ICML 2026); Task Arithmetic (arXiv:2212.04089); Chat Vector (arXiv:2310.04799)
-run  python merge.py --base out/base --instruct out/instruct --speech out/speech --out out/merged
+run  python merge.py --base out/base --instruct out/instruct --speech out/speech --lam 1.15 \
+         --out out/merged
 
 Tensors meet by name, and their rows by number: row n of an embedding is token n in all
 three. The sum is taken in float64 and rounded once, to speech's dtype. Rounded step by step
@@ -33,48 +34,48 @@ from vocab import CHATS, Vocab
 RULES = {
     "shared": "every tensor, and every row that base has: base + lam * (speech - base) + "
     "mu * (instruct - base), in float64, rounded once to speech's dtype",
-    "chat markers": "their rows are instruct's: speech training never saw them",
+    "chat markers": "their rows are instruct's, whatever lam and mu: speech has no chats",
     "new rows": "units and speech markers are speech's: there is nothing to add",
 }
 BLOCK = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
 TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
 
 
-def add(plan, name, lam, mu):
+def add(models, name, lam, mu):
     """Yield (first row, rows, sizes) of a tensor of the sum, block by block of its rows.
 
-    plan   `Merge`: the three folders
-    rows   (n, width) in speech's dtype
-    sizes  what `measure` says of the block; None for rows that base lacks
+    models  `Merge`: the three folders
+    rows    (n, width) in speech's dtype
+    sizes   what `measure` says of the block; None for rows that base lacks
     """
-    for a, b in plan.blocks(name):
-        speech = plan.rows("speech", name, a, b)                 # (n, width)
-        if a >= plan.count(name):  # units: base has none
+    for a, b in models.blocks(name):
+        speech = models.rows("speech", name, a, b)                  # (n, width)
+        if a >= models.count(name):  # units: base has none
             yield a, speech, None
             continue
-        base = plan.rows("base", name, a, b).double()
-        instruct = plan.rows("instruct", name, a, b).double()
+        base = models.rows("base", name, a, b).double()
+        instruct = models.rows("instruct", name, a, b).double()
 
-        hearing = speech.double() - base
-        behaviour = instruct - base
-        merged = base + lam * hearing + mu * behaviour
+        speech_delta = speech.double() - base
+        instruct_delta = instruct - base
+        merged = base + lam * speech_delta + mu * instruct_delta
 
         if not torch.isfinite(merged).all():
-            plan.blame(name, a, b)
+            models.blame(name, a, b)
         if name in TABLES:
-            markers = [row - a for row in plan.markers if a <= row < b]
+            markers = [row - a for row in models.markers if a <= row < b]
             merged[markers] = instruct[markers]
-        yield a, merged.to(speech.dtype), measure(base, hearing, behaviour)
+        yield a, merged.to(speech.dtype), measure(base, speech_delta, instruct_delta)
 
 
-def measure(base, hearing, behaviour):
+def measure(base, speech_delta, instruct_delta):
     """What the report needs of a block, to be summed: squared norms, and how the deltas agree."""
     return Counter(
         base=dot(base, base),
-        speech=dot(hearing, hearing),
-        instruct=dot(behaviour, behaviour),
-        product=dot(hearing, behaviour),
-        against=(hearing * behaviour < 0).sum().item(),
+        speech=dot(speech_delta, speech_delta),
+        instruct=dot(instruct_delta, instruct_delta),
+        product=dot(speech_delta, instruct_delta),
+        against=(speech_delta * instruct_delta < 0).sum().item(),
         count=base.numel(),
     )
 
@@ -236,17 +237,17 @@ class Merge:
 class Output:
     """Files like speech's, of one or several shards, whose blocks come one after the other."""
 
-    def __init__(self, out, plan):
-        speech = plan.tensors["speech"]
+    def __init__(self, out, models):
+        speech = models.tensors["speech"]
         self.out, self.files, self.begin = Path(out), {}, {}
         self.home = {}  # tensor name -> its file
-        for name in plan.names:
+        for name in models.names:
             file = speech.home[name].replace("pytorch_model", "model")
             self.home[name] = file.replace(".bin", ".safetensors")
         for file in sorted(set(self.home.values())):
             mine = {
                 name: (speech.shape(name), speech.dtype(name))
-                for name in plan.names
+                for name in models.names
                 if self.home[name] == file
             }
             self.files[file], begin = weights.allocate(self.out / file, mine)
@@ -303,7 +304,7 @@ def relations(part):
 
 
 def show(report):
-    """The report for a human."""
+    """Print the report as a table."""
     print(
         f"{'block':>6} {'|instruct|/|base|':>18} {'|speech|/|base|':>16} {'cosine':>8} "
         f"{'signs against':>14}"
@@ -376,7 +377,7 @@ def main():
         "--lam",
         type=float,
         default=1.0,
-        help="how much of the speech delta (default 1; the paper found 0.85 best)",
+        help="how much of the speech delta (default 1; the paper's is 0.85, of the toy 1.15)",
     )
     add_("--mu", type=float, default=1.0, help="how much of the instruct delta (default 1)")
     end = parser.add_mutually_exclusive_group(required=True)
@@ -394,11 +395,11 @@ def main():
             raise ValueError(f"--{name} {getattr(args, name)}: wanted a finite number")
     for folder in (args.instruct, args.speech):  # base must be what these were trained from
         runs.unchanged(folder, [args.base])
-    plan = Merge(args.base, args.instruct, args.speech)
+    models = Merge(args.base, args.instruct, args.speech)
     for rule, what in RULES.items():
         print(f"{rule:13} {what}")
     if args.dry_run:
-        show(plan.run(args.lam, args.mu))
+        show(models.run(args.lam, args.mu))
         return
 
     strengths = {"lam": args.lam, "mu": args.mu}
@@ -408,7 +409,7 @@ def main():
         args.overwrite,
         notes=strengths | {"rules": RULES},
     ) as out:
-        made = plan.run(args.lam, args.mu, out)
+        made = models.run(args.lam, args.mu, out)
         (out / "merge.json").write_text(json.dumps(strengths | made, indent=1) + "\n")
         draw(made, out / "merge.png")
 

@@ -8,8 +8,8 @@ run  python pretrain.py --init out/base --units out/units --text out/toy/base.js
 
 One loop makes all three models. What is given decides the stage, and the stage the
 settings: text alone trains a base, chats an instruct model, units a speech model. The
-loop is in `train`. What a small model needs beyond it is in align.py, and `--plain` turns
-that off.
+loop is in `train`. Loss is on text tokens, never on units unless --unit-loss says so. What
+a small model needs beyond it is in align.py, and `--plain` turns that off.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
 on a CPU the result is then bit-identical.
@@ -40,7 +40,12 @@ from vocab import Vocab
 # The settings of each stage, for the toy world. A real model wants a tenth of these rates
 # or less.
 PLAIN = dict(
-    pace=1.0, imitate=0.0, keep_text=0.0, rows_first=0.0, layers="0:1", embeddings="all"
+    pace=1.0,  # positions are not stretched
+    imitate=0.0,  # no teacher
+    keep_text=0.0,  # no filter
+    rows_first=0.0,  # blocks learn from the first step on
+    layers="0:1",  # all of them
+    embeddings="all",  # and every row
 )
 STAGES = {
     # A base: from nothing, on text, and used to gaps between positions.
@@ -71,7 +76,8 @@ STAGES = {
         keep_text=0.01,
         rows_first=0.05,
     ),
-    # A speech model as the paper has it: the plain loss, and transcripts beside the speech.
+    # A speech model with the paper's documents and loss: transcripts beside the speech. Which
+    # parameters move is ours.
     "prosody": PLAIN
     | dict(
         mix="captioned=0.8,text=0.2",
@@ -108,9 +114,8 @@ def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=No
     masked       (B, T) bool: targets that bear no loss, whatever the batch says
     states       a list that gets the hidden states of every block, (B, T, C) each
 
-    A text token competes with text rows alone, a unit with units. Which of the two comes
-    next is not for the model to guess, as decoding decides it; and no row is pushed away
-    by one that it never competes with.
+    Text and units have separate softmaxes: decoding allows one kind at a time, so the
+    model need not predict which comes. Rows that never compete do not push each other away.
     """
     hidden = model.model(
         batch["ids"], start=batch["start"], positions=batch.get("position"), states=states
@@ -127,21 +132,19 @@ def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=No
     head = model.lm_head.weight                                     # (V, C)
     row = torch.arange(len(head), device=head.device)
     not_text = (row >= units.start) & (row < units.stop) if units else None
-    one = torch.ones(len(target), device=head.device)               # (N,)
-    each = torch.zeros_like(one)                                    # (N,)
+    weight = torch.where(is_unit, unit_weight, 1.0)                 # (N,)
+    each = torch.zeros_like(weight)                                 # (N,)
     total, each[~is_unit] = linear_cross_entropy(
-        hidden[~is_unit], head, target[~is_unit], one[~is_unit], not_text
+        hidden[~is_unit], head, target[~is_unit], weight[~is_unit], not_text
     )
-    if units:
+    if unit_weight and units:
         of_units, each[is_unit] = linear_cross_entropy(
             hidden[is_unit],
             head[units.start : units.stop],
             target[is_unit] - units.start,
-            unit_weight * one[is_unit],
+            weight[is_unit],
         )
         total = total + of_units
-
-    weight = unit_weight * is_unit + ~is_unit                       # (N,)
     return Loss(total / weight.sum().clamp(min=1), each, is_unit, batch["kind"][at])
 
 
@@ -198,8 +201,8 @@ def start_model(args):
             f"the embedding has {model.config.vocab_size} rows"
         )
     if args.units:
-        corpus, *_ = read_corpus(args.units).values()
-        add_units(model, vocab, corpus, args)
+        of_layout = read_corpus(args.units)  # all of its layouts have one codebook
+        add_units(model, vocab, next(iter(of_layout.values())), args)
 
     speech = vocab.speech or {"first_unit": 0, "k": 0}
     return model, vocab, range(speech["first_unit"], speech["first_unit"] + speech["k"])
@@ -216,7 +219,8 @@ def add_units(model, vocab, corpus, args):
             )
         return
 
-    # The two markers of speech start as copies of the space token's row.
+    # Units start from noise, spread as the rows of tokens that transcripts use. The two
+    # markers of speech start as copies of the space token's row.
     space = vocab.encode(" ")[0]
     texts = [row.get("text", "") for row in corpus.rows[:1000]]
     used = {i for text in texts for i in vocab.encode(text)} or set(vocab.bytes_of)
@@ -279,8 +283,8 @@ def trained(model, layers, embeddings):
     """(parameters of the blocks, embedding and head): all that the optimizers may move.
 
     layers      two shares of the depth: blocks that begin between them; (0, 0.5) is the lower half
-    embeddings  as `frozen_rows` has it. With "new", norms stay too: then every depth reads text
-                at the scale that it always had.
+    embeddings  as `frozen_rows` has it. With "new", norms and biases stay too: then every depth
+                reads text at the scale that it always had.
     Where the blocks have LoRA, it is trained in place of their matrices.
     """
     for p in model.parameters():
@@ -387,10 +391,10 @@ def set_up(args, out, rank, world):
 
     body, tables = trained(model, args.layers, args.embeddings)
     frozen = frozen_rows(args.embeddings, vocab, first_new, model.config.vocab_size)
-    by_turns = list(mix).index("interleave") if "interleave" in mix else -1
-    align = Align(args, model, by_turns, first_new)
+    interleaved = list(mix).index("interleave") if "interleave" in mix else -1
+    align = Align(args, model, interleaved, first_new)
     if args.keep_text:
-        with on_gpu(args):
+        with passes_without_gradient(args):
             align.keep_text(model, body, text_batches(vocab, sources, args), args.keep_text)
     if args.compile:
         for block in [
@@ -493,10 +497,10 @@ def forward(run, batch, step, part):
     return minimised, loss
 
 
-def on_gpu(args):
-    """Inside, a GPU multiplies in the run's dtype, as float32 would miss the fused attention.
+def passes_without_gradient(args):
+    """Inside, a CPU multiplies in float32, a GPU in the run's dtype.
 
-    On a CPU products without a gradient are made in float32.
+    (In float32 a GPU has no fused attention over grouped heads.)
     """
     dtype = runs.DTYPES[args.dtype] if "cuda" in args.device else torch.float32
     return runs.autocast(args.device, dtype)
@@ -511,7 +515,7 @@ def text_batches(vocab, sources, args):
 
 
 def save(run, out):
-    """The finished model folder: weights, tokenizer, what hears, and how it was trained."""
+    """The finished model folder: weights, tokenizer, audio encoder, and how it was trained."""
     args = run.args
     if args.lora:
         merge_lora(run.model)
@@ -600,7 +604,7 @@ class Log:
             self.unit_seconds = corpus.unit_seconds()
 
     def seconds(self):
-        """Of training, with those before a stop."""
+        """Training time so far, earlier runs included."""
         return self.spent + time.time() - self.began
 
     def hear(self, ids):
@@ -609,7 +613,7 @@ class Log:
             self.heard += self.world * int(inside.sum())
 
     def resume(self, step):
-        """Go on behind a step."""
+        """Continue the log after this step."""
         self.first, self.began = step, time.time()
         if self.rank == 0:
             runs.keep_log(self.path, step)
@@ -653,9 +657,8 @@ class Log:
         return next((peak for name, peak in PEAKS.items() if name in card), None)
 
     def validate(self):
-        """Held-out losses."""
         args = self.args
-        with on_gpu(args):
+        with passes_without_gradient(args):
             means = validate(
                 self.model, self.held_out, args.length, self.filler, self.units, args.device
             )
@@ -830,8 +833,8 @@ def add_align_flags(add, default):
     add(
         "--pace",
         type=float,
-        help="mean gap between positions, up to this, as words are apart in "
-        f"speech; 1: none ({default('pace')})",
+        help="stretch positions by random gaps, whose mean is 1 to this, as words are "
+        f"apart in speech; 1: none ({default('pace')})",
     )
     add(
         "--imitate",
@@ -855,14 +858,15 @@ def add_align_flags(add, default):
     add(
         "--layers",
         type=depth_shares,
-        help=f"train only the blocks between two shares of the depth ({default('layers')})",
+        help="of the blocks train only those between two shares of the depth "
+        f"({default('layers')})",
     )
     add(
         "--embeddings",
         choices=["all", "markers", "new"],
         help="embedding rows that are trained: "
-        f"all, special tokens, or units and markers of speech ({default('embeddings')}; with "
-        "--lora markers for text and chats)",
+        "all, special tokens, or units and markers of speech, and then no norm or bias either "
+        f"({default('embeddings')}; with --lora markers for text and chats)",
     )
 
 
