@@ -24,7 +24,7 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from evaluate import BATCH, edit_distance, normal, ratio, replies, share
+from evaluate import BATCH, edit_distance, normal, of_seeds, ratio, replies, share
 from listen import load
 from tokenize_audio import add_ears
 from vocab import Said
@@ -223,6 +223,52 @@ def show(files):
         print(f"{file:{width}}" + "".join(f"{value:>10}" for value in values))
 
 
+def report(args):
+    """Join what speedrun_manner.sh left of several seeds, and print the README's table."""
+    made = of_seeds([of_run(Path(folder)) for folder in args.folders])
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    print(markdown(made["seeds"]))
+
+
+def of_run(folder):
+    """A run's settings, the size of its deltas, and what each of its models scored."""
+    names = "base", "instruct", "speech"
+    trained = [
+        runs.read_json(folder / name / "training.json", ["settings", "seconds"])
+        for name in names
+    ]
+    merged = runs.read_json(folder / "merged/merge.json", ["lam", "rel"])
+    scores = {file.stem: runs.read_json(file) for file in sorted(folder.glob("*.json"))}
+    return {
+        "seed": int(trained[-1]["settings"]["seed"]),
+        "dtype": trained[-1]["settings"]["dtype"],
+        "lam": merged["lam"],
+        "rel": merged["rel"],
+        "seconds": {name: made["seconds"] for name, made in zip(names, trained)},
+        "rows": {
+            name: {group: next(iter(cells.values())) for group, cells in made["groups"].items()}
+            for name, made in scores.items()
+            if made.get("groups")
+        },
+    }
+
+
+def markdown(seeds):
+    """A table of means over seeds: models down, groups of questions across, the sum first."""
+    groups = sorted({group for seed in seeds for row in seed["rows"].values() for group in row})
+    lines = ["| | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    for name in sorted(seeds[0]["rows"], key=lambda name: (name != "merged", name)):
+        cells = [[seed["rows"][name].get(group) for seed in seeds] for group in groups]
+        means = [
+            format(sum(cell["value"] for cell in of_group) / len(seeds), ".2f")
+            if all(of_group)
+            else ""
+            for of_group in cells
+        ]
+        lines.append(f"| {name} | " + " | ".join(means) + " |")
+    return "\n".join(lines)
+
+
 # --- pairs of clips -----------------------------------------------------------
 
 
@@ -299,6 +345,10 @@ def main():
     )
     three = commands.add_parser("show", help="scores of several models, group by group")
     three.add_argument("scores", nargs="+", help="files that rows has written")
+    four = commands.add_parser("report", help="join the runs of speedrun_manner.sh")
+    four.add_argument("folders", nargs="+", help="its out folders, one a seed")
+    four.add_argument("--out", required=True, help=".json to write")
+    four.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     two = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
     for command in (one, two):
         add = command.add_argument
@@ -319,10 +369,7 @@ def main():
         return show(args.scores)
     if Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
-    if args.action == "rows":
-        score_rows(args)
-    else:
-        score_pairs(args)
+    {"rows": score_rows, "pairs": score_pairs, "report": report}[args.action](args)
 
 
 if __name__ == "__main__":

@@ -582,18 +582,19 @@ def report(args):
     """Join the tables of several seeds, and print the README's."""
     results = [read_table(path) for path in args.tables]
     kept = "seed", "rows", "lam_sweep", "rel", "seconds", "dtype"
+    made = of_seeds([{name: result[name] for name in kept} for result in results])
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    draw(results, Path(args.out).with_suffix(".png"))
+    print(markdown(made["seeds"]))
+
+
+def of_seeds(results):
+    """The results of several seeds, and the machine and versions that made them."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    made = {
-        "seeds": [{name: result[name] for name in kept} for result in results],
-        "machine": machine,
-        "versions": versions,
-    }
-    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
-    draw(results, Path(args.out).with_suffix(".png"))
-    print(markdown(made["seeds"]))
+    return {"seeds": results, "machine": machine, "versions": versions}
 
 
 def markdown(seeds):

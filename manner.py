@@ -36,10 +36,12 @@ STRESSED = 1 / 3  # of the lines
 RELATIONS = "gender", "pitch", "pace", "stress"
 QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r} of it"
 
-SIGNS = "#$%&*+<=>@^_|~"
+# Text writes stress too, as people write *peru*: "anna goes to peru*".
+MARK, MARKED = "*", 0.5  # in this share of the stressed lines
+SIGNS = "#$%&+<=>@^_|~"
 CLUTTERED = 0.5  # of the lines in text: their words again, among signs that say nothing
 ASIDE = 0.8  # of the other turns: what is cluttered is not therefore described
-UNDESCRIBED = 0.15  # of the chats about a line: it has no caption, and the answer is a guess
+UNDESCRIBED = 0.15  # of the chats about a line: no caption; but for stress, a guess is asked for
 
 
 class Manner(NamedTuple):
@@ -95,9 +97,10 @@ def question(manner, line, rng, relation=None):
 # --- text and chats -----------------------------------------------------------
 
 
-def cluttered(line, rng):
+def cluttered(line, rng, stress=None):
     """A line, and behind it its words among signs, as speech will stand there.
 
+    stress  the number of a word that has MARK among its signs, or None
     Open models have read markup of every kind, and read on behind it. So does one that
     was trained on this.
     """
@@ -107,10 +110,16 @@ def cluttered(line, rng):
 
     count = rng.choice([1, 2, 4, 5, 5, 6])  # behind every word
     opened, closed = signs(rng.randint(1, 4)), signs(rng.randint(1, 2))
-    if rng.random() < 0.3:
+    if stress is None and rng.random() < 0.3:
         return line + opened + signs(count * rng.randint(1, 6)) + closed
-    words = " ".join(word + signs(count) for word in line.split())
-    return line + opened + words + closed
+
+    words = []
+    for n, word in enumerate(line.split()):
+        behind = list(signs(count))
+        if n == stress:
+            behind[rng.randrange(count)] = MARK
+        words.append(word + "".join(behind))
+    return line + opened + " ".join(words) + closed
 
 
 def below(rng):
@@ -118,15 +127,21 @@ def below(rng):
     return rng.choice(["\n", " "])
 
 
-def written(line, rng, share=CLUTTERED):
+def written(line, rng, share=CLUTTERED, stress=None):
     """A line as it stands in text, for this share of lines with clutter behind it."""
-    return cluttered(line, rng) if rng.random() < share else line
+    if rng.random() < share:
+        return cluttered(line, rng, stress)
+    words = line.split()
+    if stress is not None:
+        words[stress] += MARK
+    return " ".join(words)
 
 
-def described(line, caption, rng):
-    """A line of text, and a caption above or below it."""
-    line = written(line, rng)
-    return rng.choice([f"{caption}\n{line}", f"{line}\n{caption}"])
+def described(line, manner, rng):
+    """A line of text, and its caption above or below it. Its stress may be marked."""
+    stress = manner.stress if rng.random() < MARKED else None
+    page, caption = written(line, rng, stress=stress), manner.caption(line)
+    return rng.choice([f"{caption}\n{page}", f"{page}\n{caption}"])
 
 
 def captioned_text(world, rng):
@@ -134,7 +149,7 @@ def captioned_text(world, rng):
     line = drawn_line(world, rng)
     manner = drawn_manner(line, rng)
     caption = manner.caption(line)
-    page = described(line, caption, rng)
+    page = described(line, manner, rng)
     relation = rng.choice(manner.relations())
     answer = manner.answer(relation, line)
     told = f"the {relation} of it is {answer}"
@@ -176,13 +191,13 @@ def chat(world, rng):
         return messages
 
     # The reply begins with the caption. So behind speech, where none stands to be copied,
-    # the speech model's own goes before the answer.
+    # the speech model's own goes before the answer. A stress is then found by its mark.
     line = drawn_line(world, rng)
     manner = drawn_manner(line, rng)
     caption = manner.caption(line)
-    page = described(line, caption, rng)
+    page = described(line, manner, rng)
     if rng.random() < UNDESCRIBED:
-        page = written(line, rng)
+        page = written(line, rng, stress=manner.stress)
     _, _, asked, reply = question(manner, line, rng)
     return [
         {"role": "user", "content": below(rng).join(rng.choice([(page, asked), (asked, page)]))},

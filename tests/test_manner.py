@@ -65,6 +65,26 @@ def test_a_reply_about_a_described_line_begins_with_its_caption_and_some_lines_h
     assert about > 400 and abs(told / about - (1 - manner.UNDESCRIBED)) < 0.06
 
 
+def test_in_text_a_mark_stands_behind_the_stressed_word_and_nowhere_else():
+    rng, line = random.Random(0), "anna goes to peru with lucy"
+    assert manner.written(line, rng, 0, stress=3) == "anna goes to peru* with lucy" and manner.written(line, rng, 0) == line
+    for _ in range(200):
+        page = manner.written(line, rng, 1, stress=3)
+        assert page.startswith(line) and page.count("*") == 1 and re.search(r" peru[^a-z ]*\*[^a-z ]* with", page)
+        assert "*" not in manner.written(line, rng, 1)
+    world, marked, guessed = toy.World(0), 0, 0
+    for _ in range(3000):
+        asked, reply = (message["content"] for message in manner.chat(world, rng)[-2:])
+        stressed = re.match(r"a \w+ \w+ \w+ stresses (\w+)\. ", reply)
+        caption = reply.partition(". ")[0]
+        if stressed:
+            at = asked.find(f"{stressed[1]}*") >= 0 or re.search(rf"(?<![a-z]){stressed[1]}[^a-z ]*\*", asked) is not None
+            marked, guessed = marked + at, guessed + (not at and caption not in asked)
+        else:
+            assert "*" not in asked
+    assert marked > 100 and not guessed, "without its caption a stress is always marked"
+
+
 def test_questions_are_asked_in_unheard_voices_and_no_answer_stands_beside_speech(world):
     trained, asked = rows_of(world / "world/speech/train.jsonl"), rows_of(world / "world/test.jsonl")
     assert not {row["speaker"] for row in trained} & {row["speaker"] for row in asked}
@@ -108,7 +128,7 @@ def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
         return row, said[0][1]["speaker"], said[4][1]
     row, speaker, word = heard()
     assert row["text"] == line and row["caption"] == "a low slow man" and row["style"] == {"gender": "man", "pitch": "low", "pace": "slow"}
-    assert heard(stress=3)[2]["length"] - word["length"] > 0.25
+    assert heard(stress=3)[2]["pitch"] - word["pitch"] > 1
     assert heard(gender="woman")[1] - speaker > 6 and heard(pitch="high")[1] - speaker > 3
     assert heard(pace="fast")[0]["seconds"] < 0.8 * row["seconds"]
 
@@ -168,6 +188,20 @@ def test_its_documents_can_be_looked_at_and_layouts_of_units_are_refused(world, 
     assert said.count("captioned\n    ") == 2 and "<|pitch_" in said and "spoken turn" in said
     with pytest.raises(ValueError, match="--mix wants interleave, but no data"):
         call(["pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"), "--mix", "interleave=1", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_path, monkeypatch, capsys):
+    call(["benchmark.py", "report", str(world), str(world), "--out", str(tmp_path / "r.json")], monkeypatch)
+    made = json.loads((tmp_path / "r.json").read_text())
+    one, other = made["seeds"]
+    assert one == other and one["seed"] == 0 and one["lam"] == 0.7 and set(one["rows"]) == {"merged", "typed", "cascade", "speech", "deaf", "from_instruct"}
+    assert set(one["rows"]["merged"]) == {"fact", "manner", "stress"} and set(one["rel"]) == {"instruct", "speech"}
+    other["rows"]["merged"]["manner"]["value"] = one["rows"]["merged"]["manner"]["value"] + 0.5
+    mean = one["rows"]["merged"]["manner"]["value"] + 0.25
+    del one["rows"]["typed"]["stress"], other["rows"]["typed"]["stress"]
+    lines = [line.split(" | ") for line in benchmark.markdown(made["seeds"]).splitlines()]
+    assert lines[0] == ["|", "fact", "manner", "stress |"] and lines[2][0] == "| merged" and lines[2][2] == f"{mean:.2f}"
+    assert lines[-1][0] == "| typed" and lines[-1][3] == " |"
 
 
 def test_the_readme_tells_what_the_results_hold():

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -200,11 +201,14 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
     silent = [names.get(i) for i, loss in zip(*document[:2]) if not loss]
     assert silent == ["<|speech|>", "<|/speech|>", "<|endoftext|>"], "all else bears the plain loss"
 
-    made = [vocab.decode(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids) for n in range(600)]
-    lines = sum(text.count(LINE) for text in made) / 2
-    above, below = sum(text.count("man\nanna") for text in made), sum(text.count("man.") for text in made)
-    ends = sum(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids.count(vocab.special["<|im_end|>"]) for n in range(600))
-    assert all(abs(count / lines - share) < 0.04 for count, share in ((above, 0.3), (below, 0.3), (ends, 0.2)))
+    made = [documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids for n in range(900)]
+    texts = [vocab.decode(ids) for ids in made]
+    found = {"above": ["man\nanna" in text for text in texts], "below": [re.search(r"man\.", text) is not None for text in texts],
+             "between": [text.count(LINE) == 3 for text in texts], "ends": [vocab.special["<|im_end|>"] in ids for ids in made]}
+    wanted = {"above": 0.3, "below": 0.3, "between": 0.5, "ends": 0.2}
+    assert {name: abs(np.mean(said) - wanted[name]) < 0.05 for name, said in found.items()} == dict.fromkeys(wanted, True)
+    both = [text for text, *which in zip(texts, found["below"], found["between"]) if all(which)]
+    assert len(both) > 90 and all(re.search(rf"{LINE}\na (wo)?man\.", text) for text in both), "the caption stands last"
 
 
 @pytest.mark.parametrize("words", [[["a", float("nan"), 1.0]], [["a", 5.0, 2.0]], [["a", -1, 2.0]], [["a", 0.0, float("inf")]]])
