@@ -598,7 +598,7 @@ def of_seeds(results):
 
 
 def markdown(seeds):
-    """The README's tables: means over seeds, and a line per seed with what counts most."""
+    """The README's table: means over seeds; and a line with what counts most, seed by seed."""
     lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
     for name in ROWS:
         cells = [
@@ -608,15 +608,14 @@ def markdown(seeds):
         means = [f"{np.mean(values):.2f}" if values else "" for values in cells]
         lines.append(f"| {name} | " + " | ".join(means) + " |")
 
-    heads = "seed", "instruct typed", "merged typed", "merged spoken", "of instruct's typed"
-    lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for s in seeds:
-        typed = s["rows"]["instruct"]["typed"]["value"]
-        merged = s["rows"]["merged"]
-        spoken = merged["spoken_near"]["value"]
-        share_of_typed = spoken / typed if typed else math.nan
-        numbers = [typed, merged["typed"]["value"], spoken, share_of_typed]
-        lines.append(f"| {s['seed']} | " + " | ".join(f"{x:.2f}" for x in numbers) + " |")
+    typed = [s["rows"]["instruct"]["typed"]["value"] for s in seeds]
+    spoken = [s["rows"]["merged"]["spoken_near"]["value"] for s in seeds]
+    shares = [a / b if b else math.nan for a, b in zip(spoken, typed)]
+    lines += [
+        "",
+        f"merged, spoken_near, seed by seed: {', '.join(f'{x:.2f}' for x in spoken)}; "
+        f"of instruct's typed {', '.join(f'{x:.2f}' for x in shares)}.",
+    ]
     return "\n".join(lines)
 
 
