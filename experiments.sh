@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
-# Three experiments for a class, on what speedrun.sh left in out/ (or in OUT); each ends with its
-# table and a sentence. Minutes are of two cores.
+# Five experiments for a class, on what speedrun.sh left in out/ (or in OUT); each ends with its
+# table. Minutes are of two cores.
 #   bash experiments.sh lam    [OUT]   how much hearing to add to how much behaviour (at once: the
 #                                      sweep is in the run's table)
 #   bash experiments.sh start  [OUT]   hearing learnt by the instruct model itself, instead of by
 #                                      its base and added (25 minutes)
 #   bash experiments.sh ablate [OUT]   the recipe without each of its ingredients, and the plain
 #                                      recipe with some of them (70 minutes)
+#   bash experiments.sh reuse  [OUT]   one hearing, many behaviours: two more instruct models, added to
+#                                      the speech model that speedrun_manner.sh left in OUT/manner
+#                                      (25 minutes)
+#   bash experiments.sh paper  [OUT]   the paper's ablations, on what speedrun_manner.sh left: other
+#                                      lam, no captions, no text beside speech (20 minutes)
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
 home=$PWD
 out=${2:-out}
-if [ $# -gt 0 ] && [ ! -e "$out/table.json" ]; then
-  echo "$out: no table.json, so no finished speedrun; run bash speedrun.sh first, or name its folder" >&2
+needs=table.json
+case ${1:-} in reuse | paper) needs=manner/merged.json ;; esac
+if [ $# -gt 0 ] && [ ! -e "$out/$needs" ]; then
+  script=$([ $needs = table.json ] && echo speedrun.sh || echo speedrun_manner.sh)
+  echo "$out: no $needs, so no finished speedrun; run bash $script first, or name its folder" >&2
   exit 1
 fi
 
@@ -45,6 +53,49 @@ variant() {
   esac
   merge --base "$base" --instruct "$instruct" --speech "$speech" --out "$to/merged"
 }
+
+# behave NAME WORDS: the chats of the world of manner.py, and its test questions, with WORDS behind
+# every reply.
+behave() {
+  [ -e "reuse/$1" ] || python - "$@" <<'PY'
+import json, os, sys
+name, words = sys.argv[1:]
+os.makedirs(f"reuse/{name}.partial")
+for source, file in ("world/chat.jsonl", "chat"), ("test/manifest.jsonl", "test"):
+    with open(source) as lines, open(f"reuse/{name}.partial/{file}.jsonl", "w") as out:
+        for row in map(json.loads, lines):
+            for message in row.get("messages", []):
+                if message["role"] == "assistant":
+                    message["content"] += words
+            if "answer" in row:
+                row = {key: row[key] for key in ("said", "instruction", "group", "metric", "answer")}
+                row["answer"] += words
+            out.write(json.dumps(row) + "\n")
+os.rename(f"reuse/{name}.partial", f"reuse/{name}")
+PY
+}
+
+# without WHAT FOLDER: a copy of a folder of prosody.py, its rows without captions, or their speech
+# without its words.
+without() {
+  [ -e "paper/$1/$2" ] || python - "$@" <<'PY'
+import json, os, shutil, sys
+what, folder = sys.argv[1:]
+made = f"paper/{what}/{folder}"
+shutil.copytree(folder, f"{made}.partial", dirs_exist_ok=True)
+with open(f"{folder}/manifest.jsonl") as lines, open(f"{made}.partial/manifest.jsonl", "w") as out:
+    for row in map(json.loads, lines):
+        if what == "captions":
+            row.pop("caption", None)
+        else:
+            row["said"] = [["", numbers] for _, numbers in row["said"]]
+        out.write(json.dumps(row) + "\n")
+os.rename(f"{made}.partial", made)
+PY
+}
+
+# ask MODEL TEST OUT: what a model answers to some questions, unless that is known.
+ask() { [ -e "$3" ] || python "$home/benchmark.py" rows "$1" "$2" --out "$3"; }
 
 case ${1:-} in
   lam) python evaluate.py lam "$out/table.json" ;;
@@ -84,5 +135,43 @@ case ${1:-} in
     speech=ablate/plain_teacher/speech
     variant plain_teacher_upper chat --pace 1
     python "$home/evaluate.py" compare merged ablate/*/merged --split dev --questions toy/questions.jsonl --out ablations.json --overwrite ;;
-  *) sed -n 2,10p experiments.sh; exit 2 ;;
+
+  # Two more behaviours, learnt from text alone, are added to hearing that is there already. And both
+  # at once, half of each: what they share, to answer at all, is then there once.
+  reuse)
+    cd "$out/manner"
+    seed=$(seed)
+    tune=(--init base --pace 1 --layers 0:1 --lr 6e-4 --steps 1000 --rows 8 --length 256)
+    add=(--base base --lam 0.7)
+    behave thanks " thank you"
+    behave over " over"
+    for name in thanks over; do
+      train "${tune[@]}" --chat reuse/$name/chat.jsonl --out reuse/$name/instruct
+      merge "${add[@]}" --instruct reuse/$name/instruct --speech speech --out reuse/$name/merged
+      ask reuse/$name/merged reuse/$name/test.jsonl reuse/$name.json
+    done
+    merge "${add[@]}" --mu 0.5 --instruct reuse/thanks/instruct --speech speech --out reuse/half
+    merge --base base --lam 1 --mu 0.5 --instruct reuse/over/instruct --speech reuse/half --out reuse/both
+    for name in thanks over; do ask reuse/both reuse/$name/test.jsonl reuse/both_$name.json; done
+    python "$home/benchmark.py" show merged.json reuse/{thanks,over,both_thanks,both_over}.json
+    python -c "import json
+print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/training.json'))['seconds'] / 60))" ;;
+
+  # Captions dropped, or the words that stand beside the speech; and how much of the delta is added
+  # (on dev questions, as lam is chosen on them).
+  paper)
+    cd "$out/manner"
+    seed=$(seed)
+    for lam in 0.5 0.6 0.7 0.85 1; do
+      merge --base base --instruct instruct --speech speech --lam $lam --out paper/lam_$lam
+      ask paper/lam_$lam dev/manifest.jsonl paper/dev_lam_$lam.json
+    done
+    for what in captions text; do
+      for folder in prosody test; do without $what $folder; done
+      train --init base --units paper/$what/prosody --text world/base.jsonl --out paper/$what/speech
+      merge --base base --instruct instruct --speech paper/$what/speech --lam 0.7 --out paper/$what/merged
+      ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
+    done
+    python "$home/benchmark.py" show merged.json from_instruct.json paper/*.json ;;
+  *) sed -n 2,16p experiments.sh; exit 2 ;;
 esac

@@ -1,6 +1,8 @@
 import json
+import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import audio
 import benchmark
 import documents
 import manner
+import pretrain
 import prosody
 import toy
 from chat import Chat
@@ -188,6 +191,62 @@ def test_its_documents_can_be_looked_at_and_layouts_of_units_are_refused(world, 
     assert said.count("captioned\n    ") == 2 and "<|pitch_" in said and "spoken turn" in said
     with pytest.raises(ValueError, match="--mix wants interleave, but no data"):
         call(["pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"), "--mix", "interleave=1", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+@pytest.fixture
+def asked(world, tmp_path):
+    """What experiments.sh asks `python` for, by name: it writes that down, and makes a folder of what is named behind --out."""
+    shutil.copytree(world, tmp_path / "out/manner")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'''#!/bin/bash
+[[ "$1" = -* ]] && exec {sys.executable} "$@"
+echo "$@" >> {tmp_path}/asked
+[[ "$*" == *--out* ]] && mkdir -p "${{*: -1}}"; true
+''')
+    (tmp_path / "bin/python").chmod(0o755)
+
+    def run(name):
+        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True, check=True, env=env)
+        return done.stdout, [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    return run
+
+
+def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_again(asked, world, tmp_path, monkeypatch):
+    told, lines = asked("reuse")
+    assert "minutes to learn, once" in told
+    trained = [words for script, *words in lines if script.endswith("pretrain.py")]
+    assert [words[-1] for words in trained] == ["reuse/thanks/instruct", "reuse/over/instruct"] and not any("--units" in words for words in trained)
+    for words in trained:
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        args = pretrain.settled(pretrain.arguments(), 1)
+        own = next(words for words in speedrun_commands("out/manner", "speedrun_manner.sh") if "--chat" in words)
+        monkeypatch.setattr(sys, "argv", own)
+        wanted = pretrain.settled(pretrain.arguments(), 1)
+        assert {name for name in vars(args) if getattr(args, name) != getattr(wanted, name)} == {"init", "chat", "out"}
+    sums = {words[-1]: dict(zip(words[::2], words[1::2])) for script, *words in lines if script.endswith("merge.py")}
+    assert {name: row["--speech"] for name, row in sums.items()} == {"reuse/thanks/merged": "speech", "reuse/over/merged": "speech", "reuse/half": "speech", "reuse/both": "reuse/half"}
+    chats, plain = rows_of(tmp_path / "out/manner/reuse/thanks/chat.jsonl"), rows_of(world / "world/chat.jsonl")
+    assert all(a["messages"][-1]["content"] == b["messages"][-1]["content"] + " thank you" for a, b in zip(chats, plain)) and len(chats) == len(plain)
+    rows, before = rows_of(tmp_path / "out/manner/reuse/over/test.jsonl"), rows_of(world / "test/manifest.jsonl")
+    assert [row["answer"] for row in rows] == [row["answer"] + " over" for row in before] and [row["said"] for row in rows] == [row["said"] for row in before]
+
+
+def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(asked, world, tmp_path, monkeypatch):
+    _, lines = asked("paper")
+    trained = [words for script, *words in lines if script.endswith("pretrain.py")]
+    for what, words in zip(("captions", "text"), trained, strict=True):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        args = pretrain.arguments().parse_args()
+        assert (args.init, args.units, args.out) == ("base", f"paper/{what}/prosody", f"paper/{what}/speech")
+    swept = [words for script, *words in lines if script.endswith("benchmark.py") and "lam_" in words[1]]
+    assert len(swept) == 5 and all(words[2] == "dev/manifest.jsonl" for words in swept)
+    for folder in ("prosody", "test"):
+        whole = rows_of(world / folder / "manifest.jsonl")
+        bare, dumb = (rows_of(tmp_path / "out/manner/paper" / what / folder / "manifest.jsonl") for what in ("captions", "text"))
+        assert [row | {"caption": was["caption"]} for row, was in zip(bare, whole)] == whole and not any("caption" in row for row in bare)
+        assert [row["said"] for row in dumb] == [[["", numbers] for _, numbers in row["said"]] for row in whole]
+    assert prosody.Prosody(tmp_path / "out/manner/paper/text/prosody")[0].text() == ""
 
 
 def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_path, monkeypatch, capsys):
