@@ -170,7 +170,8 @@ def captioned(vocab, corpus, i, rng):
     caption, where = corpus.rows[i].get("caption", ""), rng.random()
     before, after, ends = BEFORE_AFTER_ENDS
     above = caption + "\n" if where < before else ""
-    other = corpus.rows[int(rng.integers(len(corpus.rows)))].get("text", "")
+    count = len(corpus.rows)
+    other = corpus.rows[int(rng.integers(count // HELD_OUT, count))].get("text", "")
     below = f"\n{other}" if rng.random() < BETWEEN else ""
     below += f"\n{caption}." if before <= where < before + after else ""
     return vocab.captioned(above, corpus[i], below, where > 1 - ends)
