@@ -36,12 +36,10 @@ STRESSED = 1 / 3  # of the lines
 RELATIONS = "gender", "pitch", "pace", "stress"
 QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r} of it"
 
-# Text writes stress too, as people write *peru*: "anna goes to peru*".
-MARK, MARKED = "*", 0.5  # in this share of the stressed lines
-SIGNS = "#$%&+<=>@^_|~"
+SIGNS = "#$%&*+<=>@^_|~"
 CLUTTERED = 0.5  # of the lines in text: their words again, among signs that say nothing
 ASIDE = 0.8  # of the other turns: what is cluttered is not therefore described
-UNDESCRIBED = 0.15  # of the chats about a line: no caption; but for stress, a guess is asked for
+UNDESCRIBED = 0.15  # of the chats about a line: it has no caption, and the answer is a guess
 
 
 class Manner(NamedTuple):
@@ -97,10 +95,9 @@ def question(manner, line, rng, relation=None):
 # --- text and chats -----------------------------------------------------------
 
 
-def cluttered(line, rng, stress=None):
+def cluttered(line, rng):
     """A line, and behind it its words among signs, as speech will stand there.
 
-    stress  the number of a word that has MARK among its signs, or None
     Open models have read markup of every kind, and read on behind it. So does one that
     was trained on this.
     """
@@ -110,16 +107,10 @@ def cluttered(line, rng, stress=None):
 
     count = rng.choice([1, 2, 4, 5, 5, 6])  # behind every word
     opened, closed = signs(rng.randint(1, 4)), signs(rng.randint(1, 2))
-    if stress is None and rng.random() < 0.3:
+    if rng.random() < 0.3:
         return line + opened + signs(count * rng.randint(1, 6)) + closed
-
-    words = []
-    for n, word in enumerate(line.split()):
-        behind = list(signs(count))
-        if n == stress:
-            behind[rng.randrange(count)] = MARK
-        words.append(word + "".join(behind))
-    return line + opened + " ".join(words) + closed
+    words = " ".join(word + signs(count) for word in line.split())
+    return line + opened + words + closed
 
 
 def below(rng):
@@ -127,21 +118,15 @@ def below(rng):
     return rng.choice(["\n", " "])
 
 
-def written(line, rng, share=CLUTTERED, stress=None):
+def written(line, rng, share=CLUTTERED):
     """A line as it stands in text, for this share of lines with clutter behind it."""
-    if rng.random() < share:
-        return cluttered(line, rng, stress)
-    words = line.split()
-    if stress is not None:
-        words[stress] += MARK
-    return " ".join(words)
+    return cluttered(line, rng) if rng.random() < share else line
 
 
-def described(line, manner, rng):
-    """A line of text, and its caption above or below it. Its stress may be marked."""
-    stress = manner.stress if rng.random() < MARKED else None
-    page, caption = written(line, rng, stress=stress), manner.caption(line)
-    return rng.choice([f"{caption}\n{page}", f"{page}\n{caption}"])
+def described(line, caption, rng):
+    """A line of text, and a caption above or below it."""
+    line = written(line, rng)
+    return rng.choice([f"{caption}\n{line}", f"{line}\n{caption}"])
 
 
 def captioned_text(world, rng):
@@ -149,7 +134,7 @@ def captioned_text(world, rng):
     line = drawn_line(world, rng)
     manner = drawn_manner(line, rng)
     caption = manner.caption(line)
-    page = described(line, manner, rng)
+    page = described(line, caption, rng)
     relation = rng.choice(manner.relations())
     answer = manner.answer(relation, line)
     told = f"the {relation} of it is {answer}"
@@ -191,13 +176,13 @@ def chat(world, rng):
         return messages
 
     # The reply begins with the caption. So behind speech, where none stands to be copied,
-    # the speech model's own goes before the answer. A stress is then found by its mark.
+    # the speech model's own goes before the answer.
     line = drawn_line(world, rng)
     manner = drawn_manner(line, rng)
     caption = manner.caption(line)
-    page = described(line, manner, rng)
+    page = described(line, caption, rng)
     if rng.random() < UNDESCRIBED:
-        page = written(line, rng, stress=manner.stress)
+        page = written(line, rng)
     _, _, asked, reply = question(manner, line, rng)
     return [
         {"role": "user", "content": below(rng).join(rng.choice([(page, asked), (asked, page)]))},

@@ -68,26 +68,6 @@ def test_a_reply_about_a_described_line_begins_with_its_caption_and_some_lines_h
     assert about > 400 and abs(told / about - (1 - manner.UNDESCRIBED)) < 0.06
 
 
-def test_in_text_a_mark_stands_behind_the_stressed_word_and_nowhere_else():
-    rng, line = random.Random(0), "anna goes to peru with lucy"
-    assert manner.written(line, rng, 0, stress=3) == "anna goes to peru* with lucy" and manner.written(line, rng, 0) == line
-    for _ in range(200):
-        page = manner.written(line, rng, 1, stress=3)
-        assert page.startswith(line) and page.count("*") == 1 and re.search(r" peru[^a-z ]*\*[^a-z ]* with", page)
-        assert "*" not in manner.written(line, rng, 1)
-    world, marked, guessed = toy.World(0), 0, 0
-    for _ in range(3000):
-        asked, reply = (message["content"] for message in manner.chat(world, rng)[-2:])
-        stressed = re.match(r"a \w+ \w+ \w+ stresses (\w+)\. ", reply)
-        caption = reply.partition(". ")[0]
-        if stressed:
-            at = asked.find(f"{stressed[1]}*") >= 0 or re.search(rf"(?<![a-z]){stressed[1]}[^a-z ]*\*", asked) is not None
-            marked, guessed = marked + at, guessed + (not at and caption not in asked)
-        else:
-            assert "*" not in asked
-    assert marked > 100 and not guessed, "without its caption a stress is always marked"
-
-
 def test_questions_are_asked_in_unheard_voices_and_no_answer_stands_beside_speech(world):
     trained, asked = rows_of(world / "world/speech/train.jsonl"), rows_of(world / "world/test.jsonl")
     assert not {row["speaker"] for row in trained} & {row["speaker"] for row in asked}
