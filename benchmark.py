@@ -208,63 +208,79 @@ def scores_by_metric(rows, said):
     return scores
 
 
+def scores_by_group(file):
+    """{group: its cell} of a file of `rows`."""
+    groups = runs.read_json(file, ["groups"])["groups"]
+    made = {}
+    for name, cells in groups.items() if isinstance(groups, dict) else ():
+        cell = next(iter(cells.values()), None) if isinstance(cells, dict) else None
+        if isinstance(cell, dict) and isinstance(cell.get("value"), float):
+            made[name] = cell
+    if not made or len(made) < len(groups):
+        raise ValueError(f"{file}: no scores by group; wanted a file of benchmark.py rows")
+    return made
+
+
 def show(files):
     """What several models scored, group by group, as a table."""
-    made = {file: runs.read_json(file, ["groups"])["groups"] for file in files}
-    for file, groups in made.items():
-        if not isinstance(groups, dict) or not all(isinstance(c, dict) for c in groups.values()):
-            raise ValueError(f"{file}: no scores by group; wanted a file of benchmark.py rows")
+    made = {file: scores_by_group(file) for file in files}
     names = sorted({name for groups in made.values() for name in groups})
     width = 2 + max(map(len, files))
     print(" " * width + "".join(f"{name:>10}" for name in names))
     for file, groups in made.items():
-        cells = [next(iter(groups.get(name, {}).values()), None) for name in names]
-        values = ["-" if cell is None else format(cell["value"], ".2f") for cell in cells]
+        values = [
+            format(groups[name]["value"], ".2f") if name in groups else "-" for name in names
+        ]
         print(f"{file:{width}}" + "".join(f"{value:>10}" for value in values))
 
 
 def report(args):
     """Join what speedrun_manner.sh left of several seeds, and print the README's table."""
     made = of_seeds([of_run(Path(folder)) for folder in args.folders])
+    first, *others = made["seeds"]
+    for folder, seed in zip(args.folders[1:], others):
+        if seed["rows"].keys() != first["rows"].keys():
+            raise ValueError(
+                f"{folder}: has scores of {', '.join(seed['rows'])}, and {args.folders[0]} of "
+                f"{', '.join(first['rows'])}; wanted the same models"
+            )
+    table = markdown(made["seeds"])
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
-    print(markdown(made["seeds"]))
+    print(table)
 
 
 def of_run(folder):
     """A run's settings, the size of its deltas, and what each of its models scored."""
-    names = "base", "instruct", "speech"
-    trained = [
-        runs.read_json(folder / name / "training.json", ["settings", "seconds"])
-        for name in names
-    ]
+    seconds = {}
+    for name in ("base", "instruct", "speech"):
+        trained = runs.read_json(folder / name / "training.json", ["settings", "seconds"])
+        seconds[name] = trained["seconds"]
     merged = runs.read_json(folder / "merged/merge.json", ["lam", "rel"])
-    scores = {file.stem: runs.read_json(file) for file in sorted(folder.glob("*.json"))}
+    files = sorted(folder.glob("*.json"))
+    if folder / "merged.json" not in files:
+        raise ValueError(
+            f"{folder}: no merged.json, so no finished run; run speedrun_manner.sh again"
+        )
     return {
-        "seed": int(trained[-1]["settings"]["seed"]),
-        "dtype": trained[-1]["settings"]["dtype"],
+        "seed": int(trained["settings"]["seed"]),
+        "dtype": trained["settings"]["dtype"],
         "lam": merged["lam"],
         "rel": merged["rel"],
-        "seconds": {name: made["seconds"] for name, made in zip(names, trained)},
-        "rows": {
-            name: {group: next(iter(cells.values())) for group, cells in made["groups"].items()}
-            for name, made in scores.items()
-            if made.get("groups")
-        },
+        "seconds": seconds,
+        "rows": {file.stem: scores_by_group(file) for file in files},
     }
 
 
 def markdown(seeds):
     """A table of means over seeds: models down, groups of questions across, the sum first."""
-    groups = sorted({group for seed in seeds for row in seed["rows"].values() for group in row})
+    rows = [seed["rows"] for seed in seeds]
+    groups = sorted({group for scores in rows[0].values() for group in scores})
     lines = ["| | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-    for name in sorted(seeds[0]["rows"], key=lambda name: (name != "merged", name)):
-        cells = [[seed["rows"][name].get(group) for seed in seeds] for group in groups]
-        means = [
-            format(sum(cell["value"] for cell in of_group) / len(seeds), ".2f")
-            if all(of_group)
-            else ""
-            for of_group in cells
-        ]
+    for name in sorted(rows[0], key=lambda name: (name != "merged", name)):
+        means = []
+        for group in groups:
+            values = [of[name][group]["value"] for of in rows if group in of[name]]
+            means.append(f"{sum(values) / len(values):.2f}" if values else "")
         lines.append(f"| {name} | " + " | ".join(means) + " |")
     return "\n".join(lines)
 

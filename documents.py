@@ -28,7 +28,7 @@ HELD_OUT = 100  # one document in a hundred is for validation only
 # How often a caption stands before what it is about, and behind it; and how often a line
 # without one ends like a turn.
 BEFORE_AFTER_ENDS = 0.3, 0.3, 0.2
-BETWEEN = 0.5  # of them another line of text stands behind the speech, before its caption
+BETWEEN = 0.5  # of all lines have another line behind the speech, before any caption
 WAITING = 1.3  # batches' worth of documents to choose from: more choice, fuller rows
 
 
@@ -164,15 +164,15 @@ def captioned(vocab, corpus, i, rng):
     """Row i with its text: [caption] text [speech] [another text] [caption].
 
     The caption says in words how the text was said; it stands before, behind, or nowhere.
-    Behind speech other text may come first. Else a model learns that a caption follows
-    speech, whatever is asked, and to look no further back for the speech than one token.
+    Behind speech another text may come first: a model that meets captions right behind the
+    speech alone writes one there, whatever is asked.
     """
     caption, where = corpus.rows[i].get("caption", ""), rng.random()
     before, after, ends = BEFORE_AFTER_ENDS
     above = caption + "\n" if where < before else ""
     count = len(corpus.rows)
     other = corpus.rows[int(rng.integers(count // HELD_OUT, count))].get("text", "")
-    below = f"\n{other}" if rng.random() < BETWEEN else ""
+    below = f"\n{other}" if rng.random() < BETWEEN and other else ""
     below += f"\n{caption}." if before <= where < before + after else ""
     return vocab.captioned(above, corpus[i], below, where > 1 - ends)
 

@@ -7,21 +7,23 @@
 #                                      its base and added (25 minutes)
 #   bash experiments.sh ablate [OUT]   the recipe without each of its ingredients, and the plain
 #                                      recipe with some of them (70 minutes)
-#   bash experiments.sh reuse  [OUT]   one hearing, many behaviours: two more instruct models, added to
-#                                      the speech model that speedrun_manner.sh left in OUT/manner
-#                                      (25 minutes)
-#   bash experiments.sh paper  [OUT]   the paper's ablations, on what speedrun_manner.sh left: other
-#                                      lam, no captions, no text beside speech (20 minutes)
+# And two on what speedrun_manner.sh left in OUT/manner, not timed yet:
+#   bash experiments.sh reuse  [OUT]   one hearing, many behaviours: two more instruct models are
+#                                      added to the same speech model
+#   bash experiments.sh paper  [OUT]   the paper's ablations: other lam, no captions, no words
+#                                      beside the speech
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
 home=$PWD
 out=${2:-out}
-needs=table.json
-case ${1:-} in reuse | paper) needs=manner/merged.json ;; esac
-if [ $# -gt 0 ] && [ ! -e "$out/$needs" ]; then
-  script=$([ $needs = table.json ] && echo speedrun.sh || echo speedrun_manner.sh)
-  echo "$out: no $needs, so no finished speedrun; run bash $script first, or name its folder" >&2
+case ${1:-} in
+  lam | start | ablate) script=speedrun.sh needs=table.json ;;
+  reuse | paper) script=speedrun_manner.sh needs=manner/merged.json ;;
+  *) sed -n 2,16p experiments.sh; exit 2 ;;
+esac
+if [ ! -e "$out/$needs" ]; then
+  echo "$out: no $needs, so no finished run; run bash $script first, or name its folder" >&2
   exit 1
 fi
 
@@ -97,7 +99,7 @@ PY
 # ask MODEL TEST OUT: what a model answers to some questions, unless that is known.
 ask() { [ -e "$3" ] || python "$home/benchmark.py" rows "$1" "$2" --out "$3"; }
 
-case ${1:-} in
+case $1 in
   lam) python evaluate.py lam "$out/table.json" ;;
 
   # Two by two: hearing learnt from the base and added, or from the instruct model with nothing added
@@ -173,5 +175,4 @@ print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/trai
       ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
     done
     python "$home/benchmark.py" show merged.json from_instruct.json paper/*.json ;;
-  *) sed -n 2,16p experiments.sh; exit 2 ;;
 esac

@@ -45,8 +45,8 @@ PAUSE = 0.2  # seconds between words, at least
 STRAIN = 2.0  # what a word costs that lasts e times as long as its letters want; a cut in sound
 FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
 
-OPENING = "speaker", "rate", "level"  # what is told once, of the speaker
-KINDS = *OPENING, "pitch", "range", "slope", "length", "loud", "pause"
+# Three of the speaker, told once; and of every word.
+KINDS = "speaker", "rate", "level", "pitch", "range", "slope", "length", "loud", "pause"
 BINS = 16  # of each kind
 UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
 NAMES = [f"{kind}_{i}" for kind in KINDS for i in range(BINS)] + ["unvoiced"]
@@ -359,6 +359,11 @@ def encode(args):
             samples = audio.load(row["audio"])
             words = row.get("words") or aligned(row["text"], samples)
             seconds = len(samples) / audio.SAMPLE_RATE
+            if words and words[-1][1] > seconds:
+                raise ValueError(
+                    f"{row['audio']}: {words[-1][0]!r} begins at {words[-1][1]} s, behind its "
+                    f"{seconds:.2f} s; wanted the word times of this clip"
+                )
             out.append((round(seconds, 3), measured(samples, words)))
         return out
 

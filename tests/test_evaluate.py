@@ -263,7 +263,7 @@ def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path)
         assert done.returncode == 0 and says in done.stdout, done.stderr
     asked = subprocess.run(["bash", "./experiments.sh"], capture_output=True, text=True, cwd=ROOT)
     nowhere = subprocess.run(["bash", str(ROOT / "experiments.sh"), "start", str(tmp_path / "nowhere")], capture_output=True, text=True)
-    assert nowhere.returncode == 1 and "no finished speedrun" in nowhere.stderr and len(nowhere.stderr.splitlines()) == 1
+    assert nowhere.returncode == 1 and "no finished run" in nowhere.stderr and len(nowhere.stderr.splitlines()) == 1
     assert asked.returncode == 2 and "bash experiments.sh start" in asked.stdout
 
 

@@ -243,6 +243,22 @@ def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_pa
     assert lines[-1][0] == "| typed" and lines[-1][3] == " |"
 
 
+@pytest.mark.parametrize("groups, said", [(5, "no scores by group"), ({"a": 3}, "no scores by group"), ({"a": {"ends": {}}}, "no scores by group"), ({}, "no scores by group"),
+                                          (None, "wanted the same models"), ("gone", "no finished run")])
+def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(groups, said, world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / "run")
+    for name in ("typed.json", "merged.json"):
+        if groups is None and name == "typed.json" or groups == "gone" and name == "merged.json":
+            (tmp_path / "run" / name).unlink()
+    if groups not in (None, "gone"):
+        (tmp_path / "run/typed.json").write_text(json.dumps({"groups": groups}))
+        with pytest.raises(ValueError, match=said):
+            benchmark.show([str(tmp_path / "run/typed.json")])
+    with pytest.raises(ValueError, match=said):
+        call(["benchmark.py", "report", str(world), str(tmp_path / "run"), "--out", str(tmp_path / "r.json")], monkeypatch)
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_the_readme_tells_what_the_results_hold():
     assert benchmark.markdown(json.loads((ROOT / "results/manner.json").read_text())["seeds"]) in (ROOT / "README.md").read_text()
 
