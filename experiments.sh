@@ -20,7 +20,7 @@ out=${2:-out}
 case ${1:-} in
   lam | start | ablate) script=speedrun.sh needs=table.json ;;
   reuse | paper) script=speedrun_manner.sh needs=manner/merged.json ;;
-  *) sed -n 2,16p experiments.sh; exit 2 ;;
+  *) sed -n 2,15p experiments.sh; exit 2 ;;
 esac
 if [ ! -e "$out/$needs" ]; then
   echo "$out: no $needs, so no finished run; run bash $script first, or name its folder" >&2
