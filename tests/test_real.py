@@ -56,14 +56,24 @@ def test_logits_are_those_of_transformers(folder, theirs):
     assert ((a - b).norm() / a.norm()).item() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_greedy_ids_are_those_of_transformers(folder, theirs, dtype):
+def test_greedy_ids_are_those_of_transformers(folder, theirs):
     model, tokenizer = theirs
     prompt = torch.tensor(tokenizer.encode("Once upon a time there was a"))
-    ours = [int(i[0]) for i in generate(LM.load(folder, dtype=dtype).eval(), [prompt], 24, [0])]
-    wanted = model.to(dtype).generate(prompt[None], max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
-    model.to(torch.float32)
-    assert ours == wanted[:len(ours)] if dtype == torch.float32 else ours[:8] == wanted[:8]
+    ours = [int(i[0]) for i in generate(LM.load(folder).eval(), [prompt], 24, [0])]
+    wanted = model.generate(prompt[None], max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
+    assert ours == wanted[:len(ours)]
+
+
+def test_bfloat16_costs_no_more_than_it_costs_transformers(folder, theirs):
+    """Not the same ids: bfloat16 moves a logit by 0.4, the two likeliest often lie nearer, and each processor rounds its own way."""
+    model, tokenizer = theirs
+    ids = torch.tensor([tokenizer.encode("Once upon a time there was a small town nestled between two mountains, named after a famous scientist.")])
+    with torch.no_grad():
+        exact = model(ids).logits
+        ours = LM.load(folder, dtype=torch.bfloat16)(ids).float()
+        rounded = type(model).from_pretrained(folder, dtype=torch.bfloat16)(ids).logits.float()
+    lost, theirs_lost = ((x - exact).norm() / exact.norm() for x in (ours, rounded))
+    assert 0 < lost < 1.5 * theirs_lost and lost < 0.05
 
 
 def test_a_chat_with_a_system_message_reads_the_models_own_template_and_behaves(folder, theirs):
