@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from safetensors.torch import load
+
 ROOT = Path(__file__).parent.parent
 TIMES = "tokens_per_second", "seconds"
 WORLD = "toy.py world --hours 0.2 --documents 400 --dev 4 --test 40 --out {w}/toy"
@@ -87,7 +89,10 @@ def killed(line, seconds, most, rng, **names):
 def main():
     parser = argparse.ArgumentParser(description="Kill commands at random moments; the end must be the same.")
     parser.add_argument("--kills", type=int, default=100, help="in all (default 100)")
-    rng, each = random.Random(0), -(-parser.parse_args().kills // len(COMMANDS))
+    parser.add_argument("--only", choices=COMMANDS, help="all of them at this command")
+    args = parser.parse_args()
+    commands = {args.only: COMMANDS[args.only]} if args.only else COMMANDS
+    rng, each = random.Random(0), -(-args.kills // len(commands))
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -95,18 +100,40 @@ def main():
             whole(line, w=work)
         rows = [{"text": f"say {n} twice", "answer": "x"} for n in range(500)]
         (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name, line in COMMANDS.items():
-            seconds, done, runs, same = whole(line, w=work, out=work / f"{name}-straight"), 0, 0, True
+        for name, line in commands.items():
             ending = ".json" if "{out}.json" in line else ""
-            wanted = {key.replace("straight", "x"): data for key, data in written(work / f"{name}-straight{ending}").items()}
+
+            def made(run):
+                """What stands in the output of a run, its name left out."""
+                found = written(Path(f"{work / run}{ending}"))
+                return {key.replace(run, name): data for key, data in found.items()}
+
+            seconds, done, runs, differs = whole(line, w=work, out=work / f"{name}-straight"), 0, 0, []
+            wanted = made(f"{name}-straight")
             while done < each:
-                out = work / f"{name}-{runs}"
-                done += killed(line, seconds, each - done, rng, w=work, out=out)
-                got = {key.replace(f"{name}-{runs}", f"{name}-x"): data for key, data in written(Path(f"{out}{ending}")).items()}
-                same, runs = same and got == wanted, runs + 1
-            print(f"{name}: {done} kills in {runs} runs of {seconds:.1f} s, {'the same bytes' if same else 'DIFFERENT'}", flush=True)
-            wrong += [] if same else [name]
+                done += killed(line, seconds, each - done, rng, w=work, out=work / f"{name}-{runs}")
+                differs += [f"{name}-{runs}"] if made(f"{name}-{runs}") != wanted else []
+                runs += 1
+            verdict = f"DIFFERENT in {len(differs)}" if differs else "the same bytes"
+            print(f"{name}: {done} kills in {runs} runs of {seconds:.1f} s, {verdict}", flush=True)
+            wrong += [name] if differs else []
+
+            # Is it the kills? An undisturbed run that differs, too, says that the machine does
+            # not repeat itself.
+            if differs:
+                whole(line, w=work, out=work / f"{name}-again")
+                again = made(f"{name}-again") == wanted
+                print(f"  {differs[0]}: {apart(made(differs[0]), wanted)}; without a kill, {'the same bytes again' if again else 'it differs, too'}", flush=True)
     sys.exit(bool(wrong))
+
+
+def apart(got, wanted):
+    """Which files differ, and how far the furthest weight lies from where it should."""
+    files = [file for file in got.keys() | wanted.keys() if got.get(file) != wanted.get(file)]
+    if "model.safetensors" not in files or not got.keys() == wanted.keys():
+        return ", ".join(sorted(files))
+    a, b = load(got["model.safetensors"]), load(wanted["model.safetensors"])
+    return f"{', '.join(sorted(files))}, weights up to {max((a[key].float() - b[key].float()).abs().max().item() for key in a):.1g}"
 
 
 if __name__ == "__main__":
