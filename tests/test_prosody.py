@@ -112,6 +112,13 @@ def test_a_words_pitch_length_and_loudness_are_told_against_the_speakers_own(spe
         assert abs(deep) < 1 and said[0][1]["speaker"] > 12 * np.log2(60)
 
 
+def test_a_words_length_is_told_against_its_letters():
+    """Two words of half a second: the one with twice the letters, each with its space, is an octave shorter."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    _, (_, short), (_, long) = measured(noise, [["ba", 0.0, 0.5], ["bonds", 0.5, 1.0]])
+    assert abs(short["length"] - long["length"] - 1) < 0.05
+
+
 def test_a_pause_is_told_and_a_small_gap_is_not(speaker):
     samples, words = speaker.say("yes no", "en-us+m1")
     at = int(words[1][1] * 16000)
