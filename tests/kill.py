@@ -86,54 +86,63 @@ def killed(line, seconds, most, rng, **names):
         return kills
 
 
+def same_bytes(name, line, kills, rng, work):
+    """Does a command that is killed so often end with the bytes of a whole run? Prints the verdict."""
+    ending = ".json" if "{out}.json" in line else ""
+
+    def made(run):
+        """What stands in the output of a run, its name left out."""
+        found = written(Path(f"{work / run}{ending}"))
+        return {key.replace(run, name): data for key, data in found.items()}
+
+    seconds = whole(line, w=work, out=work / f"{name}-straight")
+    wanted = made(f"{name}-straight")
+    done, runs, differs = 0, 0, []
+    while done < kills:
+        run = f"{name}-{runs}"
+        done += killed(line, seconds, kills - done, rng, w=work, out=work / run)
+        runs += 1
+        if made(run) != wanted:
+            differs.append(run)
+    verdict = f"DIFFERENT in {len(differs)}" if differs else "the same bytes"
+    print(f"{name}: {done} kills in {runs} runs of {seconds:.1f} s, {verdict}", flush=True)
+
+    # Is it the kills? If an undisturbed run differs, too, the machine does not repeat itself.
+    if differs:
+        whole(line, w=work, out=work / f"{name}-again")
+        again = "the same bytes again" if made(f"{name}-again") == wanted else "it differs, too"
+        print(f"  {differs[0]}: {apart(made(differs[0]), wanted)}; without a kill, {again}", flush=True)
+    return not differs
+
+
+def apart(got, wanted):
+    """Which files differ, and how far the furthest weight lies from where it should."""
+    files = [file for file in got.keys() | wanted.keys() if got.get(file) != wanted.get(file)]
+    named = ", ".join(sorted(files))
+    if "model.safetensors" not in files or got.keys() != wanted.keys():
+        return named
+    ours, theirs = load(got["model.safetensors"]), load(wanted["model.safetensors"])
+    furthest = max((ours[key] - theirs[key]).abs().max().item() for key in theirs)
+    return f"{named}, weights up to {furthest:.1g}"
+
+
 def main():
     parser = argparse.ArgumentParser(description="Kill commands at random moments; the end must be the same.")
     parser.add_argument("--kills", type=int, default=100, help="in all (default 100)")
     parser.add_argument("--only", choices=COMMANDS, help="all of them at this command")
     args = parser.parse_args()
+    if args.kills < 1:
+        parser.error(f"--kills {args.kills}: wanted at least 1")
     commands = {args.only: COMMANDS[args.only]} if args.only else COMMANDS
     rng, each = random.Random(0), -(-args.kills // len(commands))
-    wrong = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for line in (WORLD, *MADE):
             whole(line, w=work)
         rows = [{"text": f"say {n} twice", "answer": "x"} for n in range(500)]
         (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name, line in commands.items():
-            ending = ".json" if "{out}.json" in line else ""
-
-            def made(run):
-                """What stands in the output of a run, its name left out."""
-                found = written(Path(f"{work / run}{ending}"))
-                return {key.replace(run, name): data for key, data in found.items()}
-
-            seconds, done, runs, differs = whole(line, w=work, out=work / f"{name}-straight"), 0, 0, []
-            wanted = made(f"{name}-straight")
-            while done < each:
-                done += killed(line, seconds, each - done, rng, w=work, out=work / f"{name}-{runs}")
-                differs += [f"{name}-{runs}"] if made(f"{name}-{runs}") != wanted else []
-                runs += 1
-            verdict = f"DIFFERENT in {len(differs)}" if differs else "the same bytes"
-            print(f"{name}: {done} kills in {runs} runs of {seconds:.1f} s, {verdict}", flush=True)
-            wrong += [name] if differs else []
-
-            # Is it the kills? An undisturbed run that differs, too, says that the machine does
-            # not repeat itself.
-            if differs:
-                whole(line, w=work, out=work / f"{name}-again")
-                again = made(f"{name}-again") == wanted
-                print(f"  {differs[0]}: {apart(made(differs[0]), wanted)}; without a kill, {'the same bytes again' if again else 'it differs, too'}", flush=True)
-    sys.exit(bool(wrong))
-
-
-def apart(got, wanted):
-    """Which files differ, and how far the furthest weight lies from where it should."""
-    files = [file for file in got.keys() | wanted.keys() if got.get(file) != wanted.get(file)]
-    if "model.safetensors" not in files or not got.keys() == wanted.keys():
-        return ", ".join(sorted(files))
-    a, b = load(got["model.safetensors"]), load(wanted["model.safetensors"])
-    return f"{', '.join(sorted(files))}, weights up to {max((a[key].float() - b[key].float()).abs().max().item() for key in a):.1g}"
+        same = [same_bytes(name, line, each, rng, work) for name, line in commands.items()]
+    sys.exit(not all(same))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_greedy_ids_are_those_of_transformers(folder, theirs):
     assert ours == wanted[:len(ours)]
 
 
-def test_bfloat16_costs_no_more_than_it_costs_transformers(folder, theirs):
+def test_bfloat16_costs_us_about_what_it_costs_transformers(folder, theirs):
     """Not the same ids: bfloat16 moves a logit by 0.4, the two likeliest often lie nearer, and each processor rounds its own way."""
     model, tokenizer = theirs
     ids = torch.tensor([tokenizer.encode("Once upon a time there was a small town nestled between two mountains, named after a famous scientist.")])
