@@ -2,6 +2,8 @@
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -92,3 +94,22 @@ def stream(speedrun):
     sources = {"text": documents.read_text(speedrun / "toy/base.jsonl"), "interleave": units, "transcribe": units,
                "chat": documents.read_chats(speedrun / "toy/chat.jsonl")}
     return lambda mix, seed=0: documents.Documents(vocab, sources, mix, seed)
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """What experiments.sh asks `python` for on a finished run: it writes that down, and makes a folder of what is named behind --out. Its trainings take hours."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'''#!/bin/bash
+[[ "$1" = -* ]] && exec {sys.executable} "$@"
+echo "$@" >> {tmp_path}/asked
+[[ "$*" =~ --out\ ([^ ]+) ]] && mkdir -p "${{BASH_REMATCH[1]}}"; true
+''')
+    (tmp_path / "bin/python").chmod(0o755)
+
+    def run(name, finished, inside=""):
+        shutil.copytree(finished, tmp_path / "out" / inside)
+        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True, check=True, env=env)
+        return done.stdout, [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    return run

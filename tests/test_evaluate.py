@@ -17,7 +17,7 @@ import audio
 import benchmark
 import evaluate
 import pretrain
-from conftest import ROOT, call
+from conftest import ROOT, call, speedrun_commands
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
 
 
@@ -255,30 +255,33 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(speedrun,
     assert ahead["value"] == 0.2 and ahead["n"] == 80 and ahead["differ"] == 8 and 0.05 <= ahead["low"] <= 0.125 and 0.275 <= ahead["high"] <= 0.35
 
 
-def test_the_experiments_of_the_teachers_page_run_as_written(speedrun, tmp_path):
-    shutil.copytree(speedrun, tmp_path / "out")
-    quick = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "FLAGS": "--steps 6 --rows 2 --device cpu"}
-    for name, says in (("lam", "(dev questions)"), ("start", "Asked aloud")):
-        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True, env=os.environ | quick)
-        assert done.returncode == 0 and says in done.stdout, done.stderr
-    asked = subprocess.run(["bash", "./experiments.sh"], capture_output=True, text=True, cwd=ROOT)
-    nowhere = subprocess.run(["bash", str(ROOT / "experiments.sh"), "start", str(tmp_path / "nowhere")], capture_output=True, text=True)
+def test_the_experiments_of_the_teachers_page_want_a_finished_run(speedrun, tmp_path):
+    run = lambda *words: subprocess.run(["bash", str(ROOT / "experiments.sh"), *words], capture_output=True, text=True, env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    swept, nowhere, asked = run("lam", str(speedrun)), run("start", str(tmp_path)), run()
+    assert swept.returncode == 0 and "(dev questions)" in swept.stdout, swept.stderr
     assert nowhere.returncode == 1 and "no finished run" in nowhere.stderr and len(nowhere.stderr.splitlines()) == 1
     assert asked.returncode == 2 and "bash experiments.sh start" in asked.stdout
 
 
-def test_the_ablation_reads_what_it_has_made_with_flags_that_exist(speedrun, tmp_path, monkeypatch):
-    """Its trainings take an hour: here `python` writes down what it is asked, and makes an empty folder."""
-    shutil.copytree(speedrun, tmp_path / "out")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text(f'''#!/bin/bash
-[ "$1" = -c ] && exec {sys.executable} "$@"
-echo "$@" >> {tmp_path}/asked
-[[ "$*" == *--out\\ ablate* ]] && mkdir -p "${{*: -1}}"; true
-''')
-    (tmp_path / "bin/python").chmod(0o755)
-    subprocess.run(["bash", str(ROOT / "experiments.sh"), "ablate", str(tmp_path / "out")], check=True, env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
-    lines = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+def test_hearing_is_learnt_from_the_base_and_from_instruct_with_and_without_a_teacher(asked, speedrun, monkeypatch):
+    _, lines = asked("start", speedrun)
+    settings = {}
+    for _, *words in (words for words in lines if words[0].endswith("pretrain.py")):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
+        settings[words[-1]] = pretrain.settled(pretrain.arguments(), 1)
+    assert {name: (args.init, args.imitate, args.keep_text > 0) for name, args in settings.items()} == {
+        "from_instruct": ("instruct", 7, True), "speech_plain": ("base", 0, False), "from_instruct_plain": ("instruct", 0, False)}, "speech is there already"
+    [wanted] = [words for words in speedrun_commands("out") if words[-1] == "out/speech"]
+    monkeypatch.setattr(sys, "argv", wanted)
+    recipe = pretrain.settled(pretrain.arguments(), 1)
+    assert {name for name, value in vars(settings["from_instruct"]).items() if value != getattr(recipe, name)} <= {"init", "out", "units", "text"}
+    [summed] = [words for words in lines if words[0].endswith("merge.py")]
+    assert " ".join(summed[1:]).endswith("--base base --instruct instruct --speech speech_plain --out merged_plain")
+    assert lines[-1][1:] == "compare merged from_instruct merged_plain from_instruct_plain --questions toy/questions.jsonl --out start.json --overwrite".split()
+
+
+def test_the_ablation_reads_what_it_has_made_with_flags_that_exist(asked, speedrun, monkeypatch):
+    _, lines = asked("ablate", speedrun)
     made, settings = {"base", "instruct", "speech", "merged", "units", "toy/base.jsonl", "toy/chat.jsonl", "toy/tokenizer"}, {}
     for script, *words in lines[:-1]:
         read = {words[n + 1] for n, word in enumerate(words) if word in ("--init", "--base", "--instruct", "--speech", "--units", "--text", "--chat", "--tokenizer")}

@@ -126,25 +126,31 @@ def test_what_the_kernels_cannot_do_is_refused_by_name():
 
 COMPILE = """
 import re, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import fused
 types = {"START": "*i32", "END": "*i32", "GO": "*fp32", "LSE": "*fp32", "scale": "fp32", **dict.fromkeys(["H", "KV", "T", "D"], "i32")}
-for arch in (80, 90):
-    for D in (64, 128):
-        for kernel, M in ((fused.forward_kernel, 128 if D <= 64 else 64), (fused.query_kernel, 64), (fused.key_kernel, 32)):
-            fixed = {"WIDTH": D, "M": M, "N": fused.TILE}
-            signature = {name: "constexpr" if name in fixed else types.get(name, "*bf16") for name in kernel.arg_names}
-            aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name == "D"}
-            made = triton.compile(ASTSource(kernel, signature, fixed, aligned), target=GPUTarget("cuda", arch, 32), options=fused.LAUNCH)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                Path(file.name).write_bytes(made.asm["cubin"])
-                dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-                used = subprocess.run([dump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-            products = len(re.findall("wgmma.mma_async" if arch == 90 else "mma.sync", made.asm["ptx"]))
-            print(arch, D, re.search(r"STACK:(\\d+)", used)[1], made.metadata.shared, products, kernel.__name__)
+
+def compiled(arch, D, kernel, M):
+    fixed = {"WIDTH": D, "M": M, "N": fused.TILE}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "*bf16") for name in kernel.arg_names}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name == "D"}
+    made = triton.compile(ASTSource(kernel, signature, fixed, aligned), target=GPUTarget("cuda", arch, 32), options=fused.LAUNCH)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(made.asm["cubin"])
+        dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        used = subprocess.run([dump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    products = len(re.findall("wgmma.mma_async" if arch == 90 else "mma.sync", made.asm["ptx"]))
+    return arch, D, re.search(r"STACK:(\\d+)", used)[1], made.metadata.shared, products, kernel.__name__
+
+kernels = [(arch, D, kernel, M) for arch in (80, 90) for D in (64, 128)
+           for kernel, M in ((fused.forward_kernel, 128 if D <= 64 else 64), (fused.query_kernel, 64), (fused.key_kernel, 32))]
+with ThreadPoolExecutor(2) as pool:
+    for row in pool.map(compiled, *zip(*kernels)):
+        print(*row)
 """
 
 
