@@ -39,7 +39,7 @@ QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r}
 SIGNS = "#$%&*+<=>@^_|~"
 CLUTTERED = 0.5  # of the lines in text: their words again, among signs that say nothing
 ASIDE = 0.8  # of the other turns: what is cluttered is not therefore described
-UNDESCRIBED = 0.15  # of the chats about a line: it has no caption, and the answer is a guess
+UNDESCRIBED = 0.3  # of the chats about a line: it has no caption, and the answer is a guess
 
 
 class Manner(NamedTuple):
@@ -58,6 +58,9 @@ class Manner(NamedTuple):
         if relation == "stress":
             return line.split()[self.stress]
         return getattr(self, relation)
+
+    def told(self, relation, line):
+        return f"the {relation} of it is {self.answer(relation, line)}"
 
     def relations(self):
         """What may be asked about it."""
@@ -86,10 +89,14 @@ def question(manner, line, rng, relation=None):
     relation = relation or rng.choice(manner.relations())
     style = rng.choice(list(toy.STYLES))
     asked = rng.choice(QUESTIONS).format(r=relation)
+    asked = rng.choice(toy.STYLES[style]).format(q=asked)
+    return relation, style, asked, reply(manner, line, relation, style)
+
+
+def reply(manner, line, relation, style):
+    """An answer in one of toy.py's styles."""
     answer = manner.answer(relation, line)
-    told = f"the {relation} of it is {answer}"
-    reply = toy.in_style(style, f"{relation} of it", answer, told)
-    return relation, style, rng.choice(toy.STYLES[style]).format(q=asked), reply
+    return toy.in_style(style, f"{relation} of it", answer, manner.told(relation, line))
 
 
 # --- text and chats -----------------------------------------------------------
@@ -135,32 +142,29 @@ def captioned_text(world, rng):
     manner = drawn_manner(line, rng)
     caption = manner.caption(line)
     page = described(line, caption, rng)
-    relation = rng.choice(manner.relations())
-    answer = manner.answer(relation, line)
-    told = f"the {relation} of it is {answer}"
-    kind = rng.random()
-    if kind < 0.35:
+    if rng.random() < 0.35:
         return f"{page}."
-    if kind < 0.7:
-        return f"{page}\n{caption}. {told}."
-    asked = rng.choice(QUESTIONS).format(r=relation)
-    said = rng.choice(
-        [
-            told,
-            f"{told}. {' '.join(answer)}",
-            f"{told}. {answer} {answer}",
-            f"{relation} of it: {answer}",
-        ]
-    )
-    return f"{page}\nquestion: {asked}\nanswer: {caption}. {said}"
+
+    # Behind speech the caption is the model's own, and what follows goes by it. So it does
+    # here, and each of its words is looked up.
+    relations = list(manner.relations())
+    rng.shuffle(relations)
+    if rng.random() < 0.3:
+        told = [manner.told(relation, line) for relation in relations]
+        return f"{page}\n{caption}. {'. '.join(told)}."
+    for relation in relations[: rng.randint(1, 3)]:
+        asked = rng.choice(QUESTIONS).format(r=relation)
+        said = reply(manner, line, relation, rng.choice(list(toy.STYLES)))
+        page += f"\nquestion: {asked}\nanswer: {caption}. {said}"
+    return page
 
 
 def base_document(world, rng):
     """A document of the base corpus: one of toy.py's, or a described line."""
     kind = rng.random()
-    if kind < 0.3:
-        return captioned_text(world, rng)
     if kind < 0.4:
+        return captioned_text(world, rng)
+    if kind < 0.5:
         fact = world.state(rng.choice(world.facts), rng)
         return f"{cluttered(fact, rng)}\n{toy.plain_document(world, rng)}"
     return toy.base_document(world, rng)
@@ -183,10 +187,10 @@ def chat(world, rng):
     page = described(line, caption, rng)
     if rng.random() < UNDESCRIBED:
         page = written(line, rng)
-    _, _, asked, reply = question(manner, line, rng)
+    _, _, asked, answer = question(manner, line, rng)
     return [
         {"role": "user", "content": below(rng).join(rng.choice([(page, asked), (asked, page)]))},
-        {"role": "assistant", "content": f"{caption}. {reply}"},
+        {"role": "assistant", "content": f"{caption}. {answer}"},
     ]
 
 

@@ -81,8 +81,8 @@ STAGES = {
     "prosody": PLAIN
     | dict(
         mix="captioned=0.8,text=0.2",
-        steps=900,
-        lr=4e-4,
+        steps=1600,
+        lr=5e-4,
         rows=16,
         length=128,
         embeddings="new",

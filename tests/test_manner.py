@@ -41,6 +41,7 @@ def test_a_caption_says_how_a_line_is_said_and_answers_are_its_words():
     said = said._replace(stress=3)
     assert said.caption(line) == "a high fast woman stresses peru"
     assert [said.answer(relation, line) for relation in said.relations()] == ["woman", "high", "fast", "peru"]
+    assert said.told("pace", line) == "the pace of it is fast"
     assert said._replace(stress=None).relations() == ("gender", "pitch", "pace")
 
 
@@ -66,6 +67,18 @@ def test_a_reply_about_a_described_line_begins_with_its_caption_and_some_lines_h
             about, told = about + 1, told + (caption in asked)
             assert " of it" in answer and not set(asked) & set("0123456789")
     assert about > 400 and abs(told / about - (1 - manner.UNDESCRIBED)) < 0.06
+
+
+def test_in_text_every_answer_stands_in_the_caption_before_it():
+    world, rng, answered = toy.World(0), random.Random(0), set()
+    for _ in range(500):
+        page, *asked = manner.captioned_text(world, rng).split("\nquestion: ")
+        for text in asked:
+            relation, caption, said = re.fullmatch(r".*?(gender|pitch|pace|stress).*\nanswer: (a .*?)\. (.*)", text).groups()
+            word = caption.split()[dict(pitch=1, pace=2, gender=3, stress=-1)[relation]]
+            assert caption in page and said in [toy.in_style(style, f"{relation} of it", word, f"the {relation} of it is {word}") for style in toy.STYLES]
+            answered.add((relation, word if relation != "stress" else ""))
+    assert len(answered) == 7, "both of every trait"
 
 
 def test_questions_are_asked_in_unheard_voices_and_no_answer_stands_beside_speech(world):
@@ -119,10 +132,10 @@ def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
 def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(world, tmp_path, monkeypatch, capsys):
     made = json.loads((world / "merged.json").read_text())["groups"]
     assert {name: {m: c["n"] for m, c in made[name].items()} for name in ("fact", "manner", "stress")} == {"fact": {"exact": 3}, "manner": {"ends": 4}, "stress": {"ends": 2}}
-    names = "merged", "typed", "cascade", "speech", "deaf", "from_instruct"
+    names = "merged", "typed", "cascade", "speech", "deaf"
     call(["benchmark.py", "show", *(str(world / f"{name}.json") for name in names)], monkeypatch)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["fact", "manner", "stress"] and len(lines) == 7 and all(len(line.split()) == 4 for line in lines[1:])
+    assert lines[0].split() == ["fact", "manner", "stress"] and len(lines) == 6 and all(len(line.split()) == 4 for line in lines[1:])
     (tmp_path / "x.json").write_text('{"groups": 5}')
     with pytest.raises(ValueError, match="no scores by group"):
         call(["benchmark.py", "show", str(tmp_path / "x.json")], monkeypatch)
@@ -173,27 +186,8 @@ def test_its_documents_can_be_looked_at_and_layouts_of_units_are_refused(world, 
         call(["pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"), "--mix", "interleave=1", "--out", str(tmp_path / "x")], monkeypatch)
 
 
-@pytest.fixture
-def asked(world, tmp_path):
-    """What experiments.sh asks `python` for, by name: it writes that down, and makes a folder of what is named behind --out."""
-    shutil.copytree(world, tmp_path / "out/manner")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text(f'''#!/bin/bash
-[[ "$1" = -* ]] && exec {sys.executable} "$@"
-echo "$@" >> {tmp_path}/asked
-[[ "$*" == *--out* ]] && mkdir -p "${{*: -1}}"; true
-''')
-    (tmp_path / "bin/python").chmod(0o755)
-
-    def run(name):
-        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True, check=True, env=env)
-        return done.stdout, [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
-    return run
-
-
 def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_again(asked, world, tmp_path, monkeypatch):
-    told, lines = asked("reuse")
+    told, lines = asked("reuse", world, "manner")
     assert "minutes to learn, once" in told
     trained = [words for script, *words in lines if script.endswith("pretrain.py")]
     assert [words[-1] for words in trained] == ["reuse/thanks/instruct", "reuse/over/instruct"] and not any("--units" in words for words in trained)
@@ -213,12 +207,13 @@ def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_agai
 
 
 def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(asked, world, tmp_path, monkeypatch):
-    _, lines = asked("paper")
+    _, lines = asked("paper", world, "manner")
     trained = [words for script, *words in lines if script.endswith("pretrain.py")]
-    for what, words in zip(("captions", "text"), trained, strict=True):
+    wanted = ("base", "paper/captions/prosody", "captions"), ("base", "paper/text/prosody", "text"), ("instruct", "prosody", "instruct")
+    for (init, units, what), words in zip(wanted, trained, strict=True):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         args = pretrain.arguments().parse_args()
-        assert (args.init, args.units, args.out) == ("base", f"paper/{what}/prosody", f"paper/{what}/speech")
+        assert (args.init, args.units, args.out) == (init, units, f"paper/{what}/speech")
     swept = [words for script, *words in lines if script.endswith("benchmark.py") and "lam_" in words[1]]
     assert len(swept) == 5 and all(words[2] == "dev/manifest.jsonl" for words in swept)
     for folder in ("prosody", "test"):
@@ -233,7 +228,7 @@ def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_pa
     call(["benchmark.py", "report", str(world), str(world), "--out", str(tmp_path / "r.json")], monkeypatch)
     made = json.loads((tmp_path / "r.json").read_text())
     one, other = made["seeds"]
-    assert one == other and one["seed"] == 0 and one["lam"] == 0.7 and set(one["rows"]) == {"merged", "typed", "cascade", "speech", "deaf", "from_instruct"}
+    assert one == other and one["seed"] == 0 and one["lam"] == 0.7 and set(one["rows"]) == {"merged", "typed", "cascade", "speech", "deaf"}
     assert set(one["rows"]["merged"]) == {"fact", "manner", "stress"} and set(one["rel"]) == {"instruct", "speech"}
     other["rows"]["merged"]["manner"]["value"] = one["rows"]["merged"]["manner"]["value"] + 0.5
     mean = one["rows"]["merged"]["manner"]["value"] + 0.25
