@@ -70,15 +70,20 @@ def test_a_reply_about_a_described_line_begins_with_its_caption_and_some_lines_h
 
 
 def test_in_text_every_answer_stands_in_the_caption_before_it():
-    world, rng, answered = toy.World(0), random.Random(0), set()
+    world, rng, answered, told = toy.World(0), random.Random(0), set(), 0
+    place = dict(pitch=1, pace=2, gender=3, stress=-1)
     for _ in range(500):
         page, *asked = manner.captioned_text(world, rng).split("\nquestion: ")
+        if " of it is " in page:
+            caption, *answers = page.rpartition("\n")[2].removesuffix(".").split(". ")
+            assert sorted(answers) == sorted(f"the {r} of it is {caption.split()[place[r]]}" for r in (place if "stresses" in caption else ("pitch", "pace", "gender")))
+            told += 1
         for text in asked:
             relation, caption, said = re.fullmatch(r".*?(gender|pitch|pace|stress).*\nanswer: (a .*?)\. (.*)", text).groups()
-            word = caption.split()[dict(pitch=1, pace=2, gender=3, stress=-1)[relation]]
+            word = caption.split()[place[relation]]
             assert caption in page and said in [toy.in_style(style, f"{relation} of it", word, f"the {relation} of it is {word}") for style in toy.STYLES]
             answered.add((relation, word if relation != "stress" else ""))
-    assert len(answered) == 7, "both of every trait"
+    assert len(answered) == 7 and told > 50, "both of every trait, and all in a row"
 
 
 def test_questions_are_asked_in_unheard_voices_and_no_answer_stands_beside_speech(world):
