@@ -175,7 +175,7 @@ print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/trai
       merge --base base --instruct instruct --speech paper/$what/speech --lam 0.7 --out paper/$what/merged
       ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
     done
-    train --init instruct --units prosody --text world/base.jsonl --out paper/instruct/speech
-    ask paper/instruct/speech test/manifest.jsonl paper/from_instruct.json
+    train --init instruct --units prosody --text world/base.jsonl --out paper/from_instruct
+    ask paper/from_instruct test/manifest.jsonl paper/from_instruct.json
     python "$home/benchmark.py" show merged.json paper/*.json ;;
 esac

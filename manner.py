@@ -145,8 +145,8 @@ def captioned_text(world, rng):
     if rng.random() < 0.35:
         return f"{page}."
 
-    # Behind speech the caption is the model's own, and what follows goes by it. So it does
-    # here, and each of its words is looked up.
+    # A reply says a caption first and answers from it. So the base is asked for every word
+    # of a caption: asked for one only, it had not learnt to look them up in as many steps.
     relations = list(manner.relations())
     rng.shuffle(relations)
     if rng.random() < 0.3:

@@ -214,11 +214,11 @@ def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_agai
 def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(asked, world, tmp_path, monkeypatch):
     _, lines = asked("paper", world, "manner")
     trained = [words for script, *words in lines if script.endswith("pretrain.py")]
-    wanted = ("base", "paper/captions/prosody", "captions"), ("base", "paper/text/prosody", "text"), ("instruct", "prosody", "instruct")
-    for (init, units, what), words in zip(wanted, trained, strict=True):
+    wanted = ("base", "paper/captions/prosody", "paper/captions/speech"), ("base", "paper/text/prosody", "paper/text/speech"), ("instruct", "prosody", "paper/from_instruct")
+    for row, words in zip(wanted, trained, strict=True):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         args = pretrain.arguments().parse_args()
-        assert (args.init, args.units, args.out) == (init, units, f"paper/{what}/speech")
+        assert (args.init, args.units, args.out) == row
     swept = [words for script, *words in lines if script.endswith("benchmark.py") and "lam_" in words[1]]
     assert len(swept) == 5 and all(words[2] == "dev/manifest.jsonl" for words in swept)
     for folder in ("prosody", "test"):
