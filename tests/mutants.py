@@ -209,6 +209,7 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("documents.py", "below = f", "below = '' and f", PROSODY),
     ("documents.py", "where > 1 - ends", "where > ends", PROSODY),
     ("vocab.py", "ids = self.encode(units.text()) + [", "ids = [", PROSODY),
+    ("audio.py", "samples = load(self.path, begin, end)", "samples = load(self.path)[begin:end]", f"{TOKENIZE} -k any_length"),
     ("manner.py", "told = [manner.told(relation, line) for relation in relations]", "told = [manner.told(relation, line) for relation in relations[1:]]", MANNER),
     ("manner.py", "answer: {caption}. {said}", "answer: {said}", MANNER),
     ("manner.py", "page = written(line, rng)", "pass", MANNER),

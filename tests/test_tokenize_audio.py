@@ -223,10 +223,10 @@ def test_a_long_file_is_heard_in_windows_nearly_as_in_one_piece(speedrun, monkey
 
 
 def test_a_long_file_of_any_length_is_encoded_in_the_memory_of_its_windows(speedrun, tmp_path):
-    """Ten minutes of stereo at 44.1 kHz would be 200 MB if read at once."""
+    """Ten minutes of eight channels (six silent: FLAC is quick then) at 44.1 kHz would be 850 MB if read at once."""
     import soundfile
-    with soundfile.SoundFile(tmp_path / "long.flac", "w", 44100, 2, "PCM_16") as file:
-        minute = 0.1 * np.random.default_rng(0).standard_normal((60 * 44100, 2))
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", 44100, 8, "PCM_16") as file:
+        minute = 0.1 * np.random.default_rng(0).standard_normal((60 * 44100, 8)) * (np.arange(8) < 2)
         for _ in range(10):
             file.write(minute)
     soundfile.write(tmp_path / "short.wav", minute[:16000, 0], 16000)
@@ -238,7 +238,7 @@ def test_a_long_file_of_any_length_is_encoded_in_the_memory_of_its_windows(speed
                                "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)", *words], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         peaks[name] = int(done.stdout.rpartition("PEAK")[2])
-    assert peaks["long.flac"] - peaks["short.wav"] < 100, f"MB: {peaks}"
+    assert peaks["long.flac"] - peaks["short.wav"] < 250, f"MB: {peaks}"
     assert audio.Units(tmp_path / "long")[0][1].sum() == 10 * 60 * 50
 
 
