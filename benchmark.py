@@ -7,7 +7,8 @@ see  sBLIMP and sWUGGY (arXiv:2011.11588), spoken StoryCloze (arXiv:2305.13009),
 run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 
 A row is {"audio" or "said", "text", "instruction", "choices", "answer", "metric",
-"group"}: something to ask, and the answer. "said" is what prosody.py makes of audio.
+"group"}: something to ask, and the answer. "said" is what prosody.py makes of audio whose
+words are known; with --transcriber the model hears the audio itself.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
 letter). Rows with a "group" are scored group by group, too.
@@ -25,8 +26,7 @@ import torch
 
 import audio
 from evaluate import BATCH, edit_distance, normal, of_seeds, ratio, replies, share
-from listen import load
-from tokenize_audio import add_ears
+from listen import add_ears, load
 from vocab import Said
 
 METRICS = ["exact", "ends", "contains", "wer", "choice"]
@@ -40,7 +40,7 @@ def in_batches(args, items, work):
     """work(list of items) -> list of results, for all items, batch by batch."""
     runs.may_write(args.out, args.overwrite)
     settings = runs.recipe([args.folder, args.rows])["inputs"]
-    settings["hubert"] = str(args.hubert)
+    settings |= {"hubert": str(args.hubert), "transcriber": str(args.transcriber)}
     return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, "row")
 
 
@@ -49,6 +49,11 @@ def finish(args, scores, answers):
     made = scores | {"rows": answers, "made": runs.recipe([args.folder, args.rows])}
     runs.finish_pieces(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(json.dumps(scores, indent=1))
+
+
+def opened(args):
+    """(model, vocabulary, ears) of the folder that is asked."""
+    return load(args.folder, args.device, args.hubert, torch.float32, args.transcriber)
 
 
 @torch.inference_mode()
@@ -124,7 +129,7 @@ def meaning(letter, row):
 def score_rows(args):
     """Score a model on rows of questions."""
     rows, folder = read_rows(args.rows), Path(args.rows).parent
-    model, vocab, ears = load(args.folder, args.device, args.hubert, torch.float32)
+    model, vocab, ears = opened(args)
     if any(row.get("audio") or row.get("said") for row in rows) and not ears:
         raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
 
@@ -136,7 +141,8 @@ def score_rows(args):
             words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(row["choices"])]
             words.append("Answer with the letter.")
         text = "\n".join(words)
-        if row.get("said"):  # its text is in it
+        heard = args.transcriber and row.get("audio")
+        if row.get("said") and not heard:  # its text is in it
             units = Said.read(row["said"], args.rows)
         elif row.get("audio"):
             units, _ = ears(audio.load(folder / row["audio"]))
@@ -317,7 +323,7 @@ def read_pairs(path):
 def score_pairs(args):
     """Share of pairs in which the model finds the good clip likelier, per unit; ties half."""
     pairs, folder = read_pairs(args.rows)
-    model, vocab, ears = load(args.folder, args.device, args.hubert, torch.float32)
+    model, vocab, ears = opened(args)
     if not vocab.speech:
         raise ValueError(
             f"{args.folder}: cannot hear (no speech.json); give a speech model"

@@ -24,9 +24,8 @@ import torch
 
 import audio
 from desta import Listener
-from listen import load, written_down
+from listen import add_ears, load, written_down
 from model import generate
-from tokenize_audio import add_ears
 from vocab import Said
 
 LIMIT = 256  # tokens in a reply
@@ -48,8 +47,8 @@ class Chat:
     forgotten  how many pairs of turns had to go for the last one
     """
 
-    def __init__(self, folder, device="cpu", hubert=None, temperature=0.0):
-        self.model, self.vocab, self.ears = load(folder, device, hubert)
+    def __init__(self, folder, device="cpu", hubert=None, temperature=0.0, transcriber=None):
+        self.model, self.vocab, self.ears = load(folder, device, hubert, None, transcriber)
         self.vocab.template()  # a ValueError now rather than at the first turn
         self.folder, self.temperature = folder, temperature
         self.messages, self.took, self.forgotten = [], {}, 0
@@ -394,7 +393,7 @@ def main():
     if not args.temperature >= 0:
         raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
 
-    chat = Chat(args.folder, args.device, args.hubert, args.temperature)
+    chat = Chat(args.folder, args.device, args.hubert, args.temperature, args.transcriber)
     if args.json:
         lines = [json.dumps({"audio": path}) for path in args.audio]
         for_programs(chat, lines or sys.stdin.buffer, args.transcribe)

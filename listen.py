@@ -16,38 +16,49 @@ import audio
 import desta
 import prosody
 from model import LM, generate
-from tokenize_audio import AudioTokenizer, add_ears
+import tokenize_audio
+from tokenize_audio import AudioTokenizer
 from vocab import Vocab
 from whisper import Whisper
 
 WORDS = 256  # tokens of a transcript
 
 
-def load(folder, device="cpu", hubert=None, dtype=None):
-    """(model, vocabulary, ears or None) of a folder."""
+def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
+    """(model, vocabulary, ears or None) of a folder.
+
+    transcriber  the folder that writes down the words for a model of prosody
+    """
     if (Path(folder) / "desta.json").exists():
-        return desta.load(folder, device, dtype)
-    model, vocab = LM.load(folder, device, dtype).eval(), Vocab(folder)
-    if not vocab.speech:
-        return model, vocab, None
-    if vocab.reads_prosody():
-        made = vocab.speech["features"].get("transcriber")
-        return model, vocab, prosody.Ears(folder, made and writer(made, folder, device))
-    return model, vocab, AudioTokenizer(folder, device, hubert)
+        model, vocab, ears = desta.load(folder, device, dtype)
+    else:
+        model, vocab = LM.load(folder, device, dtype).eval(), Vocab(folder)
+        ears = None
+        if vocab.speech and vocab.reads_prosody():
+            write = writer(transcriber, device, hubert) if transcriber else None
+            ears = prosody.Ears(folder, write)
+        elif vocab.speech:
+            ears = AudioTokenizer(folder, device, hubert)
+
+    # A flag that nothing reads is a mistake of who gave it.
+    if transcriber and not isinstance(ears, prosody.Ears):
+        raise ValueError(
+            f"--transcriber {transcriber}: {folder} does not hear how words are said "
+            "(prosody.py), so no one has to write them down for it; leave the flag out"
+        )
+    return model, vocab, ears
 
 
-def writer(made, folder, device):
-    """samples -> text, by the transcriber {"path", "sha256"} that a model of prosody names."""
-    path = Path(made["path"])
-    runs.still(path, made["sha256"], "transcriber", folder)
-    if not (path / "speech.json").exists():
-        whisper = Whisper(path, device)
+def writer(folder, device, hubert):
+    """samples -> text, by a Whisper folder or a model that hears units."""
+    if not (Path(folder) / "speech.json").exists():
+        whisper = Whisper(folder, device)
         return lambda samples: whisper.transcripts([samples])[0].strip()
 
-    model, vocab, ears = load(path, device)
-    if vocab.reads_prosody():
+    model, vocab, ears = load(folder, device, hubert)
+    if isinstance(ears, prosody.Ears):
         raise ValueError(
-            f"{path}: hears how words are said, not which; wanted a Whisper folder, or a model "
+            f"{folder}: hears how words are said, not which; wanted a Whisper folder, or a model "
             "that hears units"
         )
     return lambda samples: written_down(model, vocab, ears(samples)[0])
@@ -60,6 +71,16 @@ def written_down(model, vocab, units):
     return vocab.decode([int(ids[0]) for ids in steps]).strip().removesuffix(".")
 
 
+def add_ears(parser):
+    """The flags of every command that opens any folder that hears."""
+    tokenize_audio.add_ears(parser)
+    parser.add_argument(
+        "--transcriber",
+        help="for a model that hears how words are said: who writes them down, a Whisper "
+        "folder or a model that hears units",
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Show a spoken turn as the model of a folder reads it."
@@ -68,7 +89,7 @@ def main():
     parser.add_argument("audio", help="an audio file")
     add_ears(parser)
     args = parser.parse_args()
-    _, vocab, ears = load(args.folder, args.device, args.hubert)
+    _, vocab, ears = load(args.folder, args.device, args.hubert, None, args.transcriber)
     if not ears:
         raise ValueError(f"{args.folder}: cannot hear; wanted a model that does")
     heard, _ = ears(audio.load(args.audio))

@@ -276,8 +276,8 @@ class Ears:
     def __call__(self, samples):
         if not self.transcriber:
             raise ValueError(
-                f"{self.folder}: hears how words are said, and no one writes them down; make "
-                "its tokens with prosody.py --transcriber"
+                f"{self.folder}: hears how words are said, and no one writes them down; "
+                "pass --transcriber, a Whisper folder or a model that hears units"
             )
         text = self.transcriber(samples)
         return numbered(measured(samples, aligned(text, samples)), self.edges), None
@@ -330,19 +330,10 @@ class Prosody:
         return sum(row.get("seconds", 0) for row in self.rows) / max(1, count)
 
 
-def transcriber_of(args):
-    """Who writes down what a model with these tokens hears: {"path", "sha256"}, or None."""
-    if not args.transcriber:
-        return None
-    path = str(Path(args.transcriber).resolve())
-    return {"path": path, "sha256": runs.fingerprint(path)}
-
-
 def encode(args):
     """Measure every clip of a manifest, and write it in numbers."""
-    for path in filter(None, (args.bins, args.transcriber)):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such folder")
+    if args.bins and not Path(args.bins).exists():
+        raise FileNotFoundError(f"{args.bins}: no such folder")
     rows = audio.read_manifest(args.manifest)
     silent = [row["audio"] for row in rows if not row.get("text", "").strip()]
     if silent or not rows:
@@ -367,7 +358,7 @@ def encode(args):
             out.append((round(seconds, 3), measured(samples, words)))
         return out
 
-    settings = {"audio": identity(rows), "transcriber": str(transcriber_of(args))}
+    settings = {"audio": identity(rows)}
     about = {"desc": f"measuring {args.manifest}", "unit": "clip"}
     corpus = runs.in_pieces(args.out, settings, rows, work, PIECE, **about)
     if edges is None:
@@ -375,7 +366,7 @@ def encode(args):
     with runs.new_folder(args.out, [args.manifest, args.bins], args.overwrite) as out:
         save_file({"edges": torch.from_numpy(edges)}, out / "codebook.safetensors")
         made = {
-            "features": {"kind": "prosody", "transcriber": transcriber_of(args)},
+            "features": {"kind": "prosody"},
             "k": len(NAMES),
             "frame_rate": SECOND,
             "sha256": runs.fingerprint(out / "codebook.safetensors"),
@@ -394,11 +385,6 @@ def main():
     add = parser.add_argument
     add("manifest", help='JSON lines with "audio" and "text", or a LibriSpeech folder')
     add("--bins", help="a folder of this command, or a model that hears, whose bins to use")
-    add(
-        "--transcriber",
-        help="a Whisper folder, or a model that hears units: it will write down what a "
-        "model with these tokens hears",
-    )
     add("--out", required=True, help="folder to write")
     add("--overwrite", action="store_true", help="replace an existing --out")
     encode(parser.parse_args())

@@ -154,19 +154,38 @@ def test_ends_is_right_of_a_reply_that_ends_with_the_answer_whatever_it_says_bef
     assert benchmark.scores_by_metric(rows, said)["ends"]["value"] == round(1 / 3, 4)
 
 
-def test_without_a_transcriber_a_model_of_prosody_hears_no_sound_and_with_one_its_words(world, speedrun, tmp_path, monkeypatch):
+def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and_without_one_nothing(world, speedrun, tmp_path, monkeypatch, capsys):
     clip = world / "world/speech/audio/00000.flac"
     chat = Chat(world / "merged")
-    with pytest.raises(ValueError, match="no one writes them down"):
+    with pytest.raises(ValueError, match="no one writes them down; pass --transcriber"):
         chat.hear(audio.load(clip), clip)
-    speech = tmp_path / "speech"
-    call(["prosody.py", str(world / "world/speech/train.jsonl"), "--transcriber", str(speedrun / "speech"), "--out", str(tmp_path / "p")], monkeypatch)
-    call(["pretrain.py", "--init", str(world / "base"), "--units", str(tmp_path / "p"), "--text", str(world / "world/base.jsonl"), "--steps", "1", "--rows", "2",
-          "--device", "cpu", "--out", str(speech)], monkeypatch)
-    chat = Chat(speech)
+    ears, units = str(speedrun / "speech"), Chat(speedrun / "speech")
+    wanted = units.heard(units.hear(audio.load(clip), clip)[0])
+    chat = Chat(world / "merged", transcriber=ears)
     said, seconds = chat.hear(audio.load(clip), clip)
-    assert seconds > 0.5 and chat.heard(said) == said.text() == Chat(speedrun / "speech").heard(Chat(speedrun / "speech").hear(audio.load(clip), clip)[0])
+    assert seconds > 0.5 and chat.heard(said) == said.text() == wanted
     assert said[0][0] == "" and len(chat.vocab.content([said])) > len(said)
+    with pytest.raises(SystemExit) as end:
+        call(["chat.py", str(world / "merged"), str(clip), "--transcriber", ears, "--transcribe", "--device", "cpu"], monkeypatch)
+    assert not end.value.code
+    assert f"heard: {wanted}" in capsys.readouterr().out
+    for folder, who, why in ((world / "merged", world / "merged", "hears how words are said, not which"), (speedrun / "merged", ears, "leave the flag out"),
+                             (world / "instruct", ears, "leave the flag out"), (world / "merged", tmp_path / "nowhere", "nowhere")):
+        with pytest.raises((ValueError, OSError), match=why):
+            Chat(folder, transcriber=who)
+
+
+def test_a_benchmark_takes_the_words_of_a_row_or_those_that_a_transcriber_writes_down(world, speedrun, tmp_path, monkeypatch):
+    row = rows_of(world / "test/manifest.jsonl")[0]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    heard = []
+    monkeypatch.setattr(Vocab, "turn", lambda vocab, messages: heard.append(messages[-1]["content"]) or [1])
+    ears = Chat(world / "merged", transcriber=speedrun / "speech")
+    wanted, _ = ears.hear(audio.load(row["audio"]), "")
+    for n, flags in enumerate(([], ["--transcriber", str(speedrun / "speech")])):
+        call(["benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"), *flags, "--device", "cpu", "--out", str(tmp_path / f"{n}.json")], monkeypatch)
+    (given, *asked), (own, *again) = heard
+    assert given.text() == row["text"] and own.text() == wanted.text() != row["text"] and asked == again == [" " + row["instruction"]]
 
 
 def test_every_word_of_this_world_is_one_token(world):
