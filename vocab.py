@@ -708,7 +708,7 @@ def show(vocab):
         question = {"role": "user", "content": "hi"}
         line("chat", *vocab.chat([question, {"role": "assistant", "content": "yes"}])[:2])
     line("page", vocab.page("hi"))
-    said = Said([("", [3]), ("hi", [24, 40, 56, 72, 88])])
+    said = Said([("", [3, 24, 40]), ("hi", [56, 72, 88, 104, 120])])
     if vocab.speech and vocab.reads_prosody():
         line("captioned", *vocab.captioned("a high fast woman\n", said, "")[:2])
         if vocab.family:
