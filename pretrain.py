@@ -895,10 +895,10 @@ def settled(parser, world):
         defaults["keep_text"] = 0.0  # it filters matrices, and those are frozen
         if not args.units:
             defaults["embeddings"] = "markers"
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            kind = {"mix": layout_weights, "layers": depth_shares}.get(name)
-            setattr(args, name, kind(value) if kind else value)
+
+    # Read as if it had been typed, so that a text like "0:0.5" becomes what its flag makes of it.
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
     check(parser, args, world)
     return args
 
