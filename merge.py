@@ -35,7 +35,7 @@ RULES = {
     "shared": "every tensor, and every row that base has: base + lam * (speech - base) + "
     "mu * (instruct - base), in float64, rounded once to speech's dtype",
     "chat markers": "their rows are instruct's, whatever lam and mu: speech has no chats",
-    "new rows": "units and speech markers are speech's: there is nothing to add",
+    "new rows": "tokens that only speech has are speech's: there is nothing to add",
 }
 BLOCK = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
 TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
@@ -50,7 +50,8 @@ def add(models, name, lam, mu):
     """
     for a, b in models.blocks(name):
         speech = models.rows("speech", name, a, b)                  # (n, width)
-        if a >= models.count(name):  # units: base has none
+        if a >= models.count(name):  # tokens that base has not
+            models.finite(speech, name, a, b)
             yield a, speech, None
             continue
         base = models.rows("base", name, a, b).double()
@@ -60,12 +61,12 @@ def add(models, name, lam, mu):
         instruct_delta = instruct - base
         merged = base + lam * speech_delta + mu * instruct_delta
 
-        if not torch.isfinite(merged).all():
-            models.blame(name, a, b)
+        rounded = merged.to(speech.dtype)
+        models.finite(rounded, name, a, b)
         if name in TABLES:
             markers = [row - a for row in models.markers if a <= row < b]
-            merged[markers] = instruct[markers]
-        yield a, merged.to(speech.dtype), measure(base, speech_delta, instruct_delta)
+            rounded[markers] = instruct[markers].to(speech.dtype)
+        yield a, rounded, measure(base, speech_delta, instruct_delta)
 
 
 def measure(base, speech_delta, instruct_delta):
@@ -224,12 +225,15 @@ class Merge:
         width = self.width(name)
         return self.tensors[which].block(name, a * width, b * width).view(b - a, width)
 
-    def blame(self, name, a, b):
-        """Raise a ValueError that names the folder with NaN or infinity in these rows."""
+    def finite(self, merged, name, a, b):
+        """A ValueError if these rows of the sum hold NaN or infinity; it names who has them, too."""
+        if torch.isfinite(merged).all():
+            return
         ill = [
-            str(self.tensors[which].path(name))
-            for which in self.paths
-            if not torch.isfinite(self.rows(which, name, a, b)).all()
+            str(tensors.path(name))
+            for which, tensors in self.tensors.items()
+            if b <= tensors.shape(name)[0]
+            and not torch.isfinite(self.rows(which, name, a, b)).all()
         ]
         raise ValueError(f"{' and '.join(ill) or 'the sum'}: {name} holds NaN or infinity")
 

@@ -141,8 +141,10 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("fused.py", "unseen = (key > key[:, None]) | (key < start[:, :, None])", "unseen = (key > key[:, None]) | (key < 0 * start[:, :, None])", FUSED),
 
     ("merge.py", "lam * speech_delta + mu * instruct_delta", "mu * speech_delta + lam * instruct_delta", MERGE),
-    ("merge.py", "yield a, merged.to(speech.dtype)", "yield a, merged.bfloat16().to(speech.dtype)", MERGE),
-    ("merge.py", "merged[markers] = instruct[markers]", "pass", MERGE),
+    ("merge.py", "rounded = merged.to(speech.dtype)", "rounded = merged.bfloat16().to(speech.dtype)", MERGE),
+    ("merge.py", "rounded[markers] = instruct[markers].to(speech.dtype)", "pass", MERGE),
+    ("merge.py", "            models.finite(speech, name, a, b)\n", "", MERGE),
+    ("merge.py", "models.finite(rounded, name, a, b)", "models.finite(merged, name, a, b)", MERGE),
     ("merge.py", "yield a, speech, None", "yield a, speech * 0, None", MERGE),
     ("merge.py", '"instruct": math.sqrt(part["instruct"] / base)', '"instruct": (part["instruct"] / base)', MERGE),
     ("merge.py", "self.begin[name] + first * rows.shape[1]", "self.begin[name] + 0 * rows.shape[1]", MERGE),

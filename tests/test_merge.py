@@ -183,6 +183,20 @@ def test_nan_in_a_row_that_instruct_replaces_is_refused_too(speedrun, tmp_path, 
         Merge(ill, instruct, speech).merged("model.embed_tokens.weight", 1.0)
 
 
+def test_nan_in_a_row_that_only_speech_has_is_refused_too(speedrun, tmp_path):
+    base, instruct, speech = folders(speedrun)
+    ill = copied(speech, tmp_path / "ill", lambda name, tensor: tensor.index_fill(0, torch.tensor([len(tensor) - 1]), float("nan")) if "embed" in name else tensor)
+    with pytest.raises(ValueError, match="^[^ ]*ill/model.safetensors: model.embed_tokens.weight holds NaN"):
+        Merge(base, instruct, ill).merged("model.embed_tokens.weight", 1.0)
+
+
+def test_a_sum_too_large_for_float16_is_refused_though_no_part_of_it_is(speedrun, tmp_path):
+    base, instruct, speech = folders(speedrun)
+    large = copied(speech, tmp_path / "large", lambda name, tensor: tensor.fill_(60_000).half() if name == "model.norm.weight" else tensor)
+    with pytest.raises(ValueError, match="^the sum: model.norm.weight holds NaN or infinity"):
+        Merge(base, instruct, large).merged("model.norm.weight", 2.0)
+
+
 def test_the_report_measures_both_deltas(speedrun):
     base, instruct, speech = folders(speedrun)
     report, b, s, i = Merge(base, instruct, speech).run(1.0, 1.0), *map(made, (base, speech, instruct))
