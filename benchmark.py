@@ -11,7 +11,8 @@ A row is {"audio" or "said", "text", "instruction", "choices", "answer", "metric
 words are known; with --transcriber the model hears the audio itself.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
-letter). Rows with a "group" are scored group by group, too.
+letter). Rows with a "group" are scored group by group, too. A reply is cut behind --limit
+tokens; one that has not ended there is wrong by "exact" and "ends".
 
 Every batch is kept at once in OUT.rows: after a stop the same command goes on there.
 """
@@ -19,17 +20,21 @@ Every batch is kept at once in OUT.rows: after a stop the same command goes on t
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from evaluate import BATCH, edit_distance, normal, of_seeds, ratio, replies, share
-from listen import add_ears, load
+import listen
+import prosody
+import tokenize_audio
+from evaluate import BATCH, LIMIT, edit_distance, normal, of_seeds, ratio, replies, share
 from vocab import Said
 
 METRICS = ["exact", "ends", "contains", "wer", "choice"]
+LAST = "deaf.json"  # what speedrun_manner.sh writes at its end
 READ = 16  # prompts read at once for the likelihood of all their ids
 
 
@@ -39,21 +44,27 @@ READ = 16  # prompts read at once for the likelihood of all their ids
 def in_batches(args, items, work):
     """work(list of items) -> list of results, for all items, batch by batch."""
     runs.may_write(args.out, args.overwrite)
-    settings = runs.recipe([args.folder, args.rows])["inputs"]
-    settings |= {"hubert": str(args.hubert), "transcriber": str(args.transcriber)}
+    settings = runs.recipe(inputs(args))["inputs"] | {"limit": args.limit}
     return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, "row")
+
+
+def inputs(args):
+    """The files and folders that scores are made from."""
+    return [args.folder, args.rows, args.hubert, args.transcriber]
 
 
 def finish(args, scores, answers):
     """Write the scores and every answer, and print the scores."""
-    made = scores | {"rows": answers, "made": runs.recipe([args.folder, args.rows])}
+    made = scores | {"rows": answers, "made": runs.recipe(inputs(args))}
     runs.finish_pieces(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(json.dumps(scores, indent=1))
 
 
 def opened(args):
     """(model, vocabulary, ears) of the folder that is asked."""
-    return load(args.folder, args.device, args.hubert, torch.float32, args.transcriber)
+    return listen.load(
+        args.folder, args.device, args.hubert, torch.float32, args.transcriber
+    )
 
 
 @torch.inference_mode()
@@ -92,6 +103,8 @@ def what_is_wrong(row):
     if not isinstance(answer, str) or not answer.strip():
         return "no answer, wanted a string with something in it"
     asked = "audio", "text", "instruction"
+    if row["metric"] == "wer" and not spoken_words(answer):
+        return "an answer without a word, wanted one to count errors in"
     if not any(row.get(name) for name in (*asked, "said")):
         return "nothing to ask, wanted audio, said, text or instruction"
     for name in asked:
@@ -130,8 +143,7 @@ def score_rows(args):
     """Score a model on rows of questions."""
     rows, folder = read_rows(args.rows), Path(args.rows).parent
     model, vocab, ears = opened(args)
-    if any(row.get("audio") or row.get("said") for row in rows) and not ears:
-        raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
+    can_hear(args, rows, ears)
 
     def content(row):
         """A user's turn: what is heard, if anything, then what is written."""
@@ -154,11 +166,12 @@ def score_rows(args):
         """The replies to some rows; to a choice, its letter."""
         prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
         said = {}
-        for whole in (True, False):  # what only has to contain an answer need not end
-            asked = [i for i, row in enumerate(part) if row["metric"] != "choice"]
-            asked = [i for i in asked if (part[i]["metric"] != "contains") == whole]
+        for whole in (True, False):  # must it have ended?
+            metrics = ("exact", "ends") if whole else ("contains", "wer")
+            asked = [i for i, row in enumerate(part) if row["metric"] in metrics]
             if asked:
-                texts = replies(model, vocab, [prompts[i] for i in asked], whole=whole)
+                starts = [prompts[i] for i in asked]
+                texts = replies(model, vocab, starts, limit=args.limit, whole=whole)
                 said |= dict(zip(asked, texts))
         chosen = [i for i in range(len(part)) if i not in said]
         for i, likely in zip(
@@ -171,6 +184,33 @@ def score_rows(args):
         return [said[i] for i in range(len(part))]
 
     said = in_batches(args, rows, work)
+    tell_cut(args, vocab, said)
+    finish(args, scores_of_rows(rows, said), said)
+
+
+def can_hear(args, rows, ears):
+    """A ValueError if a model cannot hear what is in the rows."""
+    if any(row.get("audio") or row.get("said") for row in rows) and not ears:
+        raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
+    if any(row.get("said") for row in rows) and not isinstance(ears, prosody.Ears):
+        raise ValueError(
+            f'{args.rows}: has rows with "said", words with their prosody, and {args.folder} '
+            "does not read such; give a model that was trained on prosody"
+        )
+
+
+def tell_cut(args, vocab, said):
+    """Say how many replies may have had more to say."""
+    cut = sum(text is None or len(vocab.encode(text)) >= args.limit for text in said)
+    if cut:
+        print(
+            f"{cut} of {len(said)} replies had not ended after {args.limit} tokens (--limit)",
+            file=sys.stderr,
+        )
+
+
+def scores_of_rows(rows, said):
+    """{metric: cell} of what was said to all rows, and to those of each group."""
     scores = scores_by_metric(rows, said)
     groups = sorted({row["group"] for row in rows if row.get("group")})
     if groups:
@@ -179,12 +219,22 @@ def score_rows(args):
         among = [n for n, row in enumerate(rows) if row.get("group") == group]
         part = scores_by_metric([rows[n] for n in among], [said[n] for n in among])
         scores["groups"][group] = part
-    finish(args, scores, said)
+    return scores
 
 
 def contains(text, answer):
     """Do the words of an answer stand in a text, next to each other and whole?"""
     return bool(re.search(rf"(?<!\w){re.escape(normal(answer))}(?!\w)", text))
+
+
+def ends(text, answer):
+    """Does a text end with an answer, whose first word is whole there?"""
+    return bool(re.search(rf"(?<!\w){re.escape(normal(answer))}$", text))
+
+
+def spoken_words(text):
+    """The words of a transcript; the full stop that it ends with is none."""
+    return normal(text).removesuffix(".").split()
 
 
 def scores_by_metric(rows, said):
@@ -199,16 +249,16 @@ def scores_by_metric(rows, said):
         if metric == "exact":
             scores[metric] = share([text == normal(row["answer"]) for text, row in asked])
         elif metric == "ends":
-            scores[metric] = share([text.endswith(normal(row["answer"])) for text, row in asked])
+            scores[metric] = share([ends(text, row["answer"]) for text, row in asked])
         elif metric == "contains":
             scores[metric] = share([contains(text, row["answer"]) for text, row in asked])
         elif metric == "choice":
             scores[metric] = share(
                 [meaning(text, row) == row["answer"] for text, row in asked]
             )
-        else:  # the full stop that transcripts end with is no word
-            heard = [text.removesuffix(".").split() for text, _ in asked]
-            words = [normal(row["answer"]).removesuffix(".").split() for _, row in asked]
+        else:
+            heard = [spoken_words(text) for text, _ in asked]
+            words = [spoken_words(row["answer"]) for _, row in asked]
             wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
             scores[metric] = ratio(wrong, [len(w) for w in words])
     return scores
@@ -220,6 +270,11 @@ def scores_by_group(file):
     made = {}
     for name, cells in groups.items() if isinstance(groups, dict) else ():
         cell = next(iter(cells.values()), None) if isinstance(cells, dict) else None
+        if isinstance(cells, dict) and len(cells) > 1:
+            raise ValueError(
+                f"{file}: group {name!r} is scored by {' and '.join(cells)}; wanted one metric "
+                "in a group, to show it in one column"
+            )
         if isinstance(cell, dict) and isinstance(cell.get("value"), float):
             made[name] = cell
     if not made or len(made) < len(groups):
@@ -231,13 +286,13 @@ def show(files):
     """What several models scored, group by group, as a table."""
     made = {file: scores_by_group(file) for file in files}
     names = sorted({name for groups in made.values() for name in groups})
-    width = 2 + max(map(len, files))
-    print(" " * width + "".join(f"{name:>10}" for name in names))
+    width, column = 2 + max(map(len, files)), max(10, *(len(name) + 2 for name in names))
+    print(" " * width + "".join(f"{name:>{column}}" for name in names))
     for file, groups in made.items():
         values = [
             format(groups[name]["value"], ".2f") if name in groups else "-" for name in names
         ]
-        print(f"{file:{width}}" + "".join(f"{value:>10}" for value in values))
+        print(f"{file:{width}}" + "".join(f"{value:>{column}}" for value in values))
 
 
 def report(args):
@@ -257,16 +312,16 @@ def report(args):
 
 def of_run(folder):
     """A run's settings, the size of its deltas, and what each of its models scored."""
+    files = sorted(folder.glob("*.json"))
+    if folder / LAST not in files:
+        raise ValueError(
+            f"{folder}: no {LAST}, so no finished run; run speedrun_manner.sh again"
+        )
     seconds = {}
     for name in ("base", "instruct", "speech"):
         trained = runs.read_json(folder / name / "training.json", ["settings", "seconds"])
         seconds[name] = trained["seconds"]
     merged = runs.read_json(folder / "merged/merge.json", ["lam", "rel"])
-    files = sorted(folder.glob("*.json"))
-    if folder / "merged.json" not in files:
-        raise ValueError(
-            f"{folder}: no merged.json, so no finished run; run speedrun_manner.sh again"
-        )
     return {
         "seed": int(trained["settings"]["seed"]),
         "dtype": trained["settings"]["dtype"],
@@ -324,10 +379,8 @@ def score_pairs(args):
     """Share of pairs in which the model finds the good clip likelier, per unit; ties half."""
     pairs, folder = read_pairs(args.rows)
     model, vocab, ears = opened(args)
-    if not vocab.speech:
-        raise ValueError(
-            f"{args.folder}: cannot hear (no speech.json); give a speech model"
-        )
+    if not vocab.speech or vocab.reads_prosody():
+        raise ValueError(f"{args.folder}: does not hear units; give a speech model that does")
     first, k = vocab.speech["first_unit"], vocab.speech["k"]
 
     def span(path):
@@ -383,14 +436,20 @@ def main():
                 else "a folder with good/ and bad/, or JSON lines"
             ),
         )
-        add_ears(command)
+        (listen.add_ears if command is one else tokenize_audio.add_ears)(command)
         add("--out", required=True, help=".json to write")
         add("--overwrite", action="store_true", help="replace an existing --out")
+    one.add_argument(
+        "--limit", type=int, default=LIMIT, help=f"tokens of a reply, at most (default {LIMIT})"
+    )
+    two.set_defaults(limit=None, transcriber=None)  # of pairs, units alone are read
     args = parser.parse_args()
     if args.action == "show":
         return show(args.scores)
     if Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
+    if args.action == "rows" and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: wanted at least 1 token")
     {"rows": score_rows, "pairs": score_pairs, "report": report}[args.action](args)
 
 

@@ -11,6 +11,7 @@ run  python chat.py out/merged out/question.wav     # answers and exits
 import argparse
 import codecs
 import json
+import math
 import os
 import random
 import shlex
@@ -34,7 +35,7 @@ SLOWEST = 2  # units a second, at least: what is too long for the context is kno
 # What looks like audio in a line; the latter get the ffmpeg command.
 SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
 HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces)
-:rec           speak; Enter ends it           :why     the last turn as the model reads it
+:rec           speak; Enter ends it           :why     the conversation as tokens
 :system TEXT   how it should behave           :reset   forget the conversation
 :help          this                           :quit    or Ctrl-D: end. Ctrl-C stops a reply"""
 
@@ -232,7 +233,7 @@ def take(chat, parts, transcribe):
             units, seconds = chat.hear(part, "the recording")
         content.append(units)
         notes["seconds"] = round(notes["seconds"] + seconds, 2)
-        notes["units"] += len(units)
+        notes["units"] += units.words() if isinstance(units, Said) else len(units)
         if transcribe:
             notes["heard"].append(chat.heard(units))
     return content, {name: value for name, value in notes.items() if value}
@@ -357,6 +358,8 @@ def converse(chat, transcribe):
                 turn(chat, [record()], transcribe)
             except (ValueError, OSError, EOFError) as error:
                 print(f"cannot answer that: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print(" [stopped]")
         elif command.startswith(":"):
             print(HELP)
         elif line:
@@ -390,7 +393,7 @@ def main():
     add_ears(parser)
     # Flags may stand between the folder and the audio.
     args = parser.parse_intermixed_args()
-    if not args.temperature >= 0:
+    if not 0 <= args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
 
     chat = Chat(args.folder, args.device, args.hubert, args.temperature, args.transcriber)

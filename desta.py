@@ -363,8 +363,8 @@ def encode(args, out):
     """A folder of states: states.bin (float16), index.npy (first frame of each clip)."""
     rows = audio.read_manifest(args.manifest)
     encoder = Encoder(args.encoder, args.device, runs.DTYPES[args.dtype])
-    for row in rows:
-        if len(audio.Recording(row["audio"])) > SECONDS * audio.SAMPLE_RATE:
+    for row, samples in zip(rows, audio.lengths(rows)):
+        if samples > SECONDS * audio.SAMPLE_RATE:
             raise ValueError(f"{row['audio']}: longer than {SECONDS} s; cut it first")
     settings = {"audio": identity(rows), "dtype": args.dtype}
     settings["encoder"] = runs.fingerprint(args.encoder)
@@ -474,6 +474,8 @@ def provenance(args, meta):
     Taken before training: they must be those that it used.
     """
     made = {"model": str(Path(args.model).resolve()), "encoder": meta["encoder"]}
+    if args.no_transcript and args.transcriber:
+        raise ValueError("--no-transcript with --transcriber: give one of the two")
     transcriber = None if args.no_transcript else args.transcriber or meta["encoder"]
     if transcriber:
         file = Path(transcriber) / "config.json"

@@ -167,13 +167,13 @@ def captioned(vocab, corpus, i, rng):
     Behind speech another text may come first: a model that meets captions right behind the
     speech alone writes one there, whatever is asked.
     """
-    caption, where = corpus.rows[i].get("caption", ""), rng.random()
+    caption, where = corpus.rows[i].get("caption"), rng.random()
     before, after, ends = BEFORE_AFTER_ENDS
-    above = caption + "\n" if where < before else ""
+    above = f"{caption}\n" if caption and where < before else ""
     count = len(corpus.rows)
     other = corpus.rows[int(rng.integers(count // HELD_OUT, count))].get("text", "")
     below = f"\n{other}" if rng.random() < BETWEEN and other else ""
-    below += f"\n{caption}." if before <= where < before + after else ""
+    below += f"\n{caption}." if caption and before <= where < before + after else ""
     return vocab.captioned(above, corpus[i], below, where > 1 - ends)
 
 

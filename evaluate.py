@@ -651,7 +651,7 @@ def compare(args):
 
     # Who cannot hear is told before the first is asked.
     loaded = {
-        folder: listen.load(folder, args.device, args.hubert, torch.float32, args.transcriber)
+        folder: listen.load(folder, args.device, args.hubert, torch.float32)
         for folder in args.folders
     }
     for folder, (_, _, ears) in loaded.items():
@@ -891,8 +891,7 @@ def arguments():
             required=True,
             help="questions.jsonl of toy.py world, or of that form",
         )
-    add_ears(one)
-    listen.add_ears(three)
+        add_ears(command)
     for command in (one, two, three, how):
         command.add_argument(
             "--out",

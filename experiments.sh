@@ -29,9 +29,8 @@ fi
 
 seed() { python -c "import json, sys; print(json.load(open(sys.argv[1]))['settings']['seed'])" speech/training.json; }
 
-# Train, or merge, unless it is there already. The last word is --out's. FLAGS are for a quick look:
-# FLAGS="--steps 100" bash experiments.sh ablate
-train() { [ -e "${*: -1}" ] || python "$home/pretrain.py" --seed "$seed" ${FLAGS:-} "$@"; }
+# Train, or merge, unless it is there already. The last word is --out's.
+train() { [ -e "${*: -1}" ] || python "$home/pretrain.py" --seed "$seed" "$@"; }
 merge() { [ -e "${*: -1}" ] || python "$home/merge.py" --lam 1.15 "$@"; }
 
 # variant NAME STAGES FLAGS...: the sum with these flags in some stages (base, chat, speech) and with
@@ -62,7 +61,7 @@ behave() {
   [ -e "reuse/$1" ] || python - "$@" <<'PY'
 import json, os, sys
 name, words = sys.argv[1:]
-os.makedirs(f"reuse/{name}.partial")
+os.makedirs(f"reuse/{name}.partial", exist_ok=True)
 for source, file in ("world/chat.jsonl", "chat"), ("test/manifest.jsonl", "test"):
     with open(source) as lines, open(f"reuse/{name}.partial/{file}.jsonl", "w") as out:
         for row in map(json.loads, lines):

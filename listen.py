@@ -15,8 +15,8 @@ import torch
 import audio
 import desta
 import prosody
-from model import LM, generate
 import tokenize_audio
+from model import LM, generate
 from tokenize_audio import AudioTokenizer
 from vocab import Vocab
 from whisper import Whisper

@@ -1,9 +1,10 @@
 """A second story of the toy world: not what was said, but how.
 
 in   a seed
-out  OUT/tokenizer, base.jsonl, chat.jsonl, speech/train.jsonl, dev.jsonl, test.jsonl, their audio
+out  OUT/tokenizer, base.jsonl, chat.jsonl, speech/train.jsonl; dev.jsonl and test.jsonl, and both
+     as the text that is said in them (dev_text.jsonl, test_text.jsonl); their audio
 see  toy.py, whose facts and styles of answers these are; SpeechCombine's captions
-run  python manner.py --seed 0 --out out/manner
+run  python manner.py --seed 0 --out out/manner/world
 
 Men and women speak, high or low, fast or slow; in a third of their sentences one word is
 stressed. A *caption* says that in words: "a high fast woman stresses peru".
@@ -37,8 +38,8 @@ RELATIONS = "gender", "pitch", "pace", "stress"
 QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r} of it"
 
 SIGNS = "#$%&*+<=>@^_|~"
-CLUTTERED = 0.5  # of the lines in text: their words again, among signs that say nothing
-ASIDE = 0.8  # of the other turns: what is cluttered is not therefore described
+CLUTTERED = 0.5  # of the lines in text: behind them signs that say nothing, or words among signs
+ASIDE = 0.8  # the same of ordinary user turns, so that clutter does not promise a caption
 UNDESCRIBED = 0.3  # of the chats about a line: it has no caption, and the answer is a guess
 
 
@@ -103,16 +104,16 @@ def reply(manner, line, relation, style):
 
 
 def cluttered(line, rng):
-    """A line, and behind it its words among signs, as speech will stand there.
+    """A line, and behind it signs, mostly with its words again, as tokens of speech will stand.
 
-    Open models have read markup of every kind, and read on behind it. So does one that
-    was trained on this.
+    Open models have read markup of every kind, and read on behind it. This teaches a model
+    from nothing the same.
     """
 
     def signs(count):
         return "".join(rng.choice(SIGNS) for _ in range(count))
 
-    count = rng.choice([1, 2, 4, 5, 5, 6])  # behind every word
+    count = rng.choice([1, 2, 4, 5, 5, 6])  # signs behind every word
     opened, closed = signs(rng.randint(1, 4)), signs(rng.randint(1, 2))
     if rng.random() < 0.3:
         return line + opened + signs(count * rng.randint(1, 6)) + closed
@@ -160,7 +161,7 @@ def captioned_text(world, rng):
 
 
 def base_document(world, rng):
-    """A document of the base corpus: one of toy.py's, or a described line."""
+    """A document of the base corpus: a described line, or a page, perhaps below clutter."""
     kind = rng.random()
     if kind < 0.4:
         return captioned_text(world, rng)
@@ -252,7 +253,8 @@ def write_questions(world, rng, reader, counts, out):
                 manner = drawn_manner(line, rng)
             asked = question(manner, line, rng, relation or rng.choice(RELATIONS[:-1]))
             rows.append((split, line, manner, asked))
-    for row in toy.questions(world, rng, counts["dev"] // 2, counts["test"] // 2):
+    facts = [max(1, counts[split] // 2) for split in ("dev", "test")]
+    for row in toy.questions(world, rng, *facts):
         manner = drawn_manner(row["question"], rng)._replace(stress=None)
         fact = "fact", row["kind"], "", row["answer"]
         rows.append((row["split"], row["question"], manner, fact))
@@ -323,8 +325,14 @@ def main():
     add("--out", required=True, help="folder to write")
     add("--lines", type=int, default=6000, help="lines of training speech (default 6000)")
     add("--documents", type=int, default=40_000, help="and chats (default 40000)")
-    add("--dev", type=int, default=120, help="questions to choose settings on (default 120)")
-    add("--test", type=int, default=240, help="questions to report on (default 240)")
+    add(
+        "--dev",
+        type=int,
+        default=120,
+        help="questions on how lines are said, to choose settings on (default 120); half as many "
+        "spoken ones on facts are added",
+    )
+    add("--test", type=int, default=240, help="the same, to report on (default 240)")
     add("--overwrite", action="store_true", help="replace an existing world")
     write_world(parser.parse_args())
 

@@ -226,7 +226,7 @@ class Merge:
         return self.tensors[which].block(name, a * width, b * width).view(b - a, width)
 
     def finite(self, merged, name, a, b):
-        """A ValueError if these rows of the sum hold NaN or infinity; it names who has them, too."""
+        """A ValueError if rows of the sum hold NaN or infinity; it names who has them, too."""
         if torch.isfinite(merged).all():
             return
         ill = [

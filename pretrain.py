@@ -910,6 +910,11 @@ def check(parser, args, world):
             f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only "
             "speech can be like its text"
         )
+    if args.imitate and args.units and is_prosody(args.units):
+        parser.error(
+            f"--imitate {args.imitate}: in {args.units} the text stands beside the speech, so "
+            "there is nothing to imitate; leave the flag out"
+        )
     if not 0 <= args.rows_first <= 1:
         parser.error(f"--rows-first {args.rows_first}: wanted a share of the steps, 0 to 1")
     if min(args.steps, args.rows, args.length - 1) < 1:

@@ -5,7 +5,7 @@ out  a folder: codebook.json and codebook.safetensors (the bins), manifest.jsonl
      and of each word its tokens)
 see  ProsodyLM (arXiv:2507.20091), whose tokens SpeechCombine takes; Boersma (1993) for pitch by
      autocorrelation
-run  python prosody.py out/manner/speech/train.jsonl --out out/manner/prosody
+run  python prosody.py out/manner/world/speech/train.jsonl --out out/manner/prosody
 
     anna likes <|speech|> <|speaker_3|> <|rate_9|> <|level_5|> anna <|pitch_8|> <|range_4|>
     <|slope_7|> <|length_2|> <|loud_9|> likes <|pitch_2|> ... <|/speech|>
@@ -276,8 +276,8 @@ class Ears:
     def __call__(self, samples):
         if not self.transcriber:
             raise ValueError(
-                f"{self.folder}: hears how words are said, and no one writes them down; "
-                "pass --transcriber, a Whisper folder or a model that hears units"
+                f"{self.folder}: hears how words are said, and no one writes them down; chat.py "
+                "and benchmark.py rows take --transcriber, a Whisper folder or a model of units"
             )
         text = self.transcriber(samples)
         return numbered(measured(samples, aligned(text, samples)), self.edges), None
@@ -343,6 +343,7 @@ def encode(args):
         )
     edges = read_edges(args.bins) if args.bins else None
     runs.replaceable(Path(args.out), args.overwrite)
+    audio.lengths(rows)  # all can be opened
 
     def work(part):
         out = []
@@ -376,7 +377,7 @@ def encode(args):
             for row, (seconds, said) in zip(rows, corpus):
                 made = {"seconds": seconds, "said": numbered(said, edges)}
                 file.write(json.dumps(row | made) + "\n")
-    Path(f"{args.out}.rows").unlink(missing_ok=True)
+    runs.pieces_of(args.out).unlink(missing_ok=True)
     print(f"{args.out}: {len(rows)} clips, {len(NAMES)} tokens")
 
 

@@ -40,6 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WORTH_IT = 1.2  # bfloat16 keeps three digits: it is taken where it is this much faster
 TRIES = 10  # products that are timed; the fastest counts: a busy machine slows the others
 LINE_EVERY = 30  # seconds between two lines about progress where there is no terminal
+KEEP_EVERY = 30  # seconds between two checkpoints of work that is done in pieces
 SAMPLED = 1 << 26  # bytes; a larger file is fingerprinted by samples of it
 
 
@@ -363,24 +364,37 @@ def in_pieces(out, settings, items, work, size, desc, unit):
     """All that `work` makes of items, given `size` of them at a time; a list, in their order.
 
     A checkpoint beside `out` keeps what is done, until `finish_pieces` has written `out`.
+    It holds all of it, so it is written every KEEP_EVERY seconds and when the work ends or stops.
     """
-    checkpoint = Checkpoint(f"{out}.rows", settings)
+    checkpoint = Checkpoint(pieces_of(out), settings)
     checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
     saved = checkpoint.read("done")
     done = saved[0] if saved else []
+    kept, since = len(done), time.monotonic()
     with Bar(total=len(items), initial=len(done), desc=desc, unit=unit) as bar:
-        while len(done) < len(items):
-            results = work(items[len(done) : len(done) + size])
-            done += results
-            checkpoint.write(done=done)
-            bar.update(len(results))
+        try:
+            while len(done) < len(items):
+                results = work(items[len(done) : len(done) + size])
+                done += results
+                bar.update(len(results))
+                if time.monotonic() - since > KEEP_EVERY:
+                    checkpoint.write(done=done)
+                    kept, since = len(done), time.monotonic()
+        finally:
+            if len(done) > kept:
+                checkpoint.write(done=done)
     return done
+
+
+def pieces_of(out):
+    """Where `in_pieces` keeps what is done of an output."""
+    return Path(f"{Path(out)}.rows")  # beside "out/", too
 
 
 def finish_pieces(out, data, overwrite=False):
     """Write what the pieces were for, and forget their checkpoint."""
     write_file(out, data, overwrite)
-    Path(f"{out}.rows").unlink(missing_ok=True)
+    pieces_of(out).unlink(missing_ok=True)
 
 
 def keep_log(path, step):
@@ -464,10 +478,22 @@ def add_dtype(parser):
     )
 
 
+def device(text):
+    """A --device that this machine has."""
+    kind, _, number = text.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not (number or "0").isdecimal() or int(number or 0) >= count:
+        raise argparse.ArgumentTypeError(
+            f"{text}: not on this machine; wanted cpu, or with a GPU cuda or cuda:0"
+        )
+    return text
+
+
 def add_device(parser):
     """The --device of every command that a GPU makes faster."""
     parser.add_argument(
         "--device",
+        type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default: cuda if there is one)",
     )

@@ -330,6 +330,10 @@ class Said(list):
     def text(self):
         return "".join(word for word, _ in self)
 
+    def words(self):
+        """How many words were said. (The first of the pairs is the speaker's.)"""
+        return sum(bool(word) for word, _ in self)
+
 
 class Vocab:
     """The tokens of a model folder. Text is encoded as text even where it spells a special token.

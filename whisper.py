@@ -513,6 +513,7 @@ def write_words(args, whisper):
     rows = audio.read_manifest(args.manifest)
     if not rows:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
+    audio.lengths(rows)  # all can be opened
     settings = runs.recipe([args.manifest, args.whisper])["inputs"]
     settings["dtype"] = runs.name_of(whisper.dtype)
     rows = runs.in_pieces(args.out, settings, rows, work, 2 * BATCH, "words", "clip")

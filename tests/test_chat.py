@@ -90,6 +90,25 @@ def test_answers_to_given_files_end_with_a_status(speedrun, tmp_path, monkeypatc
     assert done.returncode == 1 and "config.json: missing" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_temperature_is_a_number_and_a_recording_that_is_stopped_leaves_the_conversation(speedrun, monkeypatch, capsys):
+    import chat as module
+    for temperature in ("inf", "nan", "-1"):
+        with pytest.raises(ValueError, match="wanted 0 or more"):
+            call(["chat.py", str(speedrun / "merged"), "--temperature", temperature, "--device", "cpu"], monkeypatch)
+    lines, chat = iter(["hi", ":rec", ":why"]), Chat(speedrun / "merged")
+
+    def stopped():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(module, "record", stopped)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or stopped_for_good())
+
+    def stopped_for_good():
+        raise EOFError
+    module.converse(chat, False)
+    said = capsys.readouterr().out
+    assert "[stopped]" in said and said.count("<|im_start|>") == 2, "the conversation is still there"
+
+
 def test_a_deaf_model_can_be_typed_to_but_not_spoken_to(speedrun, capsys):
     chat = Chat(speedrun / "instruct")
     assert turn(chat, ["hi"]) and not turn(chat, [speedrun / "question.wav"])

@@ -141,6 +141,43 @@ def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(speedrun,
     assert json.loads((tmp_path / "again.json").read_text())["rows"] == straight["rows"] and len(calls) == 3 and not (tmp_path / "again.json.rows").exists()
 
 
+def test_a_reply_may_have_as_many_tokens_as_are_allowed_and_how_many_were_cut_is_told(speedrun, tmp_path, monkeypatch, capsys):
+    words = ["benchmark.py", "rows", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)), "--device", "cpu", "--out", str(tmp_path / "o.json")]
+    def endless(model, prompts, limit, stop, allowed):
+        return iter([torch.full((len(prompts),), allowed[70])] * limit)
+    monkeypatch.setattr(evaluate, "generate", endless)
+    for flags, limit in ((), evaluate.LIMIT), (("--limit", "7", "--overwrite"), 7):
+        call([*words, *flags], monkeypatch)
+        made = json.loads((tmp_path / "o.json").read_text())
+        assert made["rows"][:2] == [None, None] and len(benchmark.spoken_words(made["rows"][2])) == 1 and len(evaluate.Vocab(speedrun / "merged").encode(made["rows"][2])) == limit
+        assert f"3 of 5 replies had not ended after {limit} tokens" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--limit 0: wanted at least 1"):
+        call([*words, "--limit", "0", "--overwrite"], monkeypatch)
+
+
+@pytest.mark.parametrize("change", ["limit", "hubert"])
+def test_scores_go_on_only_with_what_they_were_begun_with(change, speedrun, tmp_path, monkeypatch):
+    shutil.copytree(speedrun / "hubert", tmp_path / "hubert")
+    words = ["benchmark.py", "rows", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)), "--hubert", str(tmp_path / "hubert"), "--device", "cpu", "--out", str(tmp_path / "o.json")]
+    real, calls = benchmark.replies, []
+    def dying(*given, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "BATCH", 1)
+        patch.setattr(benchmark, "replies", dying)
+        with pytest.raises(KeyboardInterrupt):
+            call(words, monkeypatch)
+    assert (tmp_path / "o.json.rows").exists()
+    if change == "hubert":
+        (tmp_path / "hubert/note.txt").write_text("another one")
+        monkeypatch.setattr(benchmark, "opened", lambda args: evaluate.listen.load(args.folder, "cpu"))
+    with pytest.raises(ValueError, match="of a run with another"):
+        call([*words, *(["--limit", "9"] if change == "limit" else [])], monkeypatch)
+
+
 def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(speedrun, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "which", "choices": ["fox", "red", "rice"], "answer": answer}) + "\n" for answer in ("red", "fox")))
     likely = torch.zeros(4, 1000)
@@ -154,7 +191,8 @@ def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(speedrun, tm
 
 @pytest.mark.parametrize("row, said", [({"text": "hi"}, "no answer"), ({"answer": "x"}, "nothing to ask"), ({"text": "hi", "answer": "x", "metric": "bleu"}, "wanted one of exact, ends, contains, wer, choice"),
                                        ({"text": "hi", "answer": "z", "choices": ["a", "b"]}, "none of its choices"),
-                                       ({"text": "hi", "answer": "x", "instruction": 5}, "got instruction = 5, wanted a string"), ({"text": "hi", "answer": "1", "choices": [1, 2]}, "none of its choices")])
+                                       ({"text": "hi", "answer": "x", "instruction": 5}, "got instruction = 5, wanted a string"), ({"text": "hi", "answer": "1", "choices": [1, 2]}, "none of its choices"),
+                                       ({"text": "hi", "answer": ".", "metric": "wer"}, "an answer without a word")])
 def test_a_row_that_cannot_be_scored_is_named(row, said, speedrun, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"row 1: .*{said}"):
@@ -220,7 +258,7 @@ def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
     shutil.copytree(speedrun / "speech", tmp_path / "deaf")
     (tmp_path / "deaf/speech.json").unlink()
     (tmp_path / "p.jsonl").write_text(json.dumps({"good": "a.wav", "bad": "b.wav"}) + "\n")
-    with pytest.raises(ValueError, match="cannot hear"):
+    with pytest.raises(ValueError, match="does not hear units"):
         call(["benchmark.py", "pairs", str(tmp_path / "deaf"), str(tmp_path / "p.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
 
 

@@ -144,6 +144,9 @@ def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(world, tmp_pa
     (tmp_path / "x.json").write_text('{"groups": 5}')
     with pytest.raises(ValueError, match="no scores by group"):
         call(["benchmark.py", "show", str(tmp_path / "x.json")], monkeypatch)
+    (tmp_path / "x.json").write_text('{"groups": {"a": {"exact": {"value": 1.0}, "wer": {"value": 0.5}}}}')
+    with pytest.raises(ValueError, match="group 'a' is scored by exact and wer"):
+        call(["benchmark.py", "show", str(tmp_path / "x.json")], monkeypatch)
     with pytest.raises(ValueError, match="cannot hear"):
         call(["benchmark.py", "rows", str(world / "instruct"), str(world / "test/manifest.jsonl"), "--device", "cpu", "--out", str(tmp_path / "i.json")], monkeypatch)
 
@@ -152,12 +155,13 @@ def test_ends_is_right_of_a_reply_that_ends_with_the_answer_whatever_it_says_bef
     rows = [{"answer": "the pitch of it is high.", "metric": "ends"}] * 3
     said = ["A high fast man. The pitch of it is high.", "the pitch of it is high. or low", "the pitch of it is high. no"]
     assert benchmark.scores_by_metric(rows, said)["ends"]["value"] == round(1 / 3, 4)
+    assert [benchmark.ends("a high fast " + word, "man") for word in ("man", "woman", "man.")] == [True, False, False]
 
 
 def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and_without_one_nothing(world, speedrun, tmp_path, monkeypatch, capsys):
     clip = world / "world/speech/audio/00000.flac"
     chat = Chat(world / "merged")
-    with pytest.raises(ValueError, match="no one writes them down; pass --transcriber"):
+    with pytest.raises(ValueError, match="no one writes them down; chat.py and benchmark.py rows take --transcriber"):
         chat.hear(audio.load(clip), clip)
     ears, units = str(speedrun / "speech"), Chat(speedrun / "speech")
     wanted = units.heard(units.hear(audio.load(clip), clip)[0])
@@ -266,8 +270,8 @@ def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_pa
                                           (None, "wanted the same models"), ("gone", "no finished run")])
 def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(groups, said, world, tmp_path, monkeypatch):
     shutil.copytree(world, tmp_path / "run")
-    for name in ("typed.json", "merged.json"):
-        if groups is None and name == "typed.json" or groups == "gone" and name == "merged.json":
+    for name in ("typed.json", "deaf.json"):
+        if groups is None and name == "typed.json" or groups == "gone" and name == "deaf.json":
             (tmp_path / "run" / name).unlink()
     if groups not in (None, "gone"):
         (tmp_path / "run/typed.json").write_text(json.dumps({"groups": groups}))
@@ -291,5 +295,5 @@ def test_rows_of_prosody_of_the_wrong_form_are_shown(row, said, world, tmp_path,
 
 
 def test_words_with_prosody_are_no_units(world, speedrun, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="a model of units was given words"):
+    with pytest.raises(ValueError, match="has rows with .said., words with their prosody, and .* does not read such"):
         call(["benchmark.py", "rows", str(speedrun / "merged"), str(world / "test/manifest.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)

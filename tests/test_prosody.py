@@ -1,5 +1,6 @@
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import soundfile
 import audio
 import documents
 import prosody
+import runs
 import voices
+import whisper
 from conftest import call, shared
 from prosody import BINS, KINDS, NAMES, UNVOICED, aligned, level, measured, pitch
 from vocab import Said, Vocab
@@ -187,6 +190,23 @@ def test_measuring_goes_on_after_a_stop_and_ends_with_the_same_bytes(spoken, tmp
     assert not (tmp_path / "p.rows").exists()
 
 
+@pytest.mark.parametrize("script", ["prosody.py", "whisper.py"])
+def test_a_clip_that_cannot_be_opened_is_told_before_the_first_is_worked_on(script, spoken, tmp_path, monkeypatch):
+    rows = (spoken / "m.jsonl").read_text().splitlines()
+    (tmp_path / "bad.wav").write_text("no sound")
+    rows = [json.dumps(json.loads(line) | {"audio": str(spoken / json.loads(line)["audio"])}) for line in rows] + [json.dumps({"audio": "bad.wav", "text": "a"})]
+    (tmp_path / "m.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(runs, "in_pieces", lambda *given, **named: pytest.fail("it began"))
+    args = Namespace(manifest=str(tmp_path / "m.jsonl"), bins=None, whisper=None, out=str(tmp_path / "p"), overwrite=False)
+    with pytest.raises((ValueError, OSError), match="bad.wav"):
+        prosody.encode(args) if script == "prosody.py" else whisper.write_words(args, None)
+
+
+def test_an_output_with_a_slash_behind_it_is_the_same_output(spoken, tmp_path, monkeypatch):
+    call(["prosody.py", str(spoken / "m.jsonl"), "--out", f"{tmp_path}/p/"], monkeypatch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]
+
+
 def test_a_clip_without_text_is_refused_before_anything_is_measured(spoken, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "a.wav", buzz(100), 16000)
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n')
@@ -214,6 +234,9 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
              "between": [text.count(LINE) == 3 for text in texts], "ends": [vocab.special["<|im_end|>"] in ids for ids in made]}
     wanted = {"above": 0.3, "below": 0.3, "between": 0.5, "ends": 0.2}
     assert {name: abs(np.mean(said) - wanted[name]) < 0.05 for name, said in found.items()} == dict.fromkeys(wanted, True)
+    corpus.rows = [row | {"caption": None} for row in corpus.rows]
+    bare = [vocab.decode(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids) for n in range(100)]
+    assert not any(text.startswith("\n") or re.search(r"\n\.", text) or "None" in text for text in bare), "a row may have no caption"
     both = [text for text, *which in zip(texts, found["below"], found["between"]) if all(which)]
     assert len(both) > 90 and all(re.search(rf"{LINE}\na (wo)?man\.", text) for text in both), "the caption stands last"
 

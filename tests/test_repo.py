@@ -21,9 +21,9 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "whisper": {"runs", "weights", "vocab", "audio"},
     "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper"},
     "listen": {"runs", "model", "vocab", "audio", "tokenize_audio", "whisper", "prosody", "desta"},
-    "chat": {"runs", "model", "audio", "tokenize_audio", "desta", "listen", "vocab"},
+    "chat": {"runs", "model", "audio", "desta", "listen", "vocab"},
     "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta", "listen"},
-    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "listen", "vocab"},
+    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "listen", "prosody", "vocab"},
     "toy": {"runs", "vocab", "audio", "voices"}, "manner": {"runs", "audio", "voices", "toy"},
 }
 SOURCES = sorted(ROOT.glob("*.py"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import runs
-from conftest import ROOT
+from conftest import ROOT, call
 from test_repo import imports
 
 SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}      # no bf16 on any x86
@@ -54,6 +54,30 @@ def test_openmp_is_told_how_to_wait_before_torch_is_loaded(name):
 
 def test_a_users_own_setting_of_openmp_stays():
     assert python("import runs, os; print(os.environ['GOMP_SPINCOUNT'])", GOMP_SPINCOUNT="7").stdout.strip() == "7", "a user's own setting stays"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1", "cuda:x", ""])
+def test_a_device_that_is_not_there_is_told_in_one_line(device, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(["chat.py", "folder", "--device", device], monkeypatch)
+    assert "not on this machine; wanted cpu" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_work_in_pieces_is_kept_now_and_then_and_when_it_stops(tmp_path, monkeypatch):
+    clock, writes = [0], []
+    write = runs.Checkpoint.write
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runs.Checkpoint, "write", lambda self, **state: writes.append(len(state["done"])) or write(self, **state))
+
+    def work(part):
+        clock[0] += 11
+        if part == [8]:
+            raise KeyboardInterrupt
+        return [2 * item for item in part]
+    with pytest.raises(KeyboardInterrupt):
+        runs.in_pieces(f"{tmp_path}/out/", {}, list(range(9)), work, 1, "work", "item")
+    assert writes == [3, 6, 8] and (tmp_path / "out.rows").exists() and not (tmp_path / "out").exists()
+    assert runs.in_pieces(tmp_path / "out", {}, list(range(9)), lambda part: [f"rest {part}"], 5, "work", "item") == [0, 2, 4, 6, 8, 10, 12, 14, "rest [8]"]
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
