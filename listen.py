@@ -46,6 +46,8 @@ def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
             f"--transcriber {transcriber}: {folder} does not hear how words are said "
             "(prosody.py), so no one has to write them down for it; leave the flag out"
         )
+    if hubert and not transcriber and not isinstance(ears, AudioTokenizer):
+        raise ValueError(f"--hubert {hubert}: {folder} hears no units; leave the flag out")
     return model, vocab, ears
 
 

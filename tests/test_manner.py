@@ -177,6 +177,8 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
                              (world / "instruct", ears, "leave the flag out"), (world / "merged", tmp_path / "nowhere", "nowhere")):
         with pytest.raises((ValueError, OSError), match=why):
             Chat(folder, transcriber=who)
+    with pytest.raises(ValueError, match="--hubert x: .* hears no units"):
+        Chat(world / "merged", hubert="x")
 
 
 def test_a_benchmark_takes_the_words_of_a_row_or_those_that_a_transcriber_writes_down(world, speedrun, tmp_path, monkeypatch):
