@@ -34,7 +34,7 @@ from evaluate import BATCH, LIMIT, edit_distance, normal, of_seeds, ratio, repli
 from vocab import Said
 
 METRICS = ["exact", "ends", "contains", "wer", "choice"]
-LAST = "deaf.json"  # what speedrun_manner.sh writes at its end
+LAST = "instruct_rows.json"  # what speedrun_manner.sh writes at its end
 READ = 16  # prompts read at once for the likelihood of all their ids
 
 

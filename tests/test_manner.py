@@ -137,7 +137,7 @@ def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
 def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(world, tmp_path, monkeypatch, capsys):
     made = json.loads((world / "merged.json").read_text())["groups"]
     assert {name: {m: c["n"] for m, c in made[name].items()} for name in ("fact", "manner", "stress")} == {"fact": {"exact": 3}, "manner": {"ends": 4}, "stress": {"ends": 2}}
-    names = "merged", "typed", "cascade", "speech", "deaf"
+    names = "merged", "typed", "cascade", "speech", "instruct_rows"
     call(["benchmark.py", "show", *(str(world / f"{name}.json") for name in names)], monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["fact", "manner", "stress"] and len(lines) == 6 and all(len(line.split()) == 4 for line in lines[1:])
@@ -258,7 +258,7 @@ def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_pa
     call(["benchmark.py", "report", str(world), str(world), "--out", str(tmp_path / "r.json")], monkeypatch)
     made = json.loads((tmp_path / "r.json").read_text())
     one, other = made["seeds"]
-    assert one == other and one["seed"] == 0 and one["lam"] == 0.7 and set(one["rows"]) == {"merged", "typed", "cascade", "speech", "deaf"}
+    assert one == other and one["seed"] == 0 and one["lam"] == 0.7 and set(one["rows"]) == {"merged", "typed", "cascade", "speech", "instruct_rows"}
     assert set(one["rows"]["merged"]) == {"fact", "manner", "stress"} and set(one["rel"]) == {"instruct", "speech"}
     other["rows"]["merged"]["manner"]["value"] = one["rows"]["merged"]["manner"]["value"] + 0.5
     mean = one["rows"]["merged"]["manner"]["value"] + 0.25
@@ -272,8 +272,8 @@ def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_pa
                                           (None, "wanted the same models"), ("gone", "no finished run")])
 def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(groups, said, world, tmp_path, monkeypatch):
     shutil.copytree(world, tmp_path / "run")
-    for name in ("typed.json", "deaf.json"):
-        if groups is None and name == "typed.json" or groups == "gone" and name == "deaf.json":
+    for name in ("typed.json", "instruct_rows.json"):
+        if groups is None and name == "typed.json" or groups == "gone" and name == "instruct_rows.json":
             (tmp_path / "run" / name).unlink()
     if groups not in (None, "gone"):
         (tmp_path / "run/typed.json").write_text(json.dumps({"groups": groups}))
