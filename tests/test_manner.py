@@ -172,7 +172,8 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
     with pytest.raises(SystemExit) as end:
         call(["chat.py", str(world / "merged"), str(clip), "--transcriber", ears, "--transcribe", "--device", "cpu"], monkeypatch)
     assert not end.value.code
-    assert f"heard: {wanted}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"heard: {wanted}" in told and f" s, {len(wanted.split())} words]" in told
     for folder, who, why in ((world / "merged", world / "merged", "hears how words are said, not which"), (speedrun / "merged", ears, "leave the flag out"),
                              (world / "instruct", ears, "leave the flag out"), (world / "merged", tmp_path / "nowhere", "nowhere")):
         with pytest.raises((ValueError, OSError), match=why):
