@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Five experiments for a class, on what speedrun.sh left in out/ (or in OUT); each ends with its
-# table. Minutes are of two cores.
-#   bash experiments.sh lam    [OUT]   how much hearing to add to how much behaviour (at once: the
-#                                      sweep is in the run's table)
+# table. Minutes are of two cores with bfloat16 instructions; without, three times as many.
+#   bash experiments.sh lam    [OUT]   how much hearing to add to how much behaviour (at once: it
+#                                      prints the sweep of the run's table)
 #   bash experiments.sh start  [OUT]   hearing learnt by the instruct model itself, instead of by
 #                                      its base and added (25 minutes)
 #   bash experiments.sh ablate [OUT]   the recipe without each of its ingredients, and the plain
@@ -138,7 +138,7 @@ case $1 in
     python "$home/evaluate.py" compare merged ablate/*/merged --split dev --questions toy/questions.jsonl --out ablations.json --overwrite ;;
 
   # Two more behaviours, learnt from text alone, are added to hearing that is there already. And both
-  # at once, half of each: what they share, to answer at all, is then there once.
+  # at once, half of each: so what they share, to answer at all, keeps its full strength.
   reuse)
     cd "$out/manner"
     seed=$(seed)
@@ -176,5 +176,8 @@ print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/trai
     done
     train --init instruct --units prosody --text world/base.jsonl --out paper/from_instruct
     ask paper/from_instruct test/manifest.jsonl paper/from_instruct.json
-    python "$home/benchmark.py" show merged.json paper/*.json ;;
+    echo "Dev questions:"
+    python "$home/benchmark.py" show paper/dev_lam_*.json
+    echo "Test questions:"
+    python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json ;;
 esac
