@@ -255,7 +255,10 @@ def check_row(row, where):
         raise ValueError(
             f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no text"
         )
-    for word in row.get("words") or []:
+    words = row.get("words") or []
+    if not isinstance(words, list):
+        raise ValueError(f'{where}: got "words" = {str(words)[:40]}, wanted a list')
+    for word in words:
         kinds = [type(part) for part in word] if isinstance(word, list) else []
         timed = len(kinds) == 3 and kinds[0] is str and set(kinds[1:]) <= {int, float}
         if not timed or not 0 <= word[1] <= word[2] < math.inf:
@@ -263,6 +266,22 @@ def check_row(row, where):
                 f'{where}: got {str(word)[:40]} among "words", wanted ["the", start, '
                 "end] in seconds"
             )
+
+
+    begins = [word[1] for word in words]
+    if begins != sorted(begins):
+        raise ValueError(f'{where}: its "words" are not in the order of their times')
+
+
+def late_words(row, samples):
+    """Why a row's word times cannot be those of a clip with so many samples, or ""."""
+    words, seconds = row.get("words"), samples / SAMPLE_RATE
+    if not words or words[-1][1] <= seconds:
+        return ""
+    return (
+        f"{words[-1][0]!r} begins at {words[-1][1]} s, behind its {seconds:.2f} s; wanted the "
+        "word times of this clip"
+    )
 
 
 def read_folder(path):
@@ -294,7 +313,7 @@ def read_folder(path):
 
 
 def files_under(folder):
-    """All files of a folder, sorted, those of linked folders too.
+    """All files of a folder but hidden ones, sorted, those of linked folders too.
 
     A ValueError for a link that leads back to where it stands.
     """
@@ -304,7 +323,7 @@ def files_under(folder):
             inner = Path(here, name)
             if inner.is_symlink() and Path(here).resolve().is_relative_to(inner.resolve()):
                 raise ValueError(f"{inner}: a link to a folder that it is in; remove it")
-        files += [Path(here, name) for name in names]
+        files += [Path(here, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 

@@ -213,7 +213,7 @@ def edit_distance(a, b):
 
 def word_errors(heard, questions):
     """Word error rate of transcripts, with an interval by facts."""
-    words = [normal(q["question"]).split() for q in questions]
+    words = [normal(q["question"]).removesuffix(".").split() for q in questions]
     wrong = [edit_distance(text.split(), w) for text, w in zip(heard, words)]
     return ratio(wrong, [len(w) for w in words], facts(questions))
 
@@ -277,14 +277,14 @@ def read_questions(path):
                     f"{where}: no {name!r}; wanted question, answer, audio, split and "
                     "seen"
                 )
-        voices = row["audio"]
+        voices, texts = row["audio"], ("question", "answer", "noisy", "text")
         if (
-            not isinstance(row["question"], str)
+            any(not isinstance(row.get(name, ""), str) for name in texts)
             or not isinstance(voices, dict)
             or not set(GROUPS) <= voices.keys()
         ):
             raise ValueError(
-                f'{where}: wanted "question" to be text and "audio" to name heard, '
+                f"{where}: wanted {', '.join(texts)} to be text and \"audio\" to name heard, "
                 "near and far"
             )
     test = [row for row in rows if row["split"] == "test"]
@@ -782,19 +782,33 @@ def named(said, clips):
         for text, clip in zip(said, clips):
             words = set(re.findall(r"\w+", text.lower()))
             found = [value for value in values if names(words, value)]
+            found = [value for value in found if not within(value, found)]
             right.append(found == [clip["style"][attribute]])
-        certain = all(right) or not any(right)  # no draw differs: Wilson's interval
-        row[attribute] = (
-            share(right) if certain else ratio(right, [1] * len(right), speakers)
-        )
+        row[attribute] = by_speaker(right, speakers)
     return row
+
+
+def by_speaker(right, speakers):
+    """The share of right replies; its interval draws speakers, or clips if there is one alone."""
+    count = len(set(speakers))
+    if count < 2:
+        return share(right)
+    if all(right) or not any(right):  # no draw differs: Wilson's interval, of so many speakers
+        return share(right[:count]) | {"n": len(right)}
+    return ratio(right, [1] * len(right), speakers)
 
 
 def names(words, value):
     """Do these words of a reply name a value, like "slowly" or "South African"?"""
     wanted = set(value.lower().split())
-    same = next((same for same in SAME if same & wanted), None)
-    return bool(same & words) if same else wanted <= words
+    same = next((same for same in SAME if same & wanted), set())
+    return wanted - same <= words and bool(same & words or not same)
+
+
+def within(value, found):
+    """Is a value a part of another that was found, as "Irish" is of "Northern Irish"?"""
+    words = set(value.lower().split())
+    return any(words < set(other.lower().split()) for other in found)
 
 
 # --- units --------------------------------------------------------------------

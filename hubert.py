@@ -394,10 +394,13 @@ def masked_loss(logits, targets, hidden):
     """
     real = targets >= 0                                             # (B, T)
     at, seen = hidden & real, ~hidden & real                        # (B, T) each
-    loss = F.cross_entropy(logits[at], targets[at]) + F.cross_entropy(
-        logits[seen], targets[seen]
-    )
+    loss = mean_loss(logits[at], targets[at]) + mean_loss(logits[seen], targets[seen])
     return loss, at
+
+
+def mean_loss(logits, targets):
+    """Mean cross-entropy of logits (n, K) and targets (n,); 0 of none."""
+    return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
 
 
 def read_corpus(path):
@@ -460,6 +463,8 @@ def train(args, out):
             states = model(samples, model.config.num_hidden_layers, hidden)
             logits = head(states).float()                           # (B, T, K)
         loss, at = masked_loss(logits, targets, hidden)
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss.item()}; lower --lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -511,6 +516,11 @@ def main():
         help="replace an existing --out when the run ends well",
     )
     args = parser.parse_args()
+    if min(args.steps, args.batch) < 1 or not 0 < args.lr < math.inf:
+        parser.error(
+            f"--steps {args.steps} --batch {args.batch} --lr {args.lr}: wanted at least one step "
+            "and one clip, and a rate above 0"
+        )
 
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     with runs.new_folder(

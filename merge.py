@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -364,7 +365,7 @@ def draw(report, path):
 # --- the command --------------------------------------------------------------
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(
         description="Add what instruct training changed to a speech "
         "model: base + lam * (speech - base) + mu * (instruct - base)"
@@ -393,12 +394,22 @@ def main():
     )
     add_("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
-
     for name in ("lam", "mu"):
         if not math.isfinite(getattr(args, name)):
             raise ValueError(f"--{name} {getattr(args, name)}: wanted a finite number")
+    return args
+
+
+def main():
+    args = arguments()
     for folder in (args.instruct, args.speech):  # base must be what these were trained from
         runs.unchanged(folder, [args.base])
+        if not runs.made_from(folder, args.base):
+            print(
+                f"{folder}: its recipe.json does not name {args.base}; of another base, the "
+                "sum means nothing",
+                file=sys.stderr,
+            )
     models = Merge(args.base, args.instruct, args.speech)
     for rule, what in RULES.items():
         print(f"{rule:13} {what}")
@@ -419,8 +430,8 @@ def main():
 
         # Config, tokenizer, speech.json: what the rows mean.
         for file in Path(args.speech).glob("*.json"):
-            speechs_own = file.name in ("recipe.json", "training.json", "codebook.json")
-            if not speechs_own and not file.name.endswith(".index.json"):
+            own = "recipe.json", "training.json", "merge.json", "codebook.json"
+            if file.name not in own and not file.name.endswith(".index.json"):
                 shutil.copy(file, out / file.name)
         weights.copy_ears(args.speech, out)
     show(made)

@@ -111,7 +111,7 @@ def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=No
 
     units        rows of the embedding that are units, a range; empty for a text model
     unit_weight  how much a unit counts beside a text token in the mean
-    masked       (B, T) bool: targets that bear no loss, whatever the batch says
+    masked       (B, T) bool: targets of text that bear no loss, whatever the batch says
     states       a list that gets the hidden states of every block, (B, T, C) each
 
     Text and units have separate softmaxes: decoding allows one kind at a time, so the
@@ -126,7 +126,7 @@ def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=No
     if unit_weight == 0:
         at = at & ~is_unit
     if masked is not None:
-        at = at & ~masked
+        at = at & (~masked | is_unit)
     hidden, target, is_unit = hidden[at], target[at], is_unit[at]   # (N, C), (N,), (N,)
 
     head = model.lm_head.weight                                     # (V, C)
@@ -250,11 +250,27 @@ def read_sources(args):
             f"--mix wants {', '.join(lacking)}, but no data for it is given (--text, "
             "--chat or --units)"
         )
+    unread = [name for name in ("text", "chat") if sources[name] and name not in mix]
+    if args.units or args.keep_text:  # text stands beside speech, and makes the filter
+        unread = [name for name in unread if name != "text"]
+    if unread:
+        raise ValueError(f"--{unread[0]} is given, and --mix has none of it; give one of the two")
     rows = [row for corpus in spoken.values() for row in corpus.rows]
     if rows and not args.unit_loss and not any(row.get("text") for row in rows):
         raise ValueError(
             f"{args.units}: no row has text, so there is no text to predict; give "
             "speech with its text, or --unit-loss above 0"
+        )
+    for row in rows if "transcribe" in mix else ():
+        if not row.get("words") and not row.get("text", "").strip():
+            raise ValueError(
+                f"{args.units}: {row['audio']} has no text to transcribe; take the row out, or "
+                "have whisper.py words write it"
+            )
+    if args.imitate and not any(row.get("words") for row in rows):
+        raise ValueError(
+            f"--imitate {args.imitate}: no row of {args.units} has word times, and without them "
+            "there is nothing to imitate; have whisper.py words find them, or give --imitate 0"
         )
     if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
         raise ValueError(
@@ -264,15 +280,25 @@ def read_sources(args):
     return sources, mix
 
 
-def warn_of_long_chats(chats, vocab, args):
-    """Say how many chats are longer than a row and are cut."""
+def warn_of_cuts(sources, vocab, args):
+    """Say how many chats and utterances are longer than a row and are cut."""
+    chats, corpus = sources["chat"] or [], sources.get("transcribe")
     lengths = [len(vocab.chat(messages).ids) for messages in chats[:1000]]
-    if max(lengths) > args.length:
-        cut_short = sum(n > args.length for n in lengths)
+    tell_cut(args.chat, "chats", lengths, "its question", args.length)
+
+    heard = range(min(1000, len(corpus.rows))) if corpus else ()
+    texts = [corpus.rows[i].get("text", "") for i in heard]
+    lengths = [len(corpus[i][0]) + len(vocab.encode(text)) for i, text in zip(heard, texts)]
+    tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
+
+
+def tell_cut(path, what, lengths, lost, length):
+    long = [n for n in lengths if n > length]
+    if long:
         tqdm.write(
-            f"{args.chat}: {cut_short} of the first {len(lengths)} chats are longer than a "
-            f"row of {args.length} ids and are cut: what comes later is learnt without its "
-            f"question. --length {max(lengths)} would hold them"
+            f"{path}: {len(long)} of the first {len(lengths)} {what} are longer than a row of "
+            f"{length} ids and are cut: what comes later is learnt without {lost}. --length "
+            f"{max(long)} would hold them"
         )
 
 
@@ -382,8 +408,8 @@ def set_up(args, out, rank, world):
     # A step is `accumulate` batches. This process makes its share of them, each from a
     # stream.
     sources, mix = read_sources(args)
-    if args.chat and rank == 0:
-        warn_of_long_chats(sources["chat"], vocab, args)
+    if rank == 0:
+        warn_of_cuts(sources, vocab, args)
     streams = {
         part: Documents(vocab, sources, mix, args.seed, part, args.accumulate)
         for part in range(rank, args.accumulate, world)
@@ -936,6 +962,18 @@ def check(parser, args, world):
         parser.error(f"--seed {args.seed}: wanted 0 to 2147483647")
     if not 0 <= args.unit_loss < math.inf:
         parser.error(f"--unit-loss {args.unit_loss}: wanted 0 or more")
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr {args.lr}: wanted a number above 0")
+    if args.lora_alpha and not args.lora:
+        parser.error("--lora-alpha scales what --lora trains; give both")
+    if args.init and args.tokenizer:
+        parser.error("--init brings its own tokenizer; leave --tokenizer out")
+    frozen = args.layers != (0.0, 1.0) or args.embeddings != "all"
+    if args.size and (frozen or args.imitate or args.keep_text):
+        parser.error(
+            "--size starts from noise, and these settings leave a part of it as it is, or learn "
+            "from it; give --init, or --plain"
+        )
     if args.lora and args.size:
         parser.error(
             "--lora trains beside frozen matrices, which --size would leave random; give "
@@ -973,7 +1011,9 @@ def main():
         ) as out:
             train(args, out, rank, world)
     else:  # reads a checkpoint there, writes nothing
-        train(args, Path(args.out).with_name(Path(args.out).name + ".partial"), rank, world)
+        out = Path(args.out)
+        out = out.resolve() if out.is_symlink() else out  # as new_folder does
+        train(args, out.with_name(out.name + ".partial"), rank, world)
     if world > 1:
         torch.distributed.destroy_process_group()
 

@@ -351,11 +351,9 @@ def encode(args):
             samples = audio.load(row["audio"])
             words = row.get("words") or aligned(row["text"], samples)
             seconds = len(samples) / audio.SAMPLE_RATE
-            if words and words[-1][1] > seconds:
-                raise ValueError(
-                    f"{row['audio']}: {words[-1][0]!r} begins at {words[-1][1]} s, behind its "
-                    f"{seconds:.2f} s; wanted the word times of this clip"
-                )
+            late = audio.late_words(row, len(samples))
+            if late:
+                raise ValueError(f"{row['audio']}: {late}")
             out.append((round(seconds, 3), measured(samples, words)))
         return out
 

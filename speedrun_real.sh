@@ -28,6 +28,9 @@ instruct=${INSTRUCT:-$weights/instruct}
 whisper=${WHISPER:-$weights/whisper}
 hubert=$weights/hubert
 layer=9
+for folder in "$base" "$instruct"; do
+  if [ ! -e "$folder" ]; then echo "$folder: no such folder; this script's head says what to download" >&2; exit 1; fi
+done
 
 step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
   local words="$*"

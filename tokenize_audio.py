@@ -466,7 +466,8 @@ def sampled_frames(args, rows, features):
     random.Random(args.seed).shuffle(rows)
     with runs.Bar(total=args.frames, desc="features", unit="frame") as bar:
         # A minute of a clip is sample enough.
-        for _, clips in ahead(rows, lambda row: audio.load(row["audio"], 0, LONG)):
+        for _, clips in ahead(rows, lambda row: opening(row["audio"], args.skip_bad)):
+            clips = [clip for clip in clips if len(clip)]
             heard = [None] * len(clips)
             for batch in batches([len(clip) for clip in clips], args.batch):
                 for n, x in zip(batch, features([clips[n] for n in batch])):
@@ -478,6 +479,17 @@ def sampled_frames(args, rows, features):
             if have >= args.frames:
                 break
     return torch.cat(kept)
+
+
+def opening(path, skip_bad):
+    """The first samples of a file; none of one that cannot be read, if such are left out."""
+    try:
+        return audio.load(path, 0, LONG)
+    except (ValueError, OSError) as error:
+        if not skip_bad:
+            raise
+        tqdm.write(f"left out: {error}")
+        return []
 
 
 def identity(rows):
@@ -621,7 +633,7 @@ def encode_rows(args, rows, target):
         "dtype": args.dtype,
         "audio": args.identity,
         "rows": str(len(rows)),
-        "codebook": tokenizer.recipe["sha256"],
+        "codebook": runs.fingerprint(args.codebook),  # centroids, and the price of a change
     }
     with runs.new_folder(
         target,
@@ -673,6 +685,9 @@ def encode_rows(args, rows, target):
 
 def encode_chunk(args, tokenizer, shard, chunk, clips):
     """Encode some rows, whose clips are decoded, and mark them as done."""
+    for n, (row, clip) in enumerate(zip(chunk, clips)):
+        if not clip.error:
+            clips[n] = clip._replace(error=audio.late_words(row, len(clip.samples)))
     for row, clip in zip(chunk, clips):
         if clip.error and not args.skip_bad:
             why = clip.error.removeprefix(row["audio"]).lstrip(": ")
@@ -811,6 +826,12 @@ def add_corpus_flags(command, hubert):
     )
     runs.add_device(command)
     add("--overwrite", action="store_true", help="replace an existing --out")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out clips that cannot be read, and list them (of encode in skipped.jsonl), "
+        "instead of stopping at the first",
+    )
 
 
 def add_fit_flags(command):
@@ -857,12 +878,6 @@ def add_encode_flags(command):
     add = command.add_argument
     add("--codebook", required=True, help="a folder made by fit")
     runs.add_dtype(command)
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="list clips that cannot be read in skipped.jsonl "
-        "and go on, instead of stopping at the first",
-    )
 
 
 def add_draw_flags(command):

@@ -15,6 +15,7 @@ no question about a fact.
 
 import argparse
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -531,7 +532,7 @@ class Reader:
 def write_world(args):
     """The whole world of a seed, as a folder."""
     for name in ("hours", "documents", "dev", "test"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name} {getattr(args, name)}: wanted more than 0")
     world, reader = World(args.seed), Reader(args.seed)
     rng = {

@@ -208,6 +208,20 @@ def test_a_reply_names_a_value_or_not_and_speakers_are_drawn_together():
     assert row["gender"]["value"] == round(4 / 6, 4) and row["rate"]["value"] == 0.5 and row["gender"]["n"] == 6
 
 
+def test_a_value_that_is_a_part_of_another_is_told_from_it():
+    values = ["Irish", "Northern Irish", "fast", "very fast"]
+    clips = [{"style": {"accent": value}, "speaker": n} for n, value in enumerate(values)]
+    said = ["an Irish voice", "a Northern Irish voice", "it is quick", "it is very quick"]
+    assert evaluate.named(said, clips)["accent"]["value"] == 1.0 and evaluate.named(said[::-1], clips)["accent"]["value"] == 0.0
+
+
+def test_intervals_of_how_it_was_said_are_of_as_many_speakers_as_there_are():
+    two = evaluate.by_speaker([True] * 100, [0, 1] * 50)
+    assert (two["low"], two["n"]) == (evaluate.share([True] * 2)["low"], 100)
+    alone = evaluate.by_speaker([True] * 7 + [False] * 3, ["anna"] * 10)
+    assert alone["low"] < 0.5 < alone["value"] < alone["high"]
+
+
 def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcript(clips, speedrun, trained, tmp_path, monkeypatch):
     seen = []
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import weights
+from conftest import call
 from hubert import Config, Hubert, hide, masked_loss
 
 transformers = pytest.importorskip("transformers")
@@ -110,6 +111,19 @@ def test_the_loss_is_on_hidden_and_on_seen_frames_alike_and_not_on_what_filled_a
     assert at.tolist() == [[True, False, False, True, False, False]] and torch.isclose(loss, 2 * torch.tensor(4.0).log())
     assert torch.allclose(logits.grad[0, :4].gather(1, targets[0, :4, None]), torch.full((4, 1), -0.375))
     assert not logits.grad[0, 4:].any()
+
+
+def test_a_batch_in_which_nothing_is_hidden_has_a_loss_all_the_same():
+    logits, targets = torch.zeros(1, 6, 4), torch.zeros(1, 6, dtype=torch.long)
+    for hidden in (torch.zeros(1, 6, dtype=torch.bool), torch.ones(1, 6, dtype=torch.bool)):
+        assert torch.isclose(masked_loss(logits, targets, hidden)[0], torch.tensor(4.0).log())
+
+
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--batch", "0"], ["--lr", "0"], ["--lr", "inf"]])
+def test_a_hubert_is_not_trained_for_nothing(flags, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(["hubert.py", "train", "--units", "u", "--out", "o", *flags], monkeypatch)
+    assert "wanted at least one step and one clip" in capsys.readouterr().err
 
 
 def test_a_model_that_normalizes_hears_loud_and_soft_alike(tmp_path):

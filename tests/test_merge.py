@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,19 @@ def test_a_sum_too_large_for_float16_is_refused_though_no_part_of_it_is(speedrun
     large = copied(speech, tmp_path / "large", lambda name, tensor: tensor.fill_(60_000).half() if name == "model.norm.weight" else tensor)
     with pytest.raises(ValueError, match="^the sum: model.norm.weight holds NaN or infinity"):
         Merge(base, instruct, large).merged("model.norm.weight", 2.0)
+
+
+def test_a_model_whose_recipe_names_another_base_is_told(speedrun, tmp_path, monkeypatch, capsys):
+    base, instruct, speech = folders(speedrun)
+    merge(tmp_path / "m", monkeypatch, base, instruct, speech)
+    assert "does not name" not in capsys.readouterr().err
+    other = copied(base, tmp_path / "other", lambda name, tensor: tensor + 1e-3)
+    merge(tmp_path / "m2", monkeypatch, other, instruct, speech)
+    assert capsys.readouterr().err.count("does not name") == 2
+    shutil.copy(tmp_path / "m/merge.json", copied(speech, tmp_path / "speech"))
+    assert json.loads((tmp_path / "speech/merge.json").read_text())["lam"] == 1.0
+    call(["merge.py", "--base", base, "--instruct", instruct, "--speech", str(tmp_path / "speech"), "--lam", "0.5", "--out", str(tmp_path / "m3")], monkeypatch)
+    assert json.loads((tmp_path / "m3/merge.json").read_text())["lam"] == 0.5, "not what the speech folder came with"
 
 
 def test_the_report_measures_both_deltas(speedrun):

@@ -2,6 +2,7 @@ import argparse
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import socket
@@ -262,12 +263,47 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
     ("--units {units} --imitate nan", "--imitate nan: wanted 0 or more"), ("--chat {chat} --imitate 3", "only speech"),
     ("--units {units} --mix interleave=0", "one of them above 0"), ("--units {units} --mix interleave=nan,transcribe=1", "weights of 0 or more"),
     ("--units {units} --layers 0.9:0.1", "two rising shares"), ("--units {units} --layers nan:1", "two rising shares"), ("--chat {chat} --rows 0", "at least one step"),
+    ("--chat {chat} --lr 0", "--lr 0.0: wanted"), ("--chat {chat} --lr inf", "--lr inf: wanted"), ("--chat {chat} --lora-alpha 8", "give both"), ("--chat {chat} --tokenizer {units}", "leave --tokenizer out"),
 ])
 def test_settings_that_make_no_sense_are_refused_before_anything_is_read(flags, wanted, speedrun, tmp_path, monkeypatch, capsys):
     places = {"units": speedrun / "units", "chat": speedrun / "toy/chat.jsonl"}
     with pytest.raises(SystemExit):
         call(["pretrain.py", "--init", str(speedrun / "base"), *flags.format(**places).split(), "--out", str(tmp_path / "x")], monkeypatch)
     assert wanted in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--chat {chat}", "--units {units} --text {text}"])
+def test_a_model_from_nothing_learns_all_of_itself_or_is_refused(flags, speedrun, tmp_path, monkeypatch, capsys):
+    flags = flags.format(units=speedrun / "units", chat=speedrun / "toy/chat.jsonl", text=speedrun / "toy/base.jsonl").split()
+    with pytest.raises(SystemExit):
+        call(["pretrain.py", "--size", "micro", "--tokenizer", str(speedrun / "toy/tokenizer"), *flags, "--out", str(tmp_path / "x")], monkeypatch)
+    assert "--size starts from noise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, wanted", [("--units {units} --text {text} --chat {chat}", "--chat is given, and --mix has none of it"), ("--chat {chat} --text {text}", "--text is given, and --mix has none of it")])
+def test_what_is_given_is_read_or_refused(flags, wanted, speedrun, tmp_path, monkeypatch):
+    places = {"units": speedrun / "units", "chat": speedrun / "toy/chat.jsonl", "text": speedrun / "toy/base.jsonl"}
+    with pytest.raises(ValueError, match=wanted):
+        call(["pretrain.py", "--init", str(speedrun / "base"), *flags.format(**places).split(), "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+@pytest.mark.parametrize("lacking, flags, wanted", [("words", (), "has word times, and without them there is nothing to imitate"), ("text", ("--imitate", "0"), "has no text to transcribe")])
+def test_speech_without_words_or_text_is_told_before_the_first_step(lacking, flags, wanted, speedrun, tmp_path, monkeypatch):
+    shutil.copytree(speedrun / "units", tmp_path / "units")
+    rows = [json.loads(line) for line in (speedrun / "units/manifest.jsonl").read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row.pop("words")
+        if lacking == "text" and n == 1:
+            row["text"] = " "
+    (tmp_path / "units/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=wanted):
+        call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(tmp_path / "units"), "--text", str(speedrun / "toy/base.jsonl"), *flags, "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+
+
+def test_utterances_that_do_not_fit_into_a_row_are_told(speedrun, tmp_path, monkeypatch, capsys):
+    call(["pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"), "--length", "24", "--steps", "1", "--rows", "2",
+          "--device", "cpu", "--out", str(tmp_path / "x")], monkeypatch)
+    assert re.search(r"utterances with their text are longer than a row of 24 ids and are cut", "".join(capsys.readouterr()))
 
 
 def test_a_batch_without_speech_has_nothing_to_imitate(speedrun, tmp_path, monkeypatch):
@@ -410,6 +446,11 @@ def test_while_new_rows_go_first_the_body_stays_and_rows_move_ten_times_the_rate
 def test_beside_imitation_interleaved_documents_bear_no_loss_and_without_it_they_do(speedrun, tmp_path, monkeypatch):
     layouts = lambda *flags: trained(speedrun, tmp_path, monkeypatch, "units", "--mix", "interleave=0.5,transcribe=0.5", "--rows", "4", *flags)[1]["layouts"]
     assert set(layouts()) == {"transcribe"} and set(layouts("--imitate", "0")) == {"interleave", "transcribe"}
+
+
+def test_units_bear_a_loss_beside_imitation_if_they_are_given_a_weight(speedrun, tmp_path, monkeypatch):
+    of = lambda weight: trained(speedrun, tmp_path, monkeypatch, "units", "--mix", "interleave=1", "--unit-loss", weight)[0]
+    assert any("_proj" in name for name in differ(of("0"), of("1")))
 
 
 def test_the_reader_reads_every_word_at_the_position_where_it_is_said(speedrun, stream):

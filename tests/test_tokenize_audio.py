@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +200,47 @@ def test_bad_clips_stop_the_run_in_one_line_or_are_listed_with_their_reason(spee
     listed = [json.loads(line) for line in (tmp_path / "u/skipped.jsonl").read_text().splitlines()]
     assert [Path(row["audio"]).name for row in listed] == ["bad.wav", "short.wav"] and "under one frame" in listed[1]["why"]
     assert len(audio.Units(tmp_path / "u").rows) == 1 and "1 clips, 2 skipped" in capsys.readouterr().out
+
+
+def test_a_codebook_is_fitted_without_the_clips_that_cannot_be_read(speedrun, tmp_path, monkeypatch, capsys):
+    rows = [json.loads(line) for line in (speedrun / "toy/speech/train.jsonl").read_text().splitlines()]
+    (tmp_path / "bad.wav").write_text("not audio")
+    rows = [{"audio": str(speedrun / "toy/speech" / row["audio"])} for row in rows[:4]] + [{"audio": "bad.wav"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl"), "--features", "mfcc", "--k", "4", "--device", "cpu", "--out", str(tmp_path / "c")]
+    with pytest.raises(ValueError, match="bad.wav: not audio"):
+        call(words, monkeypatch)
+    call([*words, "--skip-bad"], monkeypatch)
+    assert "left out" in "".join(capsys.readouterr()) and (tmp_path / "c/codebook.json").exists()
+
+
+def test_word_times_behind_the_end_of_a_clip_are_told_and_units_of_two_prices_are_not_mixed(speedrun, tmp_path, monkeypatch):
+    row = json.loads((speedrun / "toy/speech/train.jsonl").read_text().splitlines()[0])
+    row["audio"] = str(speedrun / "toy/speech" / row["audio"])
+    (tmp_path / "m.jsonl").write_text(json.dumps(row | {"words": [["a", 0, 350], ["b", 350, 800]]}) + "\n")
+    with pytest.raises(ValueError, match="'b' begins at 350 s, behind its"):
+        call(words_of(speedrun, tmp_path / "u", "--manifest", str(tmp_path / "m.jsonl")), monkeypatch)
+    for words, said in ((5, "wanted a list"), ([["a", 1, 2], ["b", 0, 1]], "not in the order")):
+        (tmp_path / "m.jsonl").write_text(json.dumps(row | {"words": words}) + "\n")
+        with pytest.raises(ValueError, match=said):
+            audio.read_manifest(tmp_path / "m.jsonl")
+
+    # A run that is stopped, and a codebook with another price of a change when it goes on.
+    shutil.copytree(speedrun / "codebook", tmp_path / "codebook")
+    words = ["tokenize_audio.py", "encode", "--manifest", str(speedrun / "toy/speech/train.jsonl"), "--codebook", str(tmp_path / "codebook"), "--device", "cpu", "--out", str(tmp_path / "v")]
+    save, count = tokenize_audio.Shard.save, []
+
+    def dying(*given):
+        save(*given)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_audio.Shard, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            call(words, monkeypatch)
+    file = tmp_path / "codebook/codebook.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"switch": 0.0}))
+    with pytest.raises(ValueError, match="of a run with another codebook"):
+        call(words, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, rank, said", [(["--batch", "nan"], "0 1", "--batch nan"), (["--batch", "-5"], "0 1", "--batch -5"),
