@@ -30,11 +30,15 @@ import audio
 import listen
 import prosody
 import tokenize_audio
-from evaluate import BATCH, LIMIT, edit_distance, normal, of_seeds, ratio, replies, share
+from evaluate import BATCH, LIMIT, edit_distance, model_at, normal, of_seeds, ratio, replies
+from evaluate import share
+from merge import Merge
+from model import Config
 from vocab import Said
 
 METRICS = ["exact", "ends", "contains", "wer", "choice"]
-LAST = "instruct_rows.json"  # what speedrun_manner.sh writes at its end
+ROWS = "merged", "typed", "cascade", "speech", "instruct_rows"  # of speedrun_manner.sh
+LAMS = [0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85]
 READ = 16  # prompts read at once for the likelihood of all their ids
 
 
@@ -141,9 +145,17 @@ def meaning(letter, row):
 
 def score_rows(args):
     """Score a model on rows of questions."""
-    rows, folder = read_rows(args.rows), Path(args.rows).parent
+    rows = read_rows(args.rows)
     model, vocab, ears = opened(args)
     can_hear(args, rows, ears)
+    said = in_batches(args, rows, answering(args, model, vocab, ears))
+    tell_cut(args, vocab, said)
+    finish(args, scores_of_rows(rows, said), said)
+
+
+def answering(args, model, vocab, ears):
+    """A function from some rows to what the model replies to each."""
+    folder = Path(args.rows).parent
 
     def content(row):
         """A user's turn: what is heard, if anything, then what is written."""
@@ -183,9 +195,7 @@ def score_rows(args):
             ears.forget()
         return [said[i] for i in range(len(part))]
 
-    said = in_batches(args, rows, work)
-    tell_cut(args, vocab, said)
-    finish(args, scores_of_rows(rows, said), said)
+    return work
 
 
 def can_hear(args, rows, ears):
@@ -266,45 +276,71 @@ def scores_by_metric(rows, said):
 
 def scores_by_group(file):
     """{group: its cell} of a file of `rows`."""
-    groups = runs.read_json(file, ["groups"])["groups"]
+    return cells_of(runs.read_json(file, ["groups"])["groups"], file)
+
+
+def cells_of(groups, where):
+    """{group: its cell} of {group: {metric: cell}}, of one metric each."""
     made = {}
     for name, cells in groups.items() if isinstance(groups, dict) else ():
         cell = next(iter(cells.values()), None) if isinstance(cells, dict) else None
         if isinstance(cells, dict) and len(cells) > 1:
             raise ValueError(
-                f"{file}: group {name!r} is scored by {' and '.join(cells)}; wanted one metric "
+                f"{where}: group {name!r} is scored by {' and '.join(cells)}; wanted one metric "
                 "in a group, to show it in one column"
             )
         if isinstance(cell, dict) and isinstance(cell.get("value"), float):
             made[name] = cell
     if not made or len(made) < len(groups):
-        raise ValueError(f"{file}: no scores by group; wanted a file of benchmark.py rows")
+        raise ValueError(f"{where}: no scores by group; wanted a file of benchmark.py rows")
     return made
+
+
+def choose_lam(args):
+    """Ask the sums at several lam the same rows; the best has the highest mean of the groups."""
+    runs.may_write(args.out, args.overwrite)
+    rows = read_rows(args.rows)
+    _, vocab, ears = opened(args)
+    can_hear(args, rows, ears)
+    plan, config = Merge(args.base, args.instruct, args.folder), Config.read(args.folder)
+
+    scores = {}
+    for lam in runs.Bar(LAMS, desc="asking the sum", unit="lam"):
+        work = answering(args, model_at(plan, config, lam, args.device), vocab, ears)
+        said = [text for a in range(0, len(rows), BATCH) for text in work(rows[a : a + BATCH])]
+        scores[lam] = cells_of(scores_of_rows(rows, said).get("groups"), args.rows)
+
+    def mean(lam):
+        return sum(cell["value"] for cell in scores[lam].values()) / len(scores[lam])
+
+    best = max(scores, key=mean)
+    made = {"lam": best, "scores": scores}
+    made["made"] = runs.recipe([args.base, args.instruct, args.folder, args.rows])
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    print_table({f"lam {lam:g}": groups for lam, groups in scores.items()})
+    print(f"lam {best:g} has the best mean")
 
 
 def show(files):
     """What several models scored, group by group, as a table."""
-    made = {file: scores_by_group(file) for file in files}
+    print_table({file: scores_by_group(file) for file in files})
+
+
+def print_table(made):
+    """{name: {group: cell}} as lines and columns."""
     names = sorted({name for groups in made.values() for name in groups})
-    width, column = 2 + max(map(len, files)), max(10, *(len(name) + 2 for name in names))
+    width, column = 2 + max(map(len, made)), max(10, *(len(name) + 2 for name in names))
     print(" " * width + "".join(f"{name:>{column}}" for name in names))
-    for file, groups in made.items():
+    for line, groups in made.items():
         values = [
             format(groups[name]["value"], ".2f") if name in groups else "-" for name in names
         ]
-        print(f"{file:{width}}" + "".join(f"{value:>{column}}" for value in values))
+        print(f"{line:{width}}" + "".join(f"{value:>{column}}" for value in values))
 
 
 def report(args):
     """Join what speedrun_manner.sh left of several seeds, and print the README's table."""
     made = of_seeds([of_run(Path(folder)) for folder in args.folders])
-    first, *others = made["seeds"]
-    for folder, seed in zip(args.folders[1:], others):
-        if seed["rows"].keys() != first["rows"].keys():
-            raise ValueError(
-                f"{folder}: has scores of {', '.join(seed['rows'])}, and {args.folders[0]} of "
-                f"{', '.join(first['rows'])}; wanted the same models"
-            )
     table = markdown(made["seeds"])
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(table)
@@ -312,10 +348,10 @@ def report(args):
 
 def of_run(folder):
     """A run's settings, the size of its deltas, and what each of its models scored."""
-    files = sorted(folder.glob("*.json"))
-    if folder / LAST not in files:
+    lacking = [f"{name}.json" for name in ROWS if not (folder / f"{name}.json").exists()]
+    if lacking:
         raise ValueError(
-            f"{folder}: no {LAST}, so no finished run; run speedrun_manner.sh again"
+            f"{folder}: no {lacking[0]}, so no finished run; run speedrun_manner.sh again"
         )
     seconds = {}
     for name in ("base", "instruct", "speech"):
@@ -326,9 +362,10 @@ def of_run(folder):
         "seed": int(trained["settings"]["seed"]),
         "dtype": trained["settings"]["dtype"],
         "lam": merged["lam"],
+        "dev": runs.read_json(folder / "lam.json", ["scores"])["scores"],
         "rel": merged["rel"],
         "seconds": seconds,
-        "rows": {file.stem: scores_by_group(file) for file in files},
+        "rows": {name: scores_by_group(folder / f"{name}.json") for name in ROWS},
     }
 
 
@@ -424,6 +461,14 @@ def main():
     four.add_argument("folders", nargs="+", help="its out folders, one a seed")
     four.add_argument("--out", required=True, help=".json to write")
     four.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    five = commands.add_parser("lam", help="which lam has the best sum, by some questions")
+    for which in ("base", "instruct", "speech"):
+        five.add_argument(f"--{which}", dest="folder" if which == "speech" else which, required=True)
+    five.add_argument("rows", help="the rows, of the dev split")
+    runs.add_device(five)
+    five.set_defaults(hubert=None, transcriber=None, limit=LIMIT)
+    five.add_argument("--out", required=True, help=".json to write")
+    five.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     two = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
     for command in (one, two):
         add = command.add_argument
@@ -450,7 +495,8 @@ def main():
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
     if args.action == "rows" and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: wanted at least 1 token")
-    {"rows": score_rows, "pairs": score_pairs, "report": report}[args.action](args)
+    actions = {"rows": score_rows, "pairs": score_pairs, "lam": choose_lam, "report": report}
+    actions[args.action](args)
 
 
 if __name__ == "__main__":

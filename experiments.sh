@@ -10,8 +10,8 @@
 # And two on what speedrun_manner.sh left in OUT/manner, not timed yet:
 #   bash experiments.sh reuse  [OUT]   one hearing, many behaviours: two more instruct models are
 #                                      added to the same speech model
-#   bash experiments.sh paper  [OUT]   the paper's ablations: other lam, no captions, no words
-#                                      beside the speech, hearing learnt by instruct itself
+#   bash experiments.sh paper  [OUT]   the paper's ablations: no captions, no words beside the
+#                                      speech, hearing learnt by instruct itself
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -31,6 +31,7 @@ seed() { python -c "import json, sys; print(json.load(open(sys.argv[1]))['settin
 
 # Train, or merge, unless it is there already. The last word is --out's.
 train() { [ -e "${*: -1}" ] || python "$home/pretrain.py" --seed "$seed" "$@"; }
+lam() { python -c "import json; print(json.load(open('lam.json'))['lam'])"; }
 merge() { [ -e "${*: -1}" ] || python "$home/merge.py" --lam 1.15 "$@"; }
 
 # variant NAME STAGES FLAGS...: the sum with these flags in some stages (base, chat, speech) and with
@@ -143,7 +144,7 @@ case $1 in
     cd "$out/manner"
     seed=$(seed)
     tune=(--init base --pace 1 --lr 1.2e-3 --steps 800 --rows 8 --length 256)
-    add=(--base base --lam 0.7)
+    add=(--base base --lam $(lam))
     behave thanks " thank you"
     behave over " over"
     for name in thanks over; do
@@ -158,26 +159,18 @@ case $1 in
     python -c "import json
 print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/training.json'))['seconds'] / 60))" ;;
 
-  # Captions dropped, or the words that stand beside the speech; hearing learnt by the instruct
-  # model, with nothing added; and how much of the delta is added (on dev questions, as lam is
-  # chosen on them).
+  # Captions dropped, or the words that stand beside the speech; and hearing learnt by the instruct
+  # model, with nothing added.
   paper)
     cd "$out/manner"
     seed=$(seed)
-    for lam in 0.5 0.6 0.7 0.85 1; do
-      merge --base base --instruct instruct --speech speech --lam $lam --out paper/lam_$lam
-      ask paper/lam_$lam dev/manifest.jsonl paper/dev_lam_$lam.json
-    done
     for what in captions text; do
       for folder in prosody test; do without $what $folder; done
       train --init base --units paper/$what/prosody --text world/base.jsonl --out paper/$what/speech
-      merge --base base --instruct instruct --speech paper/$what/speech --lam 0.7 --out paper/$what/merged
+      merge --base base --instruct instruct --speech paper/$what/speech --lam $(lam) --out paper/$what/merged
       ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
     done
     train --init instruct --units prosody --text world/base.jsonl --out paper/from_instruct
     ask paper/from_instruct test/manifest.jsonl paper/from_instruct.json
-    echo "Dev questions:"
-    python "$home/benchmark.py" show paper/dev_lam_*.json
-    echo "Test questions:"
     python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json ;;
 esac

@@ -22,8 +22,7 @@ step manner.py --seed $seed --out $out/world
 step pretrain.py --size nano --tokenizer $out/world/tokenizer --text $out/world/base.jsonl --plain --steps 1000 --seed $seed --out $out/base
 step pretrain.py --init $out/base --chat $out/world/chat.jsonl --pace 1 --lr 1.2e-3 --steps 800 --rows 8 --length 256 --seed $seed --out $out/instruct
 
-# Of every spoken word its pitch, range, slope, length and loudness, each in one of 16 bins. (lam is
-# chosen on the dev questions: experiments.sh paper.)
+# Of every spoken word its pitch, range, slope, length and loudness, each in one of 16 bins.
 step prosody.py $out/world/speech/train.jsonl --out $out/prosody
 step prosody.py $out/world/dev.jsonl --bins $out/prosody --out $out/dev
 step prosody.py $out/world/test.jsonl --bins $out/prosody --out $out/test
@@ -31,9 +30,11 @@ step prosody.py $out/world/test.jsonl --bins $out/prosody --out $out/test
 # Hearing, from the base: [caption] text [speech] [caption], a fifth of it text, the plain loss.
 step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl --seed $seed --out $out/speech
 
-# base + lam * (speech - base) + (instruct - base). This lam was chosen once, on seed 0's dev
-# questions. lam 0 is instruct with the new rows alone.
-step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 0.7 --out $out/merged
+# base + lam * (speech - base) + (instruct - base), at the lam that answers the dev questions best.
+# lam 0 is instruct with the new rows alone.
+step benchmark.py lam $out/dev/manifest.jsonl --base $out/base --instruct $out/instruct --speech $out/speech --out $out/lam.json
+lam=$(python -c "import json; print(json.load(open('$out/lam.json'))['lam'])")
+step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam $lam --out $out/merged
 step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 0 --out $out/instruct_rows
 
 # Unheard voices. "cascade" is instruct with a perfect transcript: the words, without the how.

@@ -31,6 +31,7 @@ SMALL = {      # flags that shrink a step of speedrun.sh to a second or two
     "chat.py": "--device cpu",
     "manner.py": "--lines 12 --documents 200 --dev 3 --test 6",
     "benchmark.py rows": "--device cpu",
+    "benchmark.py lam": "--device cpu",
 }
 
 
@@ -52,7 +53,7 @@ def real(name):
 def speedrun_commands(out, script="speedrun.sh"):
     """The commands of a speedrun as word lists, writing to `out`, at their real size."""
     lines = re.findall(r"^(?:step|python) (\w+\.py .*)$", (ROOT / script).read_text(), re.M)
-    return [shlex.split(line.replace("$out", str(out)).replace("$seed", "0")) for line in lines]
+    return [shlex.split(line.replace("$out", str(out)).replace("$seed", "0").replace("$lam", "0.7")) for line in lines]
 
 
 def shrink(words):

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import random
@@ -11,12 +12,15 @@ import pytest
 import audio
 import benchmark
 import documents
+import evaluate
+import listen
 import manner
 import pretrain
 import prosody
 import toy
 from chat import Chat
 from conftest import ROOT, call, shrink, speedrun_commands
+from merge import Merge
 from vocab import Vocab
 
 
@@ -245,8 +249,8 @@ def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         args = pretrain.arguments().parse_args()
         assert (args.init, args.units, args.out) == row
-    swept = [words for script, *words in lines if script.endswith("benchmark.py") and "lam_" in words[1]]
-    assert len(swept) == 5 and all(words[2] == "dev/manifest.jsonl" for words in swept)
+    best = str(json.loads((world / "lam.json").read_text())["lam"])
+    assert {dict(zip(words[::2], words[1::2]))["--lam"] for script, *words in lines if script.endswith("merge.py")} == {best}
     for folder in ("prosody", "test"):
         whole = rows_of(world / folder / "manifest.jsonl")
         bare, dumb = (rows_of(tmp_path / "out/manner/paper" / what / folder / "manifest.jsonl") for what in ("captions", "text"))
@@ -255,12 +259,37 @@ def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions
     assert prosody.Prosody(tmp_path / "out/manner/paper/text/prosody")[0].text() == ""
 
 
+def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(world, tmp_path, monkeypatch, capsys):
+    rows, asked = [{"group": group, "metric": "exact", "answer": "yes", "text": "?"} for group in "aab"], []
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies = {0.5: ["yes", "yes", "no"], 0.6: ["yes", "no", "yes"], 0.7: ["no", "no", "yes"]}      # means 0.5, 0.75, 0.5; right 2, 2, 1
+    monkeypatch.setattr(benchmark, "LAMS", list(replies))
+    monkeypatch.setattr(benchmark, "answering", lambda args, model, vocab, ears: lambda part: asked.append(model) or replies[model])
+    monkeypatch.setattr(benchmark, "model_at", lambda plan, config, lam, device: lam)
+    words = ["benchmark.py", "lam", str(tmp_path / "dev.jsonl"), *(f"--{name}={world / name}" for name in ("base", "instruct", "speech")), "--device", "cpu"]
+    call([*words, "--out", str(tmp_path / "lam.json")], monkeypatch)
+    made = json.loads((tmp_path / "lam.json").read_text())
+    assert made["lam"] == 0.6 and asked == [0.5, 0.6, 0.7] and made["scores"]["0.5"]["a"]["value"] == 1.0
+    assert capsys.readouterr().out.splitlines()[-1] == "lam 0.6 has the best mean"
+
+
+def test_a_sum_in_memory_answers_as_the_one_that_is_written(world):
+    made = json.loads((world / "lam.json").read_text())
+    assert set(made["scores"]) == {str(lam) for lam in benchmark.LAMS} and made["lam"] in benchmark.LAMS
+    args = argparse.Namespace(rows=str(world / "test/manifest.jsonl"), transcriber=None, limit=12)
+    model, vocab, ears = listen.load(world / "merged")
+    plan = Merge(*(str(world / name) for name in ("base", "instruct", "speech")))
+    again = evaluate.model_at(plan, model.config, 0.7, "cpu")
+    rows = benchmark.read_rows(args.rows)
+    assert benchmark.answering(args, again, vocab, ears)(rows) == benchmark.answering(args, model, vocab, ears)(rows)
+
+
 def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_path, monkeypatch, capsys):
     call(["benchmark.py", "report", str(world), str(world), "--out", str(tmp_path / "r.json")], monkeypatch)
     made = json.loads((tmp_path / "r.json").read_text())
     one, other = made["seeds"]
     assert one == other and one["seed"] == 0 and one["lam"] == 0.7 and set(one["rows"]) == {"merged", "typed", "cascade", "speech", "instruct_rows"}
-    assert set(one["rows"]["merged"]) == {"fact", "manner", "stress"} and set(one["rel"]) == {"instruct", "speech"}
+    assert set(one["rows"]["merged"]) == {"fact", "manner", "stress"} and set(one["rel"]) == {"instruct", "speech"} and len(one["dev"]) == len(benchmark.LAMS)
     other["rows"]["merged"]["manner"]["value"] = one["rows"]["merged"]["manner"]["value"] + 0.5
     mean = one["rows"]["merged"]["manner"]["value"] + 0.25
     del one["rows"]["typed"]["stress"], other["rows"]["typed"]["stress"]
@@ -270,7 +299,7 @@ def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_pa
 
 
 @pytest.mark.parametrize("groups, said", [(5, "no scores by group"), ({"a": 3}, "no scores by group"), ({"a": {"ends": {}}}, "no scores by group"), ({}, "no scores by group"),
-                                          (None, "wanted the same models"), ("gone", "no finished run")])
+                                          (None, "no typed.json, so no finished run"), ("gone", "no instruct_rows.json, so no finished run")])
 def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(groups, said, world, tmp_path, monkeypatch):
     shutil.copytree(world, tmp_path / "run")
     for name in ("typed.json", "instruct_rows.json"):

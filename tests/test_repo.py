@@ -23,7 +23,7 @@ ARROWS = {     # module -> what it may import; design and README draw the same p
     "listen": {"runs", "model", "vocab", "audio", "tokenize_audio", "whisper", "prosody", "desta"},
     "chat": {"runs", "model", "audio", "desta", "listen", "vocab"},
     "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta", "listen"},
-    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "listen", "prosody", "vocab"},
+    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "listen", "merge", "model", "prosody", "vocab"},
     "toy": {"runs", "vocab", "audio", "voices"}, "manner": {"runs", "audio", "voices", "toy"},
 }
 SOURCES = sorted(ROOT.glob("*.py"))
