@@ -463,7 +463,8 @@ def main():
     four.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     five = commands.add_parser("lam", help="which lam has the best sum, by some questions")
     for which in ("base", "instruct", "speech"):
-        five.add_argument(f"--{which}", dest="folder" if which == "speech" else which, required=True)
+        dest = "folder" if which == "speech" else which
+        five.add_argument(f"--{which}", dest=dest, required=True, help="a model folder")
     five.add_argument("rows", help="the rows, of the dev split")
     runs.add_device(five)
     five.set_defaults(hubert=None, transcriber=None, limit=LIMIT)
