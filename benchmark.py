@@ -317,33 +317,36 @@ def choose_lam(args):
     made = {"lam": best, "scores": scores}
     made["made"] = runs.recipe([args.base, args.instruct, args.folder, args.rows])
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
-    print_table({f"lam {lam:g}": groups for lam, groups in scores.items()})
+    print(table({f"lam {lam:g}": groups for lam, groups in scores.items()}))
     print(f"lam {best:g} has the best mean")
 
 
-def show(files):
+def show(args):
     """What several models scored, group by group, as a table."""
-    print_table({file: scores_by_group(file) for file in files})
+    made = {file.removesuffix(".json"): scores_by_group(file) for file in args.scores}
+    if args.out:
+        runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    print(table(made))
 
 
-def print_table(made):
+def table(made):
     """{name: {group: cell}} as lines and columns."""
     names = sorted({name for groups in made.values() for name in groups})
     width, column = 2 + max(map(len, made)), max(10, *(len(name) + 2 for name in names))
-    print(" " * width + "".join(f"{name:>{column}}" for name in names))
+    lines = [" " * width + "".join(f"{name:>{column}}" for name in names)]
     for line, groups in made.items():
         values = [
             format(groups[name]["value"], ".2f") if name in groups else "-" for name in names
         ]
-        print(f"{line:{width}}" + "".join(f"{value:>{column}}" for value in values))
+        lines.append(f"{line:{width}}" + "".join(f"{value:>{column}}" for value in values))
+    return "\n".join(lines)
 
 
 def report(args):
     """Join what speedrun_manner.sh left of several seeds, and print the README's table."""
     made = of_seeds([of_run(Path(folder)) for folder in args.folders])
-    table = markdown(made["seeds"])
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
-    print(table)
+    print(markdown(made["seeds"]))
 
 
 def of_run(folder):
@@ -457,6 +460,8 @@ def main():
     )
     three = commands.add_parser("show", help="scores of several models, group by group")
     three.add_argument("scores", nargs="+", help="files that rows has written")
+    three.add_argument("--out", help="a .json to write them to, too")
+    three.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     four = commands.add_parser("report", help="join the runs of speedrun_manner.sh")
     four.add_argument("folders", nargs="+", help="its out folders, one a seed")
     four.add_argument("--out", required=True, help=".json to write")
@@ -490,13 +495,12 @@ def main():
     )
     two.set_defaults(limit=None, transcriber=None)  # of pairs, units alone are read
     args = parser.parse_args()
-    if args.action == "show":
-        return show(args.scores)
-    if Path(args.out).suffix != ".json":
+    if args.action != "show" and Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
     if args.action == "rows" and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: wanted at least 1 token")
-    actions = {"rows": score_rows, "pairs": score_pairs, "lam": choose_lam, "report": report}
+    actions = {"rows": score_rows, "pairs": score_pairs, "lam": choose_lam}
+    actions |= {"show": show, "report": report}
     actions[args.action](args)
 
 

@@ -155,7 +155,7 @@ case $1 in
     merge "${add[@]}" --mu 0.5 --instruct reuse/thanks/instruct --speech speech --out reuse/half
     merge --base base --lam 1 --mu 0.5 --instruct reuse/over/instruct --speech reuse/half --out reuse/both
     for name in thanks over; do ask reuse/both reuse/$name/test.jsonl reuse/both_$name.json; done
-    python "$home/benchmark.py" show merged.json reuse/{thanks,over,both_thanks,both_over}.json
+    python "$home/benchmark.py" show merged.json reuse/{thanks,over,both_thanks,both_over}.json --out reuse.json --overwrite
     python -c "import json
 print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/training.json'))['seconds'] / 60))" ;;
 
@@ -172,5 +172,5 @@ print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/trai
     done
     train --init instruct --units prosody --text world/base.jsonl --out paper/from_instruct
     ask paper/from_instruct test/manifest.jsonl paper/from_instruct.json
-    python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json ;;
+    python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json --out paper.json --overwrite ;;
 esac

@@ -308,7 +308,7 @@ def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(groups, said
     if groups not in (None, "gone"):
         (tmp_path / "run/typed.json").write_text(json.dumps({"groups": groups}))
         with pytest.raises(ValueError, match=said):
-            benchmark.show([str(tmp_path / "run/typed.json")])
+            call(["benchmark.py", "show", str(tmp_path / "run/typed.json")], monkeypatch)
     with pytest.raises(ValueError, match=said):
         call(["benchmark.py", "report", str(world), str(tmp_path / "run"), "--out", str(tmp_path / "r.json")], monkeypatch)
     assert not (tmp_path / "r.json").exists()
