@@ -499,9 +499,10 @@ def test_what_the_readme_says_of_desta_is_in_the_results():
     said, rows = " ".join((ROOT / "README.md").read_text().split()), run["rows"]
     value = lambda row: [f"{rows[row][name]['value']:.2f}" for name in ("rate", "loudness", "gender")]
     heard, read, cascade = value("heard"), value("read"), value("cascade")
-    assert f"names rate in {heard[0]} of clips, loudness in {heard[1]}, gender in {heard[2]}." in said and f"took {run['minutes']:.0f} minutes" in said
-    assert f"Told in words: {', '.join(read)}; from a transcript: {', '.join(cascade)}." in said
-    assert f"Spoken questions: {run['spoken']['score']['value']:.2f} right, typed {run['typed']['score']['value']:.2f}." in said
+    asked = [f"{run[name]['score']['value']:.2f}" for name in ("spoken", "typed")]
+    for name, cells in ("heard", [*heard, asked[0]]), ("told in words", [*read, asked[1]]), ("a transcript", [*cascade, ""]):
+        assert f"| {name} | {' | '.join(cells)} |".replace("  ", " ") in said, name
+    assert f"{run['minutes']:.0f} minutes on two cores" in said
     assert "/" + "work" not in json.dumps(run) and len(run["answers"]) == rows["heard"]["gender"]["n"]
 
 

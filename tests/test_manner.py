@@ -314,8 +314,21 @@ def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(groups, said
     assert not (tmp_path / "r.json").exists()
 
 
-def test_the_readme_tells_what_the_results_hold():
-    assert benchmark.markdown(json.loads((ROOT / "results/manner.json").read_text())["seeds"]) in (ROOT / "README.md").read_text()
+def test_the_pages_tell_what_the_results_hold():
+    readme, page = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "TEACHING.md"))
+    seeds, reuse, paper = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("manner", "reuse", "paper"))
+    seeds = seeds["seeds"]
+    assert " ".join(benchmark.markdown(seeds).split()) in readme
+    named = [format(seed["rows"]["merged"]["stress"]["value"], ".2f") for seed in seeds]
+    assert f"stressed words: {', '.join(named)}." in readme
+    assert f"| {min(seed['lam'] for seed in seeds)} to {max(seed['lam'] for seed in seeds)} |" in readme
+    value = lambda table, row, group: f"{table[row][group]['value']:.2f}"
+    assert value(reuse, "reuse/thanks", "fact") == value(reuse, "reuse/over", "fact")
+    told = [value(reuse, "reuse/thanks", "fact"), *(value(reuse, f"reuse/{name}", "stress") for name in ("thanks", "over"))]
+    assert "facts {} both, stress {} and {}.".format(*told) in readme
+    assert "facts {}, manner {}, stress {} (`results/paper.json`".format(*(value(paper, "paper/no_text", group) for group in ("fact", "manner", "stress"))) in readme
+    for table in (reuse, paper):
+        assert " ".join(benchmark.table(table).split()) in page
 
 
 @pytest.mark.parametrize("row, said", [({"said": 5}, "wanted [[word"), ({"said": [["a", ["x"]]]}, "wanted [[word"), ({"said": [["a", [-1]]]}, "unit -1 is outside"),
