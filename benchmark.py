@@ -14,7 +14,8 @@ answer's words stand in the reply), "wer" (word error rate), "choice" (by the li
 letter). Rows with a "group" are scored group by group, too. A reply is cut behind --limit
 tokens; one that has not ended there is wrong by "exact" and "ends".
 
-Every batch is kept at once in OUT.rows: after a stop the same command goes on there.
+What is done is kept in OUT.rows: after a stop the same command goes on there. `lam` asks the
+sums of three models at several lam, in memory, and names the best.
 """
 
 import argparse
@@ -292,7 +293,7 @@ def cells_of(groups, where):
         if isinstance(cell, dict) and isinstance(cell.get("value"), float):
             made[name] = cell
     if not made or len(made) < len(groups):
-        raise ValueError(f"{where}: no scores by group; wanted a file of benchmark.py rows")
+        raise ValueError(f"{where}: no scores by group; wanted rows that have groups, scored")
     return made
 
 

@@ -121,8 +121,9 @@ def test_targets_that_are_silent_or_worth_nothing_bear_no_loss(speedrun, stream)
     with torch.no_grad():
         whole, ce, is_unit, kind = next_token_loss(model, batch, units, unit_weight=0.5)
         text, ce_text, none, _ = next_token_loss(model, batch, units, unit_weight=0.0)
-        _, _, _, left = next_token_loss(model, batch, units, masked=batch["kind"] == 0)
-    assert is_unit.any() and not none.any() and torch.allclose(ce_text, ce[~is_unit], atol=1e-5) and set(kind.tolist()) == {0, 1} and set(left.tolist()) == {1}
+        _, _, heard, left = next_token_loss(model, batch, units, masked=batch["kind"] == 0)
+    assert is_unit.any() and not none.any() and torch.allclose(ce_text, ce[~is_unit], atol=1e-5) and set(kind.tolist()) == {0, 1}
+    assert heard[left == 0].all() and heard.any() and not heard[left == 1].all(), "what is masked is text"
     worth = torch.where(is_unit, 0.5, 1.0)
     assert torch.allclose(whole, (ce * worth).sum() / worth.sum(), rtol=1e-4) and torch.allclose(text, ce_text.mean(), rtol=1e-4)
 
