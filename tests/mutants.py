@@ -157,7 +157,8 @@ MUTANTS = [     # (file, what stands there, what is planted, the tests that shou
     ("merge.py", '"instruct": math.sqrt(part["instruct"] / base)', '"instruct": (part["instruct"] / base)', MERGE),
     ("merge.py", "self.begin[name] + first * rows.shape[1]", "self.begin[name] + 0 * rows.shape[1]", MERGE),
 
-    ("hubert.py", "loss = F.cross_entropy(logits[at], targets[at]) + F.cross", "loss = F.cross", HUBERT),
+    ("hubert.py", "mean_loss(logits[at], targets[at]) + ", "", HUBERT),
+    ("hubert.py", "max(1, len(targets))", "len(targets)", HUBERT),
     ("hubert.py", "(self.receptive_field() - self.hop()) // 2", "(self.receptive_field() - self.hop()) // 4", HUBERT),
     ("hubert.py", "x = x * real[:, None]", "pass", HUBERT),
     ("hubert.py", "samples = samples * torch.rsqrt(", "samples = samples * torch.sqrt(", HUBERT),
