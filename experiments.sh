@@ -7,11 +7,11 @@
 #                                      its base and added (25 minutes)
 #   bash experiments.sh ablate [OUT]   the recipe without each of its ingredients, and the plain
 #                                      recipe with some of them (70 minutes)
-# And two on what speedrun_manner.sh left in OUT/manner, not timed yet:
+# And two on what speedrun_manner.sh left in OUT/manner:
 #   bash experiments.sh reuse  [OUT]   one hearing, many behaviours: two more instruct models are
-#                                      added to the same speech model
+#                                      added to the same speech model (some 10 minutes)
 #   bash experiments.sh paper  [OUT]   the paper's ablations: no captions, no words beside the
-#                                      speech, hearing learnt by instruct itself
+#                                      speech, hearing learnt by instruct itself (some 25 minutes)
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
