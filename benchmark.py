@@ -31,8 +31,17 @@ import audio
 import listen
 import prosody
 import tokenize_audio
-from evaluate import BATCH, LIMIT, edit_distance, model_at, normal, of_seeds, ratio, replies
-from evaluate import share
+from evaluate import (
+    BATCH,
+    LIMIT,
+    edit_distance,
+    model_at,
+    normal,
+    of_seeds,
+    ratio,
+    replies,
+    share,
+)
 from merge import Merge
 from model import Config
 from vocab import Said
