@@ -83,7 +83,9 @@ def processes():
 def device_of_rank(device, world):
     """Under torchrun "cuda" becomes this process's own card, "cuda:1"; else the device itself."""
     if world > 1 and device.startswith("cuda:"):
-        raise ValueError(f"--device {device} under torchrun: wanted cuda, a card for each process")
+        raise ValueError(
+            f"--device {device} under torchrun: wanted cuda, a card for each process"
+        )
     if world > 1 and device == "cuda":
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return device
@@ -253,13 +255,18 @@ def recipe(inputs=()):
     }
 
 
-def unchanged(folder, inputs):
-    """Refuse a folder that was made from another state of one of `inputs`, as its recipe says."""
+def made_of(folder):
+    """{path: fingerprint} of what a folder was made from, as its recipe says; {} without one."""
     file = Path(folder) / "recipe.json"
     made = read_json(file).get("inputs", {}) if file.exists() else {}
-    made = {Path(path).resolve(): digest for path, digest in made.items()}
+    return {Path(path).resolve(): digest for path, digest in made.items()}
+
+
+def unchanged(folder, inputs):
+    """Refuse a folder that was made from another state of one of `inputs`."""
+    made, file = made_of(folder), Path(folder) / "recipe.json"
     for path in inputs:
-        before = made.get(Path(path).resolve())  # "out/base" and "./out/base/" are one folder
+        before = made.get(Path(path).resolve())  # "out/base", "./out/base/": one folder
         if before not in (None, fingerprint(path)):
             raise ValueError(
                 f"{path} has changed since {folder} was made from it; make {folder} "
@@ -268,10 +275,9 @@ def unchanged(folder, inputs):
 
 
 def made_from(folder, base):
-    """May a folder have been made from `base`? No, if its recipe names other inputs alone."""
-    file = Path(folder) / "recipe.json"
-    inputs = read_json(file).get("inputs", {}) if file.exists() else {}
-    return not inputs or fingerprint(base) in inputs.values()
+    """May a folder have been made from `base`? No, if its recipe names others alone."""
+    made = made_of(folder)
+    return not made or fingerprint(base) in made.values()
 
 
 def still(path, digest, name, folder):
@@ -374,7 +380,7 @@ def in_pieces(out, settings, items, work, size, desc, unit):
     """All that `work` makes of items, given `size` of them at a time; a list, in their order.
 
     A checkpoint beside `out` keeps what is done, until `finish_pieces` has written `out`.
-    It holds all of it, so it is written every KEEP_EVERY seconds and when the work ends or stops.
+    As it holds all of it, it is written now and then (KEEP_EVERY), and at the end or a stop.
     """
     checkpoint = Checkpoint(pieces_of(out), settings)
     checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
