@@ -19,7 +19,7 @@ home=$PWD
 out=${2:-out}
 case ${1:-} in
   lam | start | ablate) script=speedrun.sh needs=table.json ;;
-  reuse | paper) script=speedrun_manner.sh needs=manner/merged.json ;;
+  reuse | paper) script=speedrun_manner.sh needs=manner/instruct_rows.json ;;
   *) sed -n 2,15p experiments.sh; exit 2 ;;
 esac
 if [ ! -e "$out/$needs" ]; then
