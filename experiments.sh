@@ -27,15 +27,17 @@ if [ ! -e "$out/$needs" ]; then
   exit 1
 fi
 
-seed() { python -c "import json, sys; print(json.load(open(sys.argv[1]))['settings']['seed'])" speech/training.json; }
+seed() { python -c "import json
+print(json.load(open('speech/training.json'))['settings']['seed'])"; }
 
 # Train, or merge, unless it is there already. The last word is --out's.
 train() { [ -e "${*: -1}" ] || python "$home/pretrain.py" --seed "$seed" "$@"; }
 lam() { python -c "import json; print(json.load(open('lam.json'))['lam'])"; }
 merge() { [ -e "${*: -1}" ] || python "$home/merge.py" --lam 1.15 "$@"; }
 
-# variant NAME STAGES FLAGS...: the sum with these flags in some stages (base, chat, speech) and with
-# the recipe's own in the others, which are trained again only if what they start from has changed.
+# variant NAME STAGES FLAGS...: the sum with these flags in some stages (base, chat, speech) and
+# with the recipe's own in the others, which are trained again only if what they start from has
+# changed.
 variant() {
   local name=$1 stages=$2 base=${base:-base} instruct=${instruct:-instruct} speech=${speech:-speech}
   shift 2
@@ -70,8 +72,8 @@ for source, file in ("world/chat.jsonl", "chat"), ("test/manifest.jsonl", "test"
                 if message["role"] == "assistant":
                     message["content"] += words
             if "answer" in row:
-                row = {key: row[key] for key in ("said", "instruction", "group", "metric", "answer")}
-                row["answer"] += words
+                keys = "said", "instruction", "group", "metric"
+                row = {key: row[key] for key in keys} | {"answer": row["answer"] + words}
             out.write(json.dumps(row) + "\n")
 os.rename(f"reuse/{name}.partial", f"reuse/{name}")
 PY
@@ -102,9 +104,10 @@ ask() { [ -e "$3" ] || python "$home/benchmark.py" rows "$1" "$2" --out "$3"; }
 case $1 in
   lam) python evaluate.py lam "$out/table.json" ;;
 
-  # Two by two: hearing learnt from the base and added, or from the instruct model with nothing added
-  # afterwards; as the speech model learns it (by imitating what it starts from, and leaving alone
-  # what text uses), or by the loss of the next token alone. The same units, text, steps and seed.
+  # Two by two: hearing learnt from the base and added, or from the instruct model with nothing
+  # added afterwards; as the speech model learns it (by imitating what it starts from, and leaving
+  # alone what text uses), or by the loss of the next token alone. The same units, text, steps and
+  # seed.
   start)
     cd "$out"
     seed=$(seed)
@@ -116,7 +119,8 @@ case $1 in
       done
       merge --base base --instruct instruct --speech speech$plain --out merged$plain
     done
-    python "$home/evaluate.py" compare merged from_instruct merged_plain from_instruct_plain --questions toy/questions.jsonl --out start.json --overwrite ;;
+    python "$home/evaluate.py" compare merged from_instruct merged_plain from_instruct_plain \
+      --questions toy/questions.jsonl --out start.json --overwrite ;;
 
   # What is each ingredient worth? On dev questions, as what is seen here chooses the recipe.
   ablate)
@@ -136,10 +140,11 @@ case $1 in
     variant plain_teacher speech --rows-first 0 --embeddings all --keep-text 0
     speech=ablate/plain_teacher/speech
     variant plain_teacher_upper chat --pace 1
-    python "$home/evaluate.py" compare merged ablate/*/merged --split dev --questions toy/questions.jsonl --out ablations.json --overwrite ;;
+    python "$home/evaluate.py" compare merged ablate/*/merged --split dev \
+      --questions toy/questions.jsonl --out ablations.json --overwrite ;;
 
-  # Two more behaviours, learnt from text alone, are added to hearing that is there already. And both
-  # at once, half of each: so what they share, to answer at all, keeps its full strength.
+  # Two more behaviours, learnt from text alone, are added to hearing that is there already. And
+  # both at once, half of each: so what they share, to answer at all, keeps its full strength.
   reuse)
     cd "$out/manner"
     seed=$(seed)
@@ -153,11 +158,14 @@ case $1 in
       ask reuse/$name/merged reuse/$name/test.jsonl reuse/$name.json
     done
     merge "${add[@]}" --mu 0.5 --instruct reuse/thanks/instruct --speech speech --out reuse/half
-    merge --base base --lam 1 --mu 0.5 --instruct reuse/over/instruct --speech reuse/half --out reuse/both
+    merge --base base --lam 1 --mu 0.5 --instruct reuse/over/instruct --speech reuse/half \
+      --out reuse/both
     for name in thanks over; do ask reuse/both reuse/$name/test.jsonl reuse/both_$name.json; done
-    python "$home/benchmark.py" show merged.json reuse/{thanks,over,both_thanks,both_over}.json --out reuse.json --overwrite
+    python "$home/benchmark.py" show merged.json reuse/{thanks,over,both_thanks,both_over}.json \
+      --out reuse.json --overwrite
     python -c "import json
-print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/training.json'))['seconds'] / 60))" ;;
+seconds = json.load(open('speech/training.json'))['seconds']
+print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
 
   # Captions dropped, or the words that stand beside the speech; and hearing learnt by the instruct
   # model, with nothing added.
@@ -167,10 +175,12 @@ print('Hearing took %.0f minutes to learn, once.' % (json.load(open('speech/trai
     for what in captions text; do
       for folder in prosody test; do without $what $folder; done
       train --init base --units paper/$what/prosody --text world/base.jsonl --out paper/$what/speech
-      merge --base base --instruct instruct --speech paper/$what/speech --lam $(lam) --out paper/$what/merged
+      merge --base base --instruct instruct --speech paper/$what/speech --lam $(lam) \
+        --out paper/$what/merged
       ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
     done
     train --init instruct --units prosody --text world/base.jsonl --out paper/from_instruct
     ask paper/from_instruct test/manifest.jsonl paper/from_instruct.json
-    python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json --out paper.json --overwrite ;;
+    python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json \
+      --out paper.json --overwrite ;;
 esac

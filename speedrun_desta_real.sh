@@ -3,13 +3,14 @@
 #   bash speedrun_desta_real.sh [WEIGHTS] [CLIPS] [OUT] [SEED]    after a stop, run it again
 #
 # WEIGHTS  folders of an instruct model and a Whisper. These are the smallest (0.6 GB):
-#            hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir weights/SmolLM2-135M-Instruct
-#            hf download openai/whisper-tiny.en              --local-dir weights/whisper-tiny.en
+#            hf download HuggingFaceTB/SmolLM2-135M-Instruct \
+#               --local-dir weights/SmolLM2-135M-Instruct
+#            hf download openai/whisper-tiny.en --local-dir weights/whisper-tiny.en
 #          and others are named by LLM=Qwen2.5-0.5B-Instruct WHISPER=whisper-small
 # CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman", "accent":
 #          "American", "rate": "fast", "loudness": "quiet"}
-# A third of the speakers is kept for the test: another third for the seeds 0, 1 and 2. QUESTIONS=questions.jsonl
-# asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
+# A third of the speakers is kept for the test: another third for the seeds 0, 1 and 2.
+# QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
 set -euo pipefail
 cd "$(dirname "$0")"
 weights=${1:-weights}
@@ -24,14 +25,16 @@ of=$out/$(basename "$llm")-$(basename "$whisper")-seed$seed     # what depends o
 # reads: 0.9 of each attribute, in a sentence that ends. By DeSTA2's own it says 0.2 and runs on.
 template='A {gender} with a {accent} accent, speaking {rate} and {loudness}, says: "{text}"'
 prompt="Describe the speaker in one sentence."
-answer="Answer it."  # a second prompt, about the words: without it the adapter forgets that there are others
+# A second prompt, about the words: without it the adapter forgets that there are others.
+answer="Answer it."
 
 step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
   local result=${*: -1}
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
 }
 
-# The corpus with adverbs, as the template wants; and the voices of the test, which are in no target.
+# The corpus with adverbs, as the template wants; and the voices of the test, which are in no
+# target.
 mkdir -p "$of"
 python - "$clips" "$out" "$of" "$seed" <<'END'
 import json, sys
@@ -52,7 +55,8 @@ END
 # What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
 targets=$out/targets-$(basename "$llm").jsonl
 states=$out/states-$(basename "$whisper")
-step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" --prompt "$prompt" --prompt "$answer" --out "$targets"
+step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" \
+  --prompt "$prompt" --prompt "$answer" --out "$targets"
 step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$states"
 
 # The adapter. Targets of the test's voices are left out.
@@ -60,12 +64,16 @@ python - "$targets" "$of/test.jsonl" > "$of/train.jsonl" <<'END'
 import json, sys
 
 unheard = {json.loads(line)["speaker"] for line in open(sys.argv[2])}
-print("".join(line for line in open(sys.argv[1]) if json.loads(line)["speaker"] not in unheard), end="")
+for line in open(sys.argv[1]):
+    if json.loads(line)["speaker"] not in unheard:
+        print(line, end="")
 END
-step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --queries 16 --steps ${STEPS:-600} --seed "$seed" --out "$of/desta"
+step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --queries 16 \
+  --steps ${STEPS:-600} --seed "$seed" --out "$of/desta"
 
 # What it says of unheard voices; what it says on reading about them, and of their transcripts.
-step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$template" --prompt "$prompt" --out "$of/manner.json"
+step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$template" \
+  --prompt "$prompt" --out "$of/manner.json"
 
 # Spoken questions, beside the same ones typed.
 if [ -n "${QUESTIONS:-}" ]; then

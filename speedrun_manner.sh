@@ -19,8 +19,10 @@ step manner.py --seed $seed --out $out/world
 # A base, and an instruct model from it, by the loss of the next token. What chats train is said in
 # STAGES of pretrain.py: the upper half of the blocks, and of the embedding only their markers. At
 # full depth the delta of instruct hides the stressed word from the sum. --pace 1: no position gaps.
-step pretrain.py --size nano --tokenizer $out/world/tokenizer --text $out/world/base.jsonl --plain --steps 1000 --seed $seed --out $out/base
-step pretrain.py --init $out/base --chat $out/world/chat.jsonl --pace 1 --lr 1.2e-3 --steps 800 --rows 8 --length 256 --seed $seed --out $out/instruct
+step pretrain.py --size nano --tokenizer $out/world/tokenizer --text $out/world/base.jsonl \
+  --plain --steps 1000 --seed $seed --out $out/base
+step pretrain.py --init $out/base --chat $out/world/chat.jsonl --pace 1 --lr 1.2e-3 \
+  --steps 800 --rows 8 --length 256 --seed $seed --out $out/instruct
 
 # Of every spoken word its pitch, range, slope, length and loudness, each in one of 16 bins.
 step prosody.py $out/world/speech/train.jsonl --out $out/prosody
@@ -28,14 +30,18 @@ step prosody.py $out/world/dev.jsonl --bins $out/prosody --out $out/dev
 step prosody.py $out/world/test.jsonl --bins $out/prosody --out $out/test
 
 # Hearing, from the base: [caption] text [speech] [caption], a fifth of it text, the plain loss.
-step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl --seed $seed --out $out/speech
+step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl \
+  --seed $seed --out $out/speech
 
 # base + lam * (speech - base) + (instruct - base), at the lam that answers the dev questions best.
 # lam 0 is instruct with the new rows alone.
-step benchmark.py lam $out/dev/manifest.jsonl --base $out/base --instruct $out/instruct --speech $out/speech --out $out/lam.json
+step benchmark.py lam $out/dev/manifest.jsonl --base $out/base --instruct $out/instruct \
+  --speech $out/speech --out $out/lam.json
 lam=$(python -c "import json; print(json.load(open('$out/lam.json'))['lam'])")
-step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam $lam --out $out/merged
-step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 0 --out $out/instruct_rows
+step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam $lam \
+  --out $out/merged
+step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 0 \
+  --out $out/instruct_rows
 
 # Unheard voices. "cascade" is instruct with a perfect transcript: the words, without the how.
 step benchmark.py rows $out/merged $out/test/manifest.jsonl --out $out/merged.json
@@ -43,4 +49,5 @@ step benchmark.py rows $out/merged $out/world/test_text.jsonl --out $out/typed.j
 step benchmark.py rows $out/instruct $out/world/test_text.jsonl --out $out/cascade.json
 step benchmark.py rows $out/speech $out/test/manifest.jsonl --out $out/speech.json
 step benchmark.py rows $out/instruct_rows $out/test/manifest.jsonl --out $out/instruct_rows.json
-cd $out && python "$OLDPWD/benchmark.py" show merged.json typed.json cascade.json speech.json instruct_rows.json
+cd $out
+python "$OLDPWD/benchmark.py" show {merged,typed,cascade,speech,instruct_rows}.json

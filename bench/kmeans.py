@@ -1,10 +1,14 @@
-"""How soon is a codebook fitted, how fast are frames assigned? Against scikit-learn's full Lloyd and faiss's search, on the same cores.
+"""How soon is a codebook fitted, how fast are frames assigned? Against scikit-learn's full
+Lloyd and faiss's search, on the same cores.
 
-in   nothing (MFCC-like frames drawn from a mixture)     out  rows of results/bench-cpu.json: kmeans/fit, kmeans/assign
-run  python bench/kmeans.py                          # wants bench/requirements.txt; about four minutes on two cores
+in   nothing (MFCC-like frames drawn from a mixture)
+out  rows of results/bench-cpu.json: kmeans/fit, kmeans/assign
+run  python bench/kmeans.py    # wants bench/requirements.txt; about four minutes on two cores
 
-fit: time until the inertia that scikit-learn ends with + 0.5 %. assign: frames a second, the same nearest centroids.
+fit: time until the inertia that scikit-learn ends with + 0.5 %. assign: frames a second, the
+same nearest centroids.
 """
+
 import argparse
 import contextlib
 import io
@@ -28,8 +32,10 @@ def main():
     import faiss
     import sklearn
     from sklearn.cluster import KMeans
+
     rng = torch.Generator().manual_seed(0)
-    middles = torch.randn(2 * K, C, generator=rng)                          # twice as many clouds as centroids, overlapping: nothing is easy
+    # Twice as many clouds as centroids, overlapping: nothing is easy.
+    middles = torch.randn(2 * K, C, generator=rng)
     x = middles[torch.randint(2 * K, (N,), generator=rng)] + 0.8 * torch.randn(N, C, generator=rng)
     inertia = lambda c: ((x - c[nearest(x, c)]) ** 2).sum(1).mean().item()
 
@@ -42,16 +48,25 @@ def main():
         quick = kmeans(x, K, seed=0, minibatch=10_000)
         ours = time.perf_counter() - began
     got = inertia(quick)
-    print(f"scikit-learn {theirs:.1f} s, inertia {wanted:.4f} ({peer.n_iter_} passes); ours {ours:.1f} s, {got:.4f} ({got / wanted - 1:+.2%})")
-    record("cpu", "kmeans/fit", f"s until scikit-learn's inertia + 0.5 %, {N} x {C}, k {K}", ours, theirs, f"scikit-learn {sklearn.__version__}, full Lloyd", better="less",
-           inertia_above_peer=round(got / wanted - 1, 5), reached=bool(got <= 1.005 * wanted))
+    print(
+        f"scikit-learn {theirs:.1f} s, inertia {wanted:.4f} ({peer.n_iter_} passes); ours "
+        f"{ours:.1f} s, {got:.4f} ({got / wanted - 1:+.2%})"
+    )
+    record(
+        "cpu", "kmeans/fit", f"s until scikit-learn's inertia + 0.5 %, {N} x {C}, k {K}", ours,
+        theirs, f"scikit-learn {sklearn.__version__}, full Lloyd", better="less",
+        inertia_above_peer=round(got / wanted - 1, 5), reached=bool(got <= 1.005 * wanted),
+    )
 
     index = faiss.IndexFlatL2(C)
     index.add(quick.numpy())
     faiss.omp_set_num_threads(torch.get_num_threads())
     half = x.bfloat16(), quick.bfloat16()
-    work = {"ours": lambda: nearest(x, quick), "faiss": lambda: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0]),
-            "bf16": lambda: (half[0] @ half[1].T - 0.5 * quick.pow(2).sum(1).bfloat16()).argmax(1)}
+    work = {
+        "ours": lambda: nearest(x, quick),
+        "faiss": lambda: torch.from_numpy(index.search(x.numpy(), 1)[1][:, 0]),
+        "bf16": lambda: (half[0] @ half[1].T - 0.5 * quick.pow(2).sum(1).bfloat16()).argmax(1),
+    }
     said = {name: run() for name, run in work.items()}
     assert (said["ours"] == said["faiss"]).float().mean() > 0.9999
     times = {name: [] for name in work}
@@ -61,8 +76,11 @@ def main():
             run()
             times[name].append(time.perf_counter() - began)
     rate = {name: N / median(t) for name, t in times.items()}
-    record("cpu", "kmeans/assign", "frames/s, fp32", rate["ours"], rate["faiss"], f"faiss {faiss.__version__}", bf16_rate=round(rate["bf16"]),
-           bf16_flips=round((said["bf16"] != said["ours"]).float().mean().item(), 5))
+    record(
+        "cpu", "kmeans/assign", "frames/s, fp32", rate["ours"], rate["faiss"],
+        f"faiss {faiss.__version__}", bf16_rate=round(rate["bf16"]),
+        bf16_flips=round((said["bf16"] != said["ours"]).float().mean().item(), 5),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Shared by the tests: the folder of real files (skipped where absent), and one shrunken speedrun that many tests look at."""
+"""Shared by the tests: the folder of real files (skipped where absent), and one shrunken
+speedrun that many tests look at.
+"""
+
 import os
 import re
 import shlex
@@ -9,11 +12,17 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import runs  # noqa: F401, before torch: it sets how OpenMP waits
-import torch
+
+# Two tests run at a time, with one thread each, here and in the processes that they start. That
+# does half as much work again as one test with two threads. Read by OpenMP when torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import runs  # noqa: E402, F401, before torch: it sets how OpenMP waits
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"                # read when fused.py defines its kernels: they run on the CPU, slowly and exactly
+    # Read when fused.py defines its kernels: they run on the CPU, slowly and exactly.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import audio  # noqa: E402
 import documents  # noqa: E402
@@ -21,7 +30,7 @@ from vocab import Vocab  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-SMALL = {      # flags that shrink a step of speedrun.sh to a second or two
+SMALL = {  # flags that shrink a step of speedrun.sh to a second or two
     "toy.py world": "--hours 0.03 --documents 400 --dev 4 --test 8",
     "pretrain.py": "--steps 6 --rows 2 --device cpu",
     "hubert.py train": "--steps 3 --batch 2 --device cpu",
@@ -35,15 +44,30 @@ SMALL = {      # flags that shrink a step of speedrun.sh to a second or two
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two processes, where pytest-xdist is there and no -n says otherwise (-n 0: none, for --pdb).
+
+    The tests of a file stay together: they share what they made.
+    """
+    if getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = 2
+        config.option.dist = "loadfile"
+
+
 def shared(name):
-    """A real file or folder of ../shared/data; the test is skipped, saying so, where it is absent."""
+    """A real file or folder of ../shared/data; the test is skipped, saying so, where it is
+    absent.
+    """
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is absent")
     return SHARED / name
 
 
 def real(name):
-    """A folder of real open weights, in $REAL_WEIGHTS or ../weights; the test is skipped, saying so, where it is absent."""
+    """A folder of real open weights, in $REAL_WEIGHTS or ../weights; the test is skipped,
+    saying so, where it is absent.
+    """
     folder = Path(os.environ.get("REAL_WEIGHTS", ROOT.parent / "weights")) / name
     if not folder.is_dir():
         pytest.skip(f"no real weights: {folder} is absent (set REAL_WEIGHTS to where they are)")
@@ -52,8 +76,12 @@ def real(name):
 
 def speedrun_commands(out, script="speedrun.sh"):
     """The commands of a speedrun as word lists, writing to `out`, at their real size."""
-    lines = re.findall(r"^(?:step|python) (\w+\.py .*)$", (ROOT / script).read_text(), re.M)
-    return [shlex.split(line.replace("$out", str(out)).replace("$seed", "0").replace("$lam", "0.7")) for line in lines]
+    text = (ROOT / script).read_text().replace("\\\n", "")
+    lines = re.findall(r"^(?:step|python) (\w+\.py .*)$", text, re.M)
+    return [
+        shlex.split(line.replace("$out", str(out)).replace("$seed", "0").replace("$lam", "0.7"))
+        for line in lines
+    ]
 
 
 def shrink(words):
@@ -75,42 +103,51 @@ def speedrun(tmp_path_factory):
     """The out folder of a whole shrunken speedrun."""
     out, patch = tmp_path_factory.mktemp("speedrun"), pytest.MonkeyPatch()
     for words in speedrun_commands(out):
+        # Chat.py ends with its status.
         try:
             call(shrink(words), patch)
-        except SystemExit as end:                                            # chat.py ends with its status
+        except SystemExit as end:
             assert not end.code, f"{words}: {end.code}"
     patch.undo()
     return out
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
 
 
 @pytest.fixture
 def stream(speedrun):
     """Documents of the shrunken speedrun, by mix and seed."""
     vocab, units = Vocab(speedrun / "speech"), audio.Units(speedrun / "units")
-    sources = {"text": documents.read_text(speedrun / "toy/base.jsonl"), "interleave": units, "transcribe": units,
-               "chat": documents.read_chats(speedrun / "toy/chat.jsonl")}
+    sources = {
+        "text": documents.read_text(speedrun / "toy/base.jsonl"),
+        "interleave": units,
+        "transcribe": units,
+        "chat": documents.read_chats(speedrun / "toy/chat.jsonl"),
+    }
     return lambda mix, seed=0: documents.Documents(vocab, sources, mix, seed)
 
 
 @pytest.fixture
 def asked(tmp_path):
-    """What experiments.sh asks `python` for on a finished run: it writes that down, and makes a folder of what is named behind --out. Its trainings take hours."""
+    """What experiments.sh asks `python` for on a finished run: it writes that down, and makes
+    a folder of what is named behind --out. Its trainings take hours.
+    """
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text(f'''#!/bin/bash
+    (tmp_path / "bin/python").write_text(f"""#!/bin/bash
 [[ "$1" = -* ]] && exec {sys.executable} "$@"
 echo "$@" >> {tmp_path}/asked
 [[ "$*" =~ --out\ ([^ ]+) ]] && mkdir -p "${{BASH_REMATCH[1]}}"; true
-''')
+""")
     (tmp_path / "bin/python").chmod(0o755)
 
     def run(name, finished, inside=""):
         shutil.copytree(finished, tmp_path / "out" / inside)
         env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-        done = subprocess.run(["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")], capture_output=True, text=True, check=True, env=env)
+        done = subprocess.run(
+            ["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=env,
+        )
         return done.stdout, [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+
     return run

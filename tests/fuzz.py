@@ -1,11 +1,16 @@
-"""Random lines and damaged recordings for a chat: whatever comes in, a line goes out, and the chat goes on.
+"""Random lines and damaged recordings for a chat: whatever comes in, a line goes out, and the
+chat goes on.
 
-in   a model folder that hears, a recording       out  counts; exit status 1 if anything but one clear line came out
-run  python tests/fuzz.py out/merged out/question.wav          # about four minutes; --lines 200 --files 50 for a tenth
+in   a model folder that hears, a recording
+out  counts; exit status 1 if anything but one clear line came out
+run  python tests/fuzz.py out/merged out/question.wav
+     # about four minutes; --lines 200 --files 50 for a tenth
 
-Half of the lines go to the screen's chat, half to --json. A recording is damaged by cutting it, by turning bytes over, mostly in its header, and by
-saving it in other forms first. Nothing may take longer than ten seconds, nor memory above a gigabyte.
+Half of the lines go to the screen's chat, half to --json. A recording is damaged by cutting it,
+by turning bytes over, mostly in its header, and by saving it in other forms first. Nothing may
+take longer than ten seconds, nor memory above a gigabyte.
 """
+
 import argparse
 import contextlib
 import io
@@ -24,11 +29,21 @@ import audio
 import chat as module
 
 LETTERS = "abc xyz 0123 .,'\"\\/{}[]:<>|~ \t\x00\x04\x1b知ж🎧é\u200d\ud800\u2028"
-PIECES = ["<|im_end|>", "<|im_start|>assistant\n", "<|speech|>", "a.wav", "~root/x.wav", "/etc", "..", "'", '"', ":rec x", '{"text": ', "null", "1e999", "\\ud800", "-0", "[" * 50]
+PIECES = [
+    "<|im_end|>", "<|im_start|>assistant\n", "<|speech|>", "a.wav", "~root/x.wav", "/etc", "..",
+    "'", '"', ":rec x", '{"text": ', "null", "1e999", "\\ud800", "-0", "[" * 50,
+]
 
 
 def line(rng):
-    return "".join(rng.choice(PIECES) if rng.random() < 0.2 else rng.choice(LETTERS) * rng.choice([1, 1, 1, 1, 200]) for _ in range(rng.randrange(1, 30)))
+    return "".join(
+        (
+            rng.choice(PIECES)
+            if rng.random() < 0.2
+            else rng.choice(LETTERS) * rng.choice([1, 1, 1, 1, 200])
+        )
+        for _ in range(rng.randrange(1, 30))
+    )
 
 
 def request(rng):
@@ -36,7 +51,13 @@ def request(rng):
     if rng.random() < 0.3:
         return line(rng).encode("utf-8", "surrogatepass" if rng.random() < 0.5 else "replace")
     values = [line(rng), 3, None, [], [line(rng)], {}, True, "hi"]
-    return json.dumps({name: rng.choice(values) for name in ("text", "audio", "system", "reset") if rng.random() < 0.5}).encode()
+    return json.dumps(
+        {
+            name: rng.choice(values)
+            for name in ("text", "audio", "system", "reset")
+            if rng.random() < 0.5
+        }
+    ).encode()
 
 
 def damaged(data, rng):
@@ -45,14 +66,23 @@ def damaged(data, rng):
     for _ in range(rng.choice([0, 1, 1, 3, 20])):
         data[rng.randrange(min(len(data), rng.choice([12, 64, len(data)])))] = rng.randrange(256)
     if rng.random() < 0.3:
-        del data[rng.randrange(len(data)):]
+        del data[rng.randrange(len(data)) :]
     return bytes(data)
 
 
 def forms(recording):
     """The recording's bytes in some forms and rates."""
     samples, made = audio.load(recording), {}
-    for form, subtype, rate in (("WAV", "PCM_16", 16000), ("WAV", "FLOAT", 44100), ("FLAC", None, 22050), ("OGG", None, 16000), ("AIFF", None, 8000), ("MP3", None, 24000), ("AU", None, 16000), ("CAF", None, 48000)):
+    for form, subtype, rate in (
+        ("WAV", "PCM_16", 16000),
+        ("WAV", "FLOAT", 44100),
+        ("FLAC", None, 22050),
+        ("OGG", None, 16000),
+        ("AIFF", None, 8000),
+        ("MP3", None, 24000),
+        ("AU", None, 16000),
+        ("CAF", None, 48000),
+    ):
         file = io.BytesIO()
         soundfile.write(file, samples, rate, format=form, subtype=subtype)
         made[form.lower() + str(rate)] = file.getvalue()
@@ -60,7 +90,9 @@ def forms(recording):
 
 
 def asked(chat, parts_or_line):
-    """(lines for people, seconds) of one turn: of a request to --json, or of a line or path on the screen."""
+    """(lines for people, seconds) of one turn: of a request to --json, or of a line or path on
+    the screen.
+    """
     out, err, began = io.StringIO(), io.StringIO(), time.perf_counter()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         if isinstance(parts_or_line, bytes):
@@ -77,9 +109,15 @@ def main():
     parser.add_argument("--lines", type=int, default=2000, help="random lines (default 2000)")
     parser.add_argument("--files", type=int, default=500, help="damaged recordings (default 500)")
     args = parser.parse_args()
-    rng, chat, wrong, answered, slowest = random.Random(0), module.Chat(args.folder), [], 0, 0.0
-    module.LIMIT = 8                                                       # what is written is not the question here
-    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))             # addresses, far more than memory
+    rng = random.Random(0)
+    chat = module.Chat(args.folder)
+    wrong = []
+    answered = 0
+    slowest = 0.0
+    # What is written is not the question here.
+    module.LIMIT = 8
+    # Addresses, far more than memory.
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
     with tempfile.TemporaryDirectory() as folder:
         recordings = list(forms(args.recording).items())
         inputs = [request(rng) if n % 2 else line(rng) for n in range(args.lines)]
@@ -89,22 +127,32 @@ def main():
             path.write_bytes(damaged(data, rng))
             inputs.append(json.dumps({"audio": str(path)}).encode() if n % 2 else str(path))
         for given in inputs:
+            # Whatever it is, it would have ended the chat.
             try:
                 out, err, seconds = asked(chat, given)
-            except BaseException as error:                                 # whatever it is, it would have ended the chat
+            except BaseException as error:
                 wrong.append((given, repr(error)))
                 chat.begin("")
                 continue
             slowest, said = max(slowest, seconds), out if isinstance(given, bytes) else err
             answered += not (err or '"error"' in out)
             one = len(said.strip().split("\n")) == 1
-            if seconds > 10 or "Traceback" in out + err or isinstance(given, bytes) and not (one and json.loads(out)) or not one:
+            if (
+                seconds > 10
+                or "Traceback" in out + err
+                or isinstance(given, bytes)
+                and not (one and json.loads(out))
+                or not one
+            ):
                 wrong.append((given, f"{seconds:.1f} s: {out[-200:]!r} {err[-200:]!r}"))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     for given, what in wrong[:20]:
         print(f"WRONG {str(given)[:150]!r}: {what}")
-    print(f"{args.lines} lines and {args.files} recordings: {answered} answered, {len(inputs) - answered - len(wrong)} refused, {len(wrong)} wrong; "
-          f"the slowest took {slowest:.1f} s, memory {memory:.2f} GB at most")
+    print(
+        f"{args.lines} lines and {args.files} recordings: {answered} answered, "
+        f"{len(inputs) - answered - len(wrong)} refused, {len(wrong)} wrong; "
+        f"the slowest took {slowest:.1f} s, memory {memory:.2f} GB at most"
+    )
     sys.exit(bool(wrong) or memory > 1)
 
 

@@ -1,11 +1,15 @@
-"""Kill every command that can go on, at random moments, and see that it ends with the same bytes.
+"""Kill every command that can go on, at random moments, and see that it ends with the same
+bytes.
 
-in   nothing                    out  a line a command; exit status 1 if any output differs
-run  python tests/kill.py       # 100 kills; --kills 12 takes two minutes
+in   nothing
+out  a line a command; exit status 1 if any output differs
+run  python tests/kill.py    # 100 kills; --kills 12 takes two minutes
 
-A command is started, killed after a time drawn from the length of a whole run, and started again, until it ends by itself.
-What it has written must be what an undisturbed run wrote, but for what tells times: recipe.json, training.json, rates in a log.
+A command is started, killed after a time drawn from the length of a whole run, and started
+again, until it ends by itself. What it has written must be what an undisturbed run wrote, but
+for what tells times: recipe.json, training.json, rates in a log.
 """
+
 import argparse
 import json
 import random
@@ -20,18 +24,33 @@ from safetensors.torch import load
 ROOT = Path(__file__).parent.parent
 TIMES = "tokens_per_second", "seconds"
 WORLD = "toy.py world --hours 0.2 --documents 400 --dev 4 --test 40 --out {w}/toy"
-MADE = [     # what the commands below start from
-    "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl --steps 30 --rows 2 --device cpu --out {w}/base",
-    "tokenize_audio.py fit --manifest {w}/toy/speech/train.jsonl --features mfcc --k 20 --device cpu --out {w}/codebook",
-    "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook {w}/codebook --device cpu --out {w}/units",
-    "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps 30 --rows 2 --device cpu --out {w}/speech",
-    "pretrain.py --init {w}/base --chat {w}/toy/chat.jsonl --steps 30 --rows 2 --device cpu --out {w}/instruct",
-    "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {w}/merged"]
+MADE = [  # what the commands below start from
+    "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl "
+    "--steps 30 --rows 2 --device cpu --out {w}/base",
+    "tokenize_audio.py fit --manifest {w}/toy/speech/train.jsonl --features mfcc --k 20 "
+    "--device cpu --out {w}/codebook",
+    "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook "
+    "{w}/codebook --device cpu --out {w}/units",
+    "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps 30 "
+    "--rows 2 --device cpu --out {w}/speech",
+    "pretrain.py --init {w}/base --chat {w}/toy/chat.jsonl --steps 30 --rows 2 --device "
+    "cpu --out {w}/instruct",
+    "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {w}/merged",
+]
 COMMANDS = {
-    "base": "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl --steps 700 --rows 2 --device cpu --out {out}",
-    "speech": "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps 450 --rows 2 --device cpu --out {out}",
+    "base": (
+        "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl "
+        "--steps 700 --rows 2 --device cpu --out {out}"
+    ),
+    "speech": (
+        "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps "
+        "450 --rows 2 --device cpu --out {out}"
+    ),
     "hubert": "hubert.py train --units {w}/units --steps 150 --batch 2 --device cpu --out {out}",
-    "encode": "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook {w}/codebook --device cpu --out {out}",
+    "encode": (
+        "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook "
+        "{w}/codebook --device cpu --out {out}"
+    ),
     "prosody": "prosody.py {w}/toy/speech/train.jsonl --out {out}",
     "merge": "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {out}",
     "rows": "benchmark.py rows {w}/merged {w}/rows.jsonl --device cpu --out {out}.json",
@@ -40,7 +59,12 @@ COMMANDS = {
 
 def start(line, **names):
     words = line.format(**names).split()
-    return subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, ROOT / words[0], *words[1:]],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def whole(line, **names):
@@ -62,9 +86,13 @@ def written(path):
         data = file.read_bytes()
         if file.name == "log.jsonl":
             rows = [json.loads(line) for line in data.splitlines()]
-            data = json.dumps([{name: value for name, value in row.items() if name not in TIMES} for row in rows]).encode()
+            data = json.dumps(
+                [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+            ).encode()
         if file.suffix == ".json" and not path.is_dir():
-            data = json.dumps({name: value for name, value in json.loads(data).items() if name != "made"}).encode()
+            data = json.dumps(
+                {name: value for name, value in json.loads(data).items() if name != "made"}
+            ).encode()
         found[file.name if file == path else str(file.relative_to(path))] = data
     return found
 
@@ -75,19 +103,24 @@ def killed(line, seconds, most, rng, **names):
     while True:
         process = start(line, **names)
         try:
-            error = process.communicate(timeout=rng.uniform(0, 1.1 * seconds) if kills < most else None)[1].decode()
+            error = process.communicate(
+                timeout=rng.uniform(0, 1.1 * seconds) if kills < most else None
+            )[1].decode()
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
             continue
-        done = kills and "exists; pass --overwrite" in error               # the kill came behind the last rename
+        # The kill came behind the last rename.
+        done = kills and "exists; pass --overwrite" in error
         assert done or process.returncode == 0, f"{line}, after {kills} kills: {error[-2000:]}"
         return kills
 
 
 def same_bytes(name, line, kills, rng, work):
-    """Does a command that is killed so often end with the bytes of a whole run? Prints the verdict."""
+    """Does a command that is killed so often end with the bytes of a whole run? Prints the
+    verdict.
+    """
     ending = ".json" if "{out}.json" in line else ""
 
     def made(run):
@@ -111,7 +144,10 @@ def same_bytes(name, line, kills, rng, work):
     if differs:
         whole(line, w=work, out=work / f"{name}-again")
         again = "the same bytes again" if made(f"{name}-again") == wanted else "it differs, too"
-        print(f"  {differs[0]}: {apart(made(differs[0]), wanted)}; without a kill, {again}", flush=True)
+        print(
+            f"  {differs[0]}: {apart(made(differs[0]), wanted)}; without a kill, {again}",
+            flush=True,
+        )
     return not differs
 
 
@@ -127,7 +163,9 @@ def apart(got, wanted):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kill commands at random moments; the end must be the same.")
+    parser = argparse.ArgumentParser(
+        description="Kill commands at random moments; the end must be the same."
+    )
     parser.add_argument("--kills", type=int, default=100, help="in all (default 100)")
     parser.add_argument("--only", choices=COMMANDS, help="all of them at this command")
     args = parser.parse_args()

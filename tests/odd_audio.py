@@ -1,8 +1,9 @@
-"""What audio.load makes of each file of ../shared/data/odd_audio: its samples at 16 kHz, or refused.
+"""What audio.load makes of each file of ../shared/data/odd_audio: its samples at 16 kHz, or
+refused.
 
-The counts are those of the headers (soundfile.info: frames * 16,000 / rate, rounded up), compared by a script when the table was made,
-but for audioread/test-1.mp3, of which libsndfile decodes 2 % less than its header says. Refused are the broken ones and claxon's
-fuzzed files.
+The counts are those of the headers (soundfile.info: frames * 16,000 / rate, rounded up),
+compared by a script when the table was made, but for audioread/test-1.mp3, of which libsndfile
+decodes 2 % less than its header says. Refused are the broken ones and claxon's fuzzed files.
 """
 
 ODD = {

@@ -24,11 +24,13 @@ def test_resampling_keeps_what_16_khz_can_carry(rate):
 
 def test_resampling_removes_what_16_khz_cannot_carry():
     y = audio.resample(sine(9000, 48000), 48000)[500:-500]
-    assert 20 * np.log10(np.sqrt(2 * (y ** 2).mean()) + 1e-9) < -60
+    assert 20 * np.log10(np.sqrt(2 * (y**2).mean()) + 1e-9) < -60
 
 
 def gain(hertz, rate):
-    """What is left of a sine of 1 at `hertz`, in dB, after resampling to 16 kHz; whatever comes out counts, at any frequency."""
+    """What is left of a sine of 1 at `hertz`, in dB, after resampling to 16 kHz; whatever
+    comes out counts, at any frequency.
+    """
     y = audio.resample(sine(hertz, rate), rate)[2000:-2000]
     return 20 * np.log10(np.sqrt(2 * (y.astype(np.float64) ** 2).mean()) + 1e-12)
 
@@ -36,7 +38,9 @@ def gain(hertz, rate):
 @pytest.mark.parametrize("rate", [22050, 24000, 44100, 48000, 96000])
 def test_the_passband_is_flat_to_a_tenth_of_a_decibel_and_aliases_are_60_below(rate):
     assert max(abs(gain(hertz, rate)) for hertz in (50, 500, 2000, 4000, 6000, 7000, 7200)) < 0.1
-    assert max(gain(hertz, rate) for hertz in np.linspace(8100, min(rate / 2 - 100, 40000), 9)) < -60
+    assert (
+        max(gain(hertz, rate) for hertz in np.linspace(8100, min(rate / 2 - 100, 40000), 9)) < -60
+    )
 
 
 def test_resampling_agrees_with_scipys_where_both_pass():
@@ -50,23 +54,46 @@ def test_any_wav_becomes_mono_float32_at_16_khz(tmp_path):
     both = np.stack([sine(440, 44100), np.zeros(88200, np.float32)], axis=1)
     soundfile.write(tmp_path / "a.wav", both, 44100, subtype="PCM_24")
     y = audio.load(tmp_path / "a.wav")
-    assert y.dtype == np.float32 and y.shape == (32000,) and abs(abs(y[1000:-1000]).max() - 0.5) < 0.01
+    assert y.dtype == np.float32
+    assert y.shape == (32000,)
+    assert abs(abs(y[1000:-1000]).max() - 0.5) < 0.01
 
 
-@pytest.mark.parametrize("rate, form", [(16000, "WAV"), (22050, "OGG"), (24000, "OGG"), (44100, "MP3"), (48000, "FLAC")])
+@pytest.mark.parametrize(
+    "rate, form", [(16000, "WAV"), (22050, "OGG"), (24000, "OGG"), (44100, "MP3"), (48000, "FLAC")]
+)
 def test_a_part_of_a_file_is_what_the_whole_holds_there(tmp_path, rate, form):
     path = tmp_path / f"a.{form.lower()}"
-    soundfile.write(path, 0.3 * np.random.default_rng(0).standard_normal((32 * rate + 17, 1)), rate, format=form, subtype="OPUS" if rate == 24000 else None)
+    soundfile.write(
+        path, 0.3 * np.random.default_rng(0).standard_normal((32 * rate + 17, 1)), rate,
+        format=form, subtype="OPUS" if rate == 24000 else None,
+    )
     whole, recording = audio.load(path), audio.Recording(path)
     assert len(recording) == len(whole)
-    for a, b in [(0, 1), (0, 20000), (31999, 32001), (492345, 500000), (490001, len(whole)), (511000, len(whole) + 999)]:
-        assert len(recording[a:b]) == min(b, len(whole)) - a and abs(recording[a:b] - whole[a:b]).max() < 1e-5
+    for a, b in [
+        (0, 1),
+        (0, 20000),
+        (31999, 32001),
+        (492345, 500000),
+        (490001, len(whole)),
+        (511000, len(whole) + 999),
+    ]:
+        assert len(recording[a:b]) == min(b, len(whole)) - a
+        assert abs(recording[a:b] - whole[a:b]).max() < 1e-5
     assert np.array_equal(recording[:], whole)
     with pytest.raises(ValueError, match="ends after 32.0 s, before the stretch"):
         audio.load(path, 40 * 16000, 41 * 16000)
 
 
-@pytest.mark.parametrize("name, content", [("gone.wav", None), ("empty.wav", b""), ("text.wav", b"hello world" * 100), ("half.flac", b"fLaC" + bytes(50))])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("gone.wav", None),
+        ("empty.wav", b""),
+        ("text.wav", b"hello world" * 100),
+        ("half.flac", b"fLaC" + bytes(50)),
+    ],
+)
 def test_what_is_not_audio_is_refused_in_one_line_that_names_it(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -76,32 +103,65 @@ def test_what_is_not_audio_is_refused_in_one_line_that_names_it(tmp_path, name, 
 
 
 def test_every_odd_file_gives_what_the_table_says_quickly_and_in_little_memory():
-    """Samples at 16 kHz, or refused in one line that names the file; in a process of its own, so that its memory can be told."""
+    """Samples at 16 kHz, or refused in one line that names the file; in a process of its own,
+    so that its memory can be told.
+    """
     folder = shared("odd_audio")
-    script = "import sys, json, time, resource, pathlib; sys.path.insert(0, sys.argv[1]); import audio\nsaid, start = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n" \
-             "for name in sys.stdin.read().split():\n  began = time.time()\n  try: got = len(audio.load(name))\n  except (ValueError, OSError) as e: got = str(e)\n" \
-             "  said[name] = got, time.time() - began\nprint(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start]))"
+    script = (
+        "import sys, json, time, resource, pathlib; sys.path.insert(0, sys.argv[1]); "
+        "import audio\n"
+        "said, start = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for name in sys.stdin.read().split():\n"
+        "  began = time.time()\n"
+        "  try: got = len(audio.load(name))\n"
+        "  except (ValueError, OSError) as e: got = str(e)\n"
+        "  said[name] = got, time.time() - began\n"
+        "print(json.dumps([said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - "
+        "start]))"
+    )
     files = sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in audio.AUDIO | {".m4a"})
-    said, memory = json.loads(subprocess.run([sys.executable, "-c", script, str(ROOT)], input="\n".join(files), capture_output=True, text=True, check=True).stdout)
-    got = {str(Path(name).relative_to(folder)): value if isinstance(value, int) else "refused" for name, (value, _) in said.items()}
+    said, memory = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", script, str(ROOT)],
+            input="\n".join(files),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    got = {
+        str(Path(name).relative_to(folder)): value if isinstance(value, int) else "refused"
+        for name, (value, _) in said.items()
+    }
     assert got == ODD and len(got) > 80
     for name, (value, seconds) in said.items():
-        assert seconds < 1 and (isinstance(value, int) or "\n" not in value and Path(name).name in value), (name, value, seconds)
+        assert seconds < 1
+        assert isinstance(value, int) or "\n" not in value and Path(name).name in value, (
+            name, value, seconds,
+        )
     assert memory < 200 * 1024, f"{memory / 1024:.0f} MB above start-up"
 
 
 def test_a_sentence_in_twelve_encodings_of_16_bits_and_more_gives_nearly_the_same_units(speedrun):
-    """With the HuBERT of a whole speedrun the twelve agree to the unit, and the two of 8 bits, left out here, differ by 13 and 19 % (seed 0)."""
+    """With the HuBERT of a whole speedrun the twelve agree to the unit, and the two of 8 bits,
+    left out here, differ by 13 and 19 % (seed 0).
+    """
     from evaluate import edit_distance
     from tokenize_audio import AudioTokenizer
-    files, ears = sorted(f for f in shared("odd_audio/uberi").glob("audio-*") if "8-bit" not in f.name), AudioTokenizer(speedrun / "codebook")
+
+    files = sorted(f for f in shared("odd_audio/uberi").glob("audio-*") if "8-bit" not in f.name)
+    ears = AudioTokenizer(speedrun / "codebook")
     first, *others = [ears(audio.load(f))[0].tolist() for f in files]
-    assert len(others) == 11 and all(edit_distance(units, first) <= 0.02 * len(first) for units in others)
+    assert len(others) == 11
+    assert all(edit_distance(units, first) <= 0.02 * len(first) for units in others)
 
 
 def test_frames_are_samples_over_320_rounded_down():
     for n, frames in ((16000, 50), (15999, 49), (320, 1), (319, 0), (190800, 596)):
-        assert audio.mfcc(np.random.default_rng(0).normal(size=n).astype(np.float32)).shape == (frames, 39)
+        assert audio.mfcc(np.random.default_rng(0).normal(size=n).astype(np.float32)).shape == (
+            frames,
+            39,
+        )
 
 
 def test_mfcc_of_a_louder_clip_is_the_same():
@@ -132,15 +192,24 @@ def test_manifests_and_known_layouts_are_read(tmp_path):
 
 
 def test_a_stretch_of_time_gives_the_runs_that_lie_mostly_inside():
-    units, durations = np.array([5, 6, 7, 8]), np.array([10, 10, 10, 10])      # 0.2 s each at 50 frames a second
+    units = np.array([5, 6, 7, 8])
+    durations = np.array([10, 10, 10, 10])  # 0.2 s each at 50 frames a second
     assert audio.between(units, durations, 0.0, 0.2, 50).tolist() == [5]
     assert audio.between(units, durations, 0.25, 0.65, 50).tolist() == [6, 7]
-    assert [u for a in (0, 0.3, 0.5) for u in audio.between(units, durations, a, {0: 0.3, 0.3: 0.5, 0.5: 0.8}[a], 50)] == [5, 6, 7, 8]
+    assert [
+        u
+        for a in (0, 0.3, 0.5)
+        for u in audio.between(units, durations, a, {0: 0.3, 0.3: 0.5, 0.5: 0.8}[a], 50)
+    ] == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("word", ['["hi", "a", "b"]', '"hi"', '["hi", 0.1]', '[3, 0.1, 0.2]'])
+@pytest.mark.parametrize("word", ['["hi", "a", "b"]', '"hi"', '["hi", 0.1]', "[3, 0.1, 0.2]"])
 def test_word_times_of_the_wrong_form_are_shown(word, tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "words": [["a", 0, 0.5]]}\n{"audio": "a.wav", "words": [' + word + ']}\n')
+    (tmp_path / "m.jsonl").write_text(
+        '{"audio": "a.wav", "words": [["a", 0, 0.5]]}\n{"audio": "a.wav", "words": ['
+        + word
+        + "]}\n"
+    )
     with pytest.raises(ValueError, match='row 2: got .* among "words", wanted'):
         audio.read_manifest(tmp_path / "m.jsonl")
 
@@ -150,7 +219,10 @@ def test_linked_folders_are_read_and_a_link_in_a_circle_is_named(tmp_path):
         (tmp_path / folder).mkdir()
         soundfile.write(tmp_path / folder / f"{folder}.wav", np.zeros(1000), 16000)
     (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
-    assert [Path(row["audio"]).name for row in audio.read_manifest(tmp_path / "corpus")] == ["corpus.wav", "elsewhere.wav"]
+    assert [Path(row["audio"]).name for row in audio.read_manifest(tmp_path / "corpus")] == [
+        "corpus.wav",
+        "elsewhere.wav",
+    ]
     (tmp_path / "corpus/circle").symlink_to(tmp_path / "corpus")
     with pytest.raises(ValueError, match="circle: a link to a folder that it is in"):
         audio.read_manifest(tmp_path / "corpus")
@@ -188,9 +260,12 @@ def test_an_odd_rate_gets_filters_that_are_nearly_those_of_its_own_phases():
     for n in (3, 500, 1200):
         time = n * down / up
         (exact,) = audio.phases(np.array([time - int(time)]), 2 * reach + 1, reach, cut)
-        assert abs(made[n] - (padded[int(time):int(time) + 2 * reach + 1] * exact).sum()) < 2e-5
+        assert abs(made[n] - (padded[int(time) : int(time) + 2 * reach + 1] * exact).sum()) < 2e-5
 
 
 def test_every_feature_of_a_clip_has_mean_0_and_variance_1():
-    features = audio.mfcc(np.random.default_rng(0).standard_normal(32000).astype(np.float32) * np.linspace(0.1, 1, 32000, dtype=np.float32))
+    features = audio.mfcc(
+        np.random.default_rng(0).standard_normal(32000).astype(np.float32)
+        * np.linspace(0.1, 1, 32000, dtype=np.float32)
+    )
     assert abs(features.mean(0)).max() < 1e-4 and abs(features.std(0) - 1).max() < 0.05

@@ -1,4 +1,7 @@
-"""Promises about desta.py: on the small HuBERT and instruct model of the shrunken speedrun, and a small random Whisper."""
+"""Promises about desta.py: on the small HuBERT and instruct model of the shrunken speedrun,
+and a small random Whisper.
+"""
+
 import json
 import shutil
 
@@ -20,23 +23,34 @@ STYLES = [{"gender": "man", "rate": "fast"}, {"gender": "woman", "rate": "slow"}
 
 @pytest.fixture(scope="module")
 def clips(speedrun, tmp_path_factory):
-    """A manifest of six clips of the toy, with styles in words; targets; the folders of states and of an adapter are made on them."""
+    """A manifest of six clips of the toy, with styles in words; targets; the folders of states
+    and of an adapter are made on them.
+    """
     folder = tmp_path_factory.mktemp("desta")
     rows = audio.read_manifest(speedrun / "toy/speech/train.jsonl")[:6]
     rows = [row | {"style": STYLES[n % 2]} for n, row in enumerate(rows)]
-    targets = [row | {"prompt": "who says it", "target": f"a {row['style']['gender']}"} for row in rows]
+    targets = [
+        row | {"prompt": "who says it", "target": f"a {row['style']['gender']}"} for row in rows
+    ]
     for name, lines in (("clips.jsonl", rows), ("targets.jsonl", targets)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
     return folder
 
 
 def encode(clips, speedrun, out):
-    return ["desta.py", "encode", str(clips / "clips.jsonl"), "--encoder", str(speedrun / "hubert"), "--dtype", "float32", "--device", "cpu", "--out", str(out)]
+    return [
+        "desta.py", "encode", str(clips / "clips.jsonl"), "--encoder", str(speedrun / "hubert"),
+        "--dtype", "float32", "--device", "cpu", "--out", str(out),
+    ]
 
 
 def train(clips, speedrun, out, *flags):
-    return ["desta.py", "train", str(clips / "targets.jsonl"), "--model", str(speedrun / "instruct"), "--states", str(clips / "states"), "--queries", "5",
-            "--steps", "6", "--batch", "4", "--dtype", "float32", "--device", "cpu", "--no-transcript", *flags, "--out", str(out)]
+    return [
+        "desta.py", "train", str(clips / "targets.jsonl"),
+        "--model", str(speedrun / "instruct"), "--states", str(clips / "states"),
+        "--queries", "5", "--steps", "6", "--batch", "4", "--dtype", "float32",
+        "--device", "cpu", "--no-transcript", *flags, "--out", str(out),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +65,52 @@ def trained(clips, speedrun):
 
 def test_a_description_is_what_was_said_when_and_how():
     row = {"text": "hello there", "seconds": 2.2, "style": {"gender": "woman", "rate": "fast"}}
-    assert desta.description(row, desta.TEMPLATE) == "<start_audio>[00:00-00:03] hello there (Gender: woman, Rate: fast)<end_audio>\n\n"
-    assert desta.description(row, "a {gender}: {text}") == "<start_audio>a woman: hello there<end_audio>\n\n"
+    assert (
+        desta.description(row, desta.TEMPLATE)
+        == "<start_audio>[00:00-00:03] hello there (Gender: woman, Rate: fast)<end_audio>\n\n"
+    )
+    assert (
+        desta.description(row, "a {gender}: {text}")
+        == "<start_audio>a woman: hello there<end_audio>\n\n"
+    )
     with pytest.raises(ValueError, match="accent"):
         desta.description(row, "{accent}")
 
 
 @pytest.mark.parametrize("kind", ["qformer", "concat"])
 def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkeypatch):
-    """The same ids and the same vectors, from states on the disk and from samples. (The release of DeSTA2 fails this.)"""
+    """The same ids and the same vectors, from states on the disk and from samples. (The
+    release of DeSTA2 fails this.)
+    """
     seen = []
     real = LM.load(speedrun / "instruct").model.__class__.forward
-    monkeypatch.setattr("model.Body.forward", lambda self, ids, *rest, **named: seen.append((ids, self.embed_tokens(ids))) or real(self, ids, *rest, **named))
+    monkeypatch.setattr(
+        "model.Body.forward",
+        lambda self, ids, *rest, **named: seen.append((ids, self.embed_tokens(ids)))
+        or real(self, ids, *rest, **named),
+    )
     model, vocab, ears = desta.load(trained[kind])
     row = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
     states = desta.States(clips / "states")
-    desta.loss_of(model, model.model.embed_tokens, vocab, ears.adapter, [row], states, transcript=False)
-    (ids, embedded), = seen
+    desta.loss_of(
+        model, model.model.embed_tokens, vocab, ears.adapter, [row], states, transcript=False
+    )
+    ((ids, embedded),) = seen
     model.model.embed_tokens.heard = model.model.embed_tokens.heard[:0]
     numbers, _ = ears(audio.load(row["audio"]))
     asked = vocab.ask(numbers, row["prompt"])
-    assert ids[0, :len(asked)].tolist() == asked and len(numbers) == (5 if kind == "qformer" else -(-(len(audio.load(row["audio"])) // 320) // 4))
+    assert ids[0, : len(asked)].tolist() == asked
+    assert len(numbers) == (
+        5 if kind == "qformer" else -(-(len(audio.load(row["audio"])) // 320) // 4)
+    )
     chat = model.model.embed_tokens(torch.tensor(asked))
-    assert (chat - embedded[0, :len(asked)]).abs().max() < 2e-3 * chat.abs().max()       # states are kept in 16 bits
+    # States are kept in 16 bits.
+    assert (chat - embedded[0, : len(asked)]).abs().max() < 2e-3 * chat.abs().max()
 
 
-def test_the_loss_is_on_targets_and_their_end_alone_behind_vectors_and_the_true_words(clips, trained):
+def test_the_loss_is_on_targets_and_their_end_alone_behind_vectors_and_the_true_words(
+    clips, trained
+):
     model, vocab, ears = desta.load(trained["concat"])
     table, states = model.model.embed_tokens, desta.States(clips / "states")
     rows = [json.loads(line) for line in (clips / "targets.jsonl").read_text().splitlines()[:3]]
@@ -86,11 +120,18 @@ def test_the_loss_is_on_targets_and_their_end_alone_behind_vectors_and_the_true_
         for row in rows:
             vectors = ears.adapter([states[row["audio"]]])[0]
             text = lambda words: table(torch.tensor(vocab.encode(words)))
-            asked = vocab.literal("<|im_start|>user\n"), vocab.literal("<|im_end|>\n<|im_start|>assistant\n")
+            asked = vocab.literal("<|im_start|>user\n"), vocab.literal(
+                "<|im_end|>\n<|im_start|>assistant\n"
+            )
             target = torch.tensor([*vocab.encode(row["target"]), vocab.special["<|im_end|>"]])
-            x = torch.cat([table(torch.tensor(asked[0])), text("<start_audio>"), vectors, text(row["text"]), text("<end_audio>\n\n"), text(" " + row["prompt"]),
-                           table(torch.tensor(asked[1])), table(target)])
-            logits = model(embeddings=x[None])[0, len(x) - len(target) - 1:-1]
+            x = torch.cat(
+                [
+                    table(torch.tensor(asked[0])), text("<start_audio>"), vectors,
+                    text(row["text"]), text("<end_audio>\n\n"), text(" " + row["prompt"]),
+                    table(torch.tensor(asked[1])), table(target),
+                ]
+            )
+            logits = model(embeddings=x[None])[0, len(x) - len(target) - 1 : -1]
             each.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
     assert abs(got - torch.cat(each).mean()) < 1e-3
 
@@ -106,7 +147,17 @@ def test_in_a_batch_every_clip_has_the_vectors_that_it_has_alone(kind, trained):
 
 
 def test_every_query_weighs_the_taps_by_itself_evenly_to_begin_with():
-    shape = {"kind": "qformer", "taps": 3, "width": 8, "heads": 2, "queries": 4, "layers": 1, "join": 4, "out": 6, "loudness": 1.0}
+    shape = {
+        "kind": "qformer",
+        "taps": 3,
+        "width": 8,
+        "heads": 2,
+        "queries": 4,
+        "layers": 1,
+        "join": 4,
+        "out": 6,
+        "loudness": 1.0,
+    }
     adapter = desta.Adapter(shape).eval()
     assert torch.equal(adapter.kind.mixing.softmax(-1), torch.full((4, 3), 1 / 3))
     states = torch.randn(3, 9, 8)
@@ -121,16 +172,24 @@ def test_typed_turns_are_the_frozen_models_own_to_the_bit(speedrun, trained):
     ids = torch.tensor([theirs.vocab.turn([{"role": "user", "content": "name the food of peru"}])])
     with torch.no_grad():
         assert torch.equal(ours.model(ids), theirs.model(ids))
-    assert "".join(ours.reply("name the food of peru")) == "".join(theirs.reply("name the food of peru"))
+    assert "".join(ours.reply("name the food of peru")) == "".join(
+        theirs.reply("name the food of peru")
+    )
 
 
 def test_the_adapter_learns_and_nothing_else_does(clips, speedrun, trained, monkeypatch):
     monkeypatch.setattr(desta, "LOG_EVERY", 1)
     call(train(clips, speedrun, clips / "longer", "--steps", "30", "--lr", "0.03"), monkeypatch)
-    losses = [json.loads(line)["loss"] for line in (clips / "longer/log.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0] - 0.03, losses                                # a model of six steps of training says hardly more
+    losses = [
+        json.loads(line)["loss"] for line in (clips / "longer/log.jsonl").read_text().splitlines()
+    ]
+    # A model of six steps of training says hardly more.
+    assert losses[-1] < losses[0] - 0.03, losses
     model, vocab, ears = desta.load(clips / "longer")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), LM.load(speedrun / "instruct").parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.parameters(), LM.load(speedrun / "instruct").parameters())
+    )
 
 
 def test_a_chat_hears_and_says_what_the_turn_was(clips, trained, tmp_path, speedrun):
@@ -139,7 +198,9 @@ def test_a_chat_hears_and_says_what_the_turn_was(clips, trained, tmp_path, speed
     numbers, seconds = chat.hear(audio.Recording(row["audio"]), row["audio"])
     "".join(chat.reply([numbers, " who says it"]))
     spelled = chat.vocab.spelled(chat.vocab.chat(chat.messages).ids)
-    assert "<|heard_0|>" in spelled and "<|heard_4|>" in spelled and "<|heard_5|>" not in spelled
+    assert "<|heard_0|>" in spelled
+    assert "<|heard_4|>" in spelled
+    assert "<|heard_5|>" not in spelled
 
 
 def test_a_transcript_stands_beside_the_vectors(clips, speedrun, tmp_path, monkeypatch):
@@ -152,27 +213,46 @@ def test_a_transcript_stands_beside_the_vectors(clips, speedrun, tmp_path, monke
     samples = audio.load(json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"])
     numbers, _ = ears(samples)
     said = ears.transcriber.transcripts([samples])[0]
-    assert vocab.said[0] == said and vocab.decode(vocab.span(numbers)) == f"<start_audio>{said}<end_audio>\n\n"
+    assert vocab.said[0] == said
+    assert vocab.decode(vocab.span(numbers)) == f"<start_audio>{said}<end_audio>\n\n"
 
 
-def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(clips, speedrun, tmp_path, monkeypatch, capsys):
+def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
+    clips, speedrun, tmp_path, monkeypatch, capsys
+):
     asked = []
 
     def generate(model, prompts, *rest):
         asked.extend(vocab.decode(p.tolist()) for p in prompts)
-        yield from torch.tensor([vocab.encode(" yes")[:1] * len(prompts), [vocab.eos] * (len(prompts) - 1) + vocab.encode(" no")[:1]])
+        yield from torch.tensor(
+            [
+                vocab.encode(" yes")[:1] * len(prompts),
+                [vocab.eos] * (len(prompts) - 1) + vocab.encode(" no")[:1],
+            ]
+        )
 
     vocab = desta.Vocab(speedrun / "instruct")
     monkeypatch.setattr(desta, "generate", generate)
-    call(["desta.py", "write", str(clips / "clips.jsonl"), "--model", str(speedrun / "instruct"), "--prompt", "who", "--prompt", "how", "--device", "cpu",
-          "--out", str(tmp_path / "t.jsonl")], monkeypatch)
+    call(
+        [
+            "desta.py", "write", str(clips / "clips.jsonl"),
+            "--model", str(speedrun / "instruct"), "--prompt", "who", "--prompt", "how",
+            "--device", "cpu", "--out", str(tmp_path / "t.jsonl"),
+        ],
+        monkeypatch,
+    )
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert "11 targets of 12" in capsys.readouterr().out and len(rows) == 11 and {row["prompt"] for row in rows} == {"who", "how"}
-    assert desta.description(rows[0], desta.TEMPLATE) + " who" in asked[0] and rows[0]["target"]
+    assert "11 targets of 12" in capsys.readouterr().out
+    assert len(rows) == 11
+    assert {row["prompt"] for row in rows} == {"who", "how"}
+    assert desta.description(rows[0], desta.TEMPLATE) + " who" in asked[0]
+    assert rows[0]["target"]
 
 
 @pytest.mark.parametrize("what", ["encode", "train"])
-def test_a_killed_command_goes_on_to_the_same_bytes(what, clips, speedrun, trained, tmp_path, monkeypatch):
+def test_a_killed_command_goes_on_to_the_same_bytes(
+    what, clips, speedrun, trained, tmp_path, monkeypatch
+):
     command = {"encode": encode, "train": train}[what]
     call(command(clips, speedrun, tmp_path / "straight"), monkeypatch)
     monkeypatch.setattr(desta, "SAVE_EVERY", 2)
@@ -181,7 +261,8 @@ def test_a_killed_command_goes_on_to_the_same_bytes(what, clips, speedrun, train
 
     def write(self, **state):
         saves.append(1)
-        if len(saves) == 2:                                                  # what came behind the first save is on the disk, and not in a checkpoint
+        # What came behind the first save is on the disk, and not in a checkpoint.
+        if len(saves) == 2:
             raise KeyboardInterrupt
         real(self, **state)
 
@@ -190,29 +271,39 @@ def test_a_killed_command_goes_on_to_the_same_bytes(what, clips, speedrun, train
         call(command(clips, speedrun, tmp_path / "again"), monkeypatch)
     call(command(clips, speedrun, tmp_path / "again"), monkeypatch)
     for name in {"encode": ["states.bin", "index.npy"], "train": ["model.safetensors"]}[what]:
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+        assert (tmp_path / "again" / name).read_bytes() == (
+            tmp_path / "straight" / name
+        ).read_bytes(), name
     assert not (tmp_path / "again/checkpoint.pt").exists()
 
 
 def test_a_model_or_an_encoder_that_has_changed_is_refused(clips, trained, tmp_path):
     made = json.loads((trained["concat"] / "desta.json").read_text())
-    (tmp_path / "desta.json").write_text(json.dumps(made | {"sha256": dict.fromkeys(made["sha256"], "0")}))
+    (tmp_path / "desta.json").write_text(
+        json.dumps(made | {"sha256": dict.fromkeys(made["sha256"], "0")})
+    )
     with pytest.raises(ValueError, match="has changed since"):
         desta.load(tmp_path)
 
 
 def test_a_reply_names_a_value_or_not_and_speakers_are_drawn_together():
     clips = [{"style": STYLES[n % 2], "speaker": n % 2} for n in range(6)]
-    said = ["A Male voice, quick.", "a woman who speaks slowly", "a man or a woman", "", "the man is fast", "female"]
+    said = [
+        "A Male voice, quick.", "a woman who speaks slowly", "a man or a woman", "",
+        "the man is fast", "female",
+    ]
     row = evaluate.named(said, clips)
-    assert row["gender"]["value"] == round(4 / 6, 4) and row["rate"]["value"] == 0.5 and row["gender"]["n"] == 6
+    assert row["gender"]["value"] == round(4 / 6, 4)
+    assert row["rate"]["value"] == 0.5
+    assert row["gender"]["n"] == 6
 
 
 def test_a_value_that_is_a_part_of_another_is_told_from_it():
     values = ["Irish", "Northern Irish", "fast", "very fast"]
     clips = [{"style": {"accent": value}, "speaker": n} for n, value in enumerate(values)]
     said = ["an Irish voice", "a Northern Irish voice", "it is quick", "it is very quick"]
-    assert evaluate.named(said, clips)["accent"]["value"] == 1.0 and evaluate.named(said[::-1], clips)["accent"]["value"] == 0.0
+    assert evaluate.named(said, clips)["accent"]["value"] == 1.0
+    assert evaluate.named(said[::-1], clips)["accent"]["value"] == 0.0
 
 
 def test_intervals_of_how_it_was_said_are_of_as_many_speakers_as_there_are():
@@ -222,7 +313,9 @@ def test_intervals_of_how_it_was_said_are_of_as_many_speakers_as_there_are():
     assert alone["low"] < 0.5 < alone["value"] < alone["high"]
 
 
-def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcript(clips, speedrun, trained, tmp_path, monkeypatch):
+def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcript(
+    clips, speedrun, trained, tmp_path, monkeypatch
+):
     seen = []
 
     def replies(model, vocab, prompts, **settings):
@@ -230,16 +323,32 @@ def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcrip
         return ["a man", "a woman"] * 3 if len(seen) < 3 else ["a man"] * 6
 
     monkeypatch.setattr(evaluate, "replies", replies)
-    call(["evaluate.py", "manner", str(trained["qformer"]), "--clips", str(clips / "clips.jsonl"), "--prompt", "who says it", "--template", "a {gender}: {text}",
-          "--device", "cpu", "--out", str(tmp_path / "m.json")], monkeypatch)
+    call(
+        [
+            "evaluate.py", "manner", str(trained["qformer"]),
+            "--clips", str(clips / "clips.jsonl"), "--prompt", "who says it",
+            "--template", "a {gender}: {text}", "--device", "cpu",
+            "--out", str(tmp_path / "m.json"),
+        ],
+        monkeypatch,
+    )
     made = json.loads((tmp_path / "m.json").read_text())
-    assert [made["rows"][name]["gender"]["value"] for name in ("heard", "read", "cascade")] == [1.0, 1.0, 0.5]
+    assert [made["rows"][name]["gender"]["value"] for name in ("heard", "read", "cascade")] == [
+        1.0, 1.0, 0.5,
+    ]
     heard, read, cascade = seen
-    assert "<|heard_0|>" in heard[0] and "<|heard_5|>" in heard[1] and "heard" not in read[0] + cascade[0] and len(read[0]) > len(cascade[0])
-    assert made["answers"][1]["heard"] == "a woman" and made["answers"][1]["cascade"] == "a man" and made["answers"][1]["style"] == STYLES[1]
+    assert "<|heard_0|>" in heard[0]
+    assert "<|heard_5|>" in heard[1]
+    assert "heard" not in read[0] + cascade[0]
+    assert len(read[0]) > len(cascade[0])
+    assert made["answers"][1]["heard"] == "a woman"
+    assert made["answers"][1]["cascade"] == "a man"
+    assert made["answers"][1]["style"] == STYLES[1]
 
 
-def test_what_cannot_go_well_is_refused_before_the_work(clips, speedrun, trained, tmp_path, monkeypatch):
+def test_what_cannot_go_well_is_refused_before_the_work(
+    clips, speedrun, trained, tmp_path, monkeypatch
+):
     words = train(clips, speedrun, tmp_path / "x")
     words.remove("--no-transcript")
     with pytest.raises(ValueError, match="not a Whisper folder.*--no-transcript"):
@@ -251,7 +360,10 @@ def test_what_cannot_go_well_is_refused_before_the_work(clips, speedrun, trained
     with pytest.raises(ValueError, match="encode again"):
         call(train(clips, speedrun, tmp_path / "y"), monkeypatch)
     (clips / "states/meta.json").write_text(meta)
-    rows = [{"audio": "a.wav", "text": "x", "seconds": 1, "style": {"gender": "man"}}, {"audio": "b.wav", "text": "x", "seconds": "1", "style": "man"}]
+    rows = [
+        {"audio": "a.wav", "text": "x", "seconds": 1, "style": {"gender": "man"}},
+        {"audio": "b.wav", "text": "x", "seconds": "1", "style": "man"},
+    ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="row 2: wanted text, seconds, and a style"):
         desta.described_clips(tmp_path / "m.jsonl")
@@ -263,17 +375,26 @@ def test_a_new_conversation_frees_what_was_heard(clips, trained):
     first, _ = chat.hear(audio.Recording(path), path)
     second, _ = chat.hear(audio.Recording(path), path)
     chat.vocab.span(second)
-    assert first[0] == 0 and second[0] == len(first) and "<|heard_0|>" not in chat.vocab.special
+    assert first[0] == 0
+    assert second[0] == len(first)
+    assert "<|heard_0|>" not in chat.vocab.special
     chat.begin()
-    assert len(chat.model.model.embed_tokens.heard) == 0 and not any("heard" in token for token in chat.vocab.special)
+    assert len(chat.model.model.embed_tokens.heard) == 0
+    assert not any("heard" in token for token in chat.vocab.special)
     assert (chat.hear(audio.Recording(path), path)[0] == first).all()
     with pytest.raises(ValueError, match="long.wav: 31 s of sound, this model hears 30 s at once"):
         chat.hear(np.zeros(31 * 16_000, np.float32), "long.wav")
 
 
-@pytest.mark.parametrize("name, harm, said", [
-    ("targets", lambda row: row | {"target": 7}, "got target = 7, wanted text"), ("targets", lambda row: row | {"prompt": None}, "got prompt = None, wanted text"),
-    ("shape", lambda made: made | {"adapter": {"kind": "lstm"}}, "got the adapter 'lstm'"), ("shape", lambda made: made | {"model": "/gone"}, "/gone: the model of .* is not there")])
+@pytest.mark.parametrize(
+    "name, harm, said",
+    [
+        ("targets", lambda row: row | {"target": 7}, "got target = 7, wanted text"),
+        ("targets", lambda row: row | {"prompt": None}, "got prompt = None, wanted text"),
+        ("shape", lambda made: made | {"adapter": {"kind": "lstm"}}, "got the adapter 'lstm'"),
+        ("shape", lambda made: made | {"model": "/gone"}, "/gone: the model of .* is not there"),
+    ],
+)
 def test_a_damaged_file_is_one_line(name, harm, said, clips, speedrun, trained, tmp_path):
     if name == "targets":
         row = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
@@ -282,7 +403,9 @@ def test_a_damaged_file_is_one_line(name, harm, said, clips, speedrun, trained, 
             desta.read_targets(tmp_path / "t.jsonl")
         return
     shutil.copytree(trained["concat"], tmp_path / "m")
-    (tmp_path / "m/desta.json").write_text(json.dumps(harm(json.loads((tmp_path / "m/desta.json").read_text()))))
+    (tmp_path / "m/desta.json").write_text(
+        json.dumps(harm(json.loads((tmp_path / "m/desta.json").read_text())))
+    )
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         desta.load(tmp_path / "m")
 

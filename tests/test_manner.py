@@ -44,7 +44,9 @@ def test_a_caption_says_how_a_line_is_said_and_answers_are_its_words():
     assert manner.Manner("man", "low", "slow", None).caption(line) == "a low slow man"
     said = said._replace(stress=3)
     assert said.caption(line) == "a high fast woman stresses peru"
-    assert [said.answer(relation, line) for relation in said.relations()] == ["woman", "high", "fast", "peru"]
+    assert [said.answer(relation, line) for relation in said.relations()] == [
+        "woman", "high", "fast", "peru",
+    ]
     assert said.told("pace", line) == "the pace of it is fast"
     assert said._replace(stress=None).relations() == ("gender", "pitch", "pace")
 
@@ -80,45 +82,74 @@ def test_in_text_every_answer_stands_in_the_caption_before_it():
         page, *asked = manner.captioned_text(world, rng).split("\nquestion: ")
         if " of it is " in page:
             caption, *answers = page.rpartition("\n")[2].removesuffix(".").split(". ")
-            assert sorted(answers) == sorted(f"the {r} of it is {caption.split()[place[r]]}" for r in (place if "stresses" in caption else ("pitch", "pace", "gender")))
+            assert sorted(answers) == sorted(
+                f"the {r} of it is {caption.split()[place[r]]}"
+                for r in (place if "stresses" in caption else ("pitch", "pace", "gender"))
+            )
             told += 1
         for text in asked:
-            relation, caption, said = re.fullmatch(r".*?(gender|pitch|pace|stress).*\nanswer: (a .*?)\. (.*)", text).groups()
+            relation, caption, said = re.fullmatch(
+                r".*?(gender|pitch|pace|stress).*\nanswer: (a .*?)\. (.*)", text
+            ).groups()
             word = caption.split()[place[relation]]
-            assert caption in page and said in [toy.in_style(style, f"{relation} of it", word, f"the {relation} of it is {word}") for style in toy.STYLES]
+            assert caption in page
+            assert said in [
+                toy.in_style(style, f"{relation} of it", word, f"the {relation} of it is {word}")
+                for style in toy.STYLES
+            ]
             answered.add((relation, word if relation != "stress" else ""))
     assert len(answered) == 7 and told > 50, "both of every trait, and all in a row"
 
 
 def test_questions_are_asked_in_unheard_voices_and_no_answer_stands_beside_speech(world):
-    trained, asked = rows_of(world / "world/speech/train.jsonl"), rows_of(world / "world/test.jsonl")
+    trained = rows_of(world / "world/speech/train.jsonl")
+    asked = rows_of(world / "world/test.jsonl")
     assert not {row["speaker"] for row in trained} & {row["speaker"] for row in asked}
     assert {row["group"] for row in asked} == {"fact", "manner", "stress"}
     assert all("answer" not in row and "instruction" not in row for row in trained)
     assert all(" stresses " in row["caption"] for row in asked if row["group"] == "stress")
     texts = rows_of(world / "world/test_text.jsonl")
-    assert [row["text"] for row in texts] == [row["text"] for row in asked] and all(set(row) == {"text", "instruction", "answer", "group", "metric"} for row in texts)
+    assert [row["text"] for row in texts] == [row["text"] for row in asked]
+    assert all(set(row) == {"text", "instruction", "answer", "group", "metric"} for row in texts)
 
 
 def test_no_document_holds_a_turn_of_a_chat_and_a_token_of_prosody(world):
     """But for the end of a turn, which the paper keeps alive beside speech, too."""
     vocab, corpus = Vocab(world / "speech"), prosody.Prosody(world / "prosody")
-    sources = {"captioned": corpus, "text": documents.read_text(world / "world/base.jsonl"), "chat": documents.read_chats(world / "world/chat.jsonl")}
-    stream, kinds = documents.Documents(vocab, sources, {"captioned": 1, "text": 1, "chat": 1}, 0), [0, 0]
+    sources = {
+        "captioned": corpus,
+        "text": documents.read_text(world / "world/base.jsonl"),
+        "chat": documents.read_chats(world / "world/chat.jsonl"),
+    }
+    stream = documents.Documents(vocab, sources, {"captioned": 1, "text": 1, "chat": 1}, 0)
+    kinds = [0, 0]
     for _ in range(300):
         ids = stream.next()[0].ids
-        spoken, turn = max(ids) >= vocab.speech["speech"], vocab.special["<|im_start|>"] in ids
+        spoken = max(ids) >= vocab.speech["speech"]
+        turn = vocab.special["<|im_start|>"] in ids
         kinds = [kinds[0] + spoken, kinds[1] + turn]
         assert not (spoken and turn)
     assert min(kinds) > 50, "the audit saw both kinds"
 
 
 def test_the_same_seed_makes_the_same_world(tmp_path, monkeypatch):
-    words = [sys.executable, "manner.py", "--lines", "6", "--documents", "50", "--dev", "3", "--test", "6", "--out"]
-    for name in ("a", "b"):                                                  # eSpeak goes on where it was: a process each
+    words = [
+        sys.executable, "manner.py", "--lines", "6", "--documents", "50", "--dev", "3",
+        "--test", "6", "--out",
+    ]
+    # ESpeak goes on where it was: a process each.
+    for name in ("a", "b"):
         subprocess.run([*words, str(tmp_path / name)], cwd=ROOT, check=True, capture_output=True)
-    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file() and path.name != "recipe.json"]
-    assert len(files) > 20 and all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    files = [
+        path.relative_to(tmp_path / "a")
+        for path in (tmp_path / "a").rglob("*")
+        if path.is_file() and path.name != "recipe.json"
+    ]
+    assert len(files) > 20
+    assert all(
+        (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        for file in files
+    )
     with pytest.raises(ValueError, match="--lines 0: wanted more than 0"):
         call(["manner.py", "--lines", "0", "--out", str(tmp_path / "none")], monkeypatch)
 
@@ -131,41 +162,69 @@ def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
         row = reader.read(tmp_path / "a.flac", line, drawn, "near")
         said = prosody.measured(audio.load(tmp_path / "a.flac"), row["words"])
         return row, said[0][1]["speaker"], said[4][1]
+
     row, speaker, word = heard()
-    assert row["text"] == line and row["caption"] == "a low slow man" and row["style"] == {"gender": "man", "pitch": "low", "pace": "slow"}
+    assert row["text"] == line
+    assert row["caption"] == "a low slow man"
+    assert row["style"] == {"gender": "man", "pitch": "low", "pace": "slow"}
     assert heard(stress=3)[2]["pitch"] - word["pitch"] > 1
     assert heard(gender="woman")[1] - speaker > 6 and heard(pitch="high")[1] - speaker > 3
     assert heard(pace="fast")[0]["seconds"] < 0.8 * row["seconds"]
 
 
-def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(world, tmp_path, monkeypatch, capsys):
+def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(
+    world, tmp_path, monkeypatch, capsys
+):
     made = json.loads((world / "merged.json").read_text())["groups"]
-    assert {name: {m: c["n"] for m, c in made[name].items()} for name in ("fact", "manner", "stress")} == {"fact": {"exact": 3}, "manner": {"ends": 4}, "stress": {"ends": 2}}
+    assert {
+        name: {m: c["n"] for m, c in made[name].items()} for name in ("fact", "manner", "stress")
+    } == {"fact": {"exact": 3}, "manner": {"ends": 4}, "stress": {"ends": 2}}
     names = "merged", "typed", "cascade", "speech", "instruct_rows"
     call(["benchmark.py", "show", *(str(world / f"{name}.json") for name in names)], monkeypatch)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["fact", "manner", "stress"] and len(lines) == 6 and all(len(line.split()) == 4 for line in lines[1:])
+    assert lines[0].split() == ["fact", "manner", "stress"]
+    assert len(lines) == 6
+    assert all(len(line.split()) == 4 for line in lines[1:])
     (tmp_path / "x.json").write_text('{"groups": 5}')
     with pytest.raises(ValueError, match="no scores by group"):
         call(["benchmark.py", "show", str(tmp_path / "x.json")], monkeypatch)
-    (tmp_path / "x.json").write_text('{"groups": {"a": {"exact": {"value": 1.0}, "wer": {"value": 0.5}}}}')
+    (tmp_path / "x.json").write_text(
+        '{"groups": {"a": {"exact": {"value": 1.0}, "wer": {"value": 0.5}}}}'
+    )
     with pytest.raises(ValueError, match="group 'a' is scored by exact and wer"):
         call(["benchmark.py", "show", str(tmp_path / "x.json")], monkeypatch)
     with pytest.raises(ValueError, match="cannot hear"):
-        call(["benchmark.py", "rows", str(world / "instruct"), str(world / "test/manifest.jsonl"), "--device", "cpu", "--out", str(tmp_path / "i.json")], monkeypatch)
+        call(
+            [
+                "benchmark.py", "rows", str(world / "instruct"),
+                str(world / "test/manifest.jsonl"), "--device", "cpu",
+                "--out", str(tmp_path / "i.json"),
+            ],
+            monkeypatch,
+        )
 
 
 def test_ends_is_right_of_a_reply_that_ends_with_the_answer_whatever_it_says_before():
     rows = [{"answer": "the pitch of it is high.", "metric": "ends"}] * 3
-    said = ["A high fast man. The pitch of it is high.", "the pitch of it is high. or low", "the pitch of it is high. no"]
+    said = [
+        "A high fast man. The pitch of it is high.", "the pitch of it is high. or low",
+        "the pitch of it is high. no",
+    ]
     assert benchmark.scores_by_metric(rows, said)["ends"]["value"] == round(1 / 3, 4)
-    assert [benchmark.ends("a high fast " + word, "man") for word in ("man", "woman", "man.")] == [True, False, False]
+    assert [benchmark.ends("a high fast " + word, "man") for word in ("man", "woman", "man.")] == [
+        True, False, False,
+    ]
 
 
-def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and_without_one_nothing(world, speedrun, tmp_path, monkeypatch, capsys):
+def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and_else_nothing(
+    world, speedrun, tmp_path, monkeypatch, capsys
+):
     clip = world / "world/speech/audio/00000.flac"
     chat = Chat(world / "merged")
-    with pytest.raises(ValueError, match="no one writes them down; chat.py and benchmark.py rows take --transcriber"):
+    with pytest.raises(
+        ValueError,
+        match="no one writes them down; chat.py and benchmark.py rows take --transcriber",
+    ):
         chat.hear(audio.load(clip), clip)
     ears, units = str(speedrun / "speech"), Chat(speedrun / "speech")
     wanted = units.heard(units.hear(audio.load(clip), clip)[0])
@@ -174,171 +233,347 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
     assert seconds > 0.5 and chat.heard(said) == said.text() == wanted
     assert said[0][0] == "" and len(chat.vocab.content([said])) > len(said)
     with pytest.raises(SystemExit) as end:
-        call(["chat.py", str(world / "merged"), str(clip), "--transcriber", ears, "--transcribe", "--device", "cpu"], monkeypatch)
+        call(
+            [
+                "chat.py", str(world / "merged"), str(clip), "--transcriber", ears,
+                "--transcribe", "--device", "cpu",
+            ],
+            monkeypatch,
+        )
     assert not end.value.code
     told = capsys.readouterr().out
     assert f"heard: {wanted}" in told and f" s, {len(wanted.split())} words]" in told
-    for folder, who, why in ((world / "merged", world / "merged", "hears how words are said, not which"), (speedrun / "merged", ears, "leave the flag out"),
-                             (world / "instruct", ears, "leave the flag out"), (world / "merged", tmp_path / "nowhere", "nowhere")):
+    for folder, who, why in (
+        (world / "merged", world / "merged", "hears how words are said, not which"),
+        (speedrun / "merged", ears, "leave the flag out"),
+        (world / "instruct", ears, "leave the flag out"),
+        (world / "merged", tmp_path / "nowhere", "nowhere"),
+    ):
         with pytest.raises((ValueError, OSError), match=why):
             Chat(folder, transcriber=who)
     with pytest.raises(ValueError, match="--hubert x: .* hears no units"):
         Chat(world / "merged", hubert="x")
 
 
-def test_a_benchmark_takes_the_words_of_a_row_or_those_that_a_transcriber_writes_down(world, speedrun, tmp_path, monkeypatch):
+def test_a_benchmark_takes_the_words_of_a_row_or_those_that_a_transcriber_writes_down(
+    world, speedrun, tmp_path, monkeypatch
+):
     row = rows_of(world / "test/manifest.jsonl")[0]
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     heard = []
-    monkeypatch.setattr(Vocab, "turn", lambda vocab, messages: heard.append(messages[-1]["content"]) or [1])
+    monkeypatch.setattr(
+        Vocab, "turn", lambda vocab, messages: heard.append(messages[-1]["content"]) or [1]
+    )
     ears = Chat(world / "merged", transcriber=speedrun / "speech")
     wanted, _ = ears.hear(audio.load(row["audio"]), "")
     for n, flags in enumerate(([], ["--transcriber", str(speedrun / "speech")])):
-        call(["benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"), *flags, "--device", "cpu", "--out", str(tmp_path / f"{n}.json")], monkeypatch)
+        call(
+            [
+                "benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"),
+                *flags, "--device", "cpu", "--out", str(tmp_path / f"{n}.json"),
+            ],
+            monkeypatch,
+        )
     (given, *asked), (own, *again) = heard
-    assert given.text() == row["text"] and own.text() == wanted.text() != row["text"] and asked == again == [" " + row["instruction"]]
+    assert given.text() == row["text"]
+    assert own.text() == wanted.text() != row["text"]
+    assert asked == again == [" " + row["instruction"]]
 
 
 def test_every_word_of_this_world_is_one_token(world):
     vocab = Vocab(world / "world/tokenizer")
-    texts = [row["text"] for row in rows_of(world / "world/base.jsonl")] + [m["content"] for row in rows_of(world / "world/chat.jsonl") for m in row["messages"]]
-    words = {word for text in texts if " transcript:" not in text for word in re.findall(r" [a-z]+", text) if word.strip() in toy_words()}
+    texts = [row["text"] for row in rows_of(world / "world/base.jsonl")] + [
+        m["content"] for row in rows_of(world / "world/chat.jsonl") for m in row["messages"]
+    ]
+    words = {
+        word
+        for text in texts
+        if " transcript:" not in text
+        for word in re.findall(r" [a-z]+", text)
+        if word.strip() in toy_words()
+    }
     assert len(words) > 100 and all(len(vocab.encode(word)) == 1 for word in words)
 
 
 def toy_words():
     """The words that captions and questions about them are made of, and the names of the world."""
-    said = " ".join([*manner.QUESTIONS, *manner.RELATIONS, *manner.GENDERS, *manner.PITCHES, *manner.PACES, "stresses", *toy.NAMES, *toy.PEOPLE])
+    said = " ".join(
+        [
+            *manner.QUESTIONS, *manner.RELATIONS, *manner.GENDERS, *manner.PITCHES,
+            *manner.PACES, "stresses", *toy.NAMES, *toy.PEOPLE,
+        ]
+    )
     return set(said.replace("{r}", "").split())
 
 
-def test_its_documents_can_be_looked_at_and_layouts_of_units_are_refused(world, tmp_path, monkeypatch, capsys):
+def test_its_documents_can_be_looked_at_and_layouts_of_units_are_refused(
+    world, tmp_path, monkeypatch, capsys
+):
     call(["documents.py", str(world / "speech"), "--units", str(world / "prosody")], monkeypatch)
     call(["vocab.py", "show", str(world / "speech")], monkeypatch)
     said = capsys.readouterr().out
-    assert said.count("captioned\n    ") == 2 and "<|pitch_" in said and "spoken turn" in said
+    assert said.count("captioned\n    ") == 2
+    assert "<|pitch_" in said
+    assert "spoken turn" in said
     with pytest.raises(ValueError, match="--mix wants interleave, but no data"):
-        call(["pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"), "--mix", "interleave=1", "--out", str(tmp_path / "x")], monkeypatch)
+        call(
+            [
+                "pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"),
+                "--mix", "interleave=1", "--out", str(tmp_path / "x"),
+            ],
+            monkeypatch,
+        )
 
 
-def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_again(asked, world, tmp_path, monkeypatch):
+def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_again(
+    asked, world, tmp_path, monkeypatch
+):
     told, lines = asked("reuse", world, "manner")
     assert "minutes to learn, once" in told
     trained = [words for script, *words in lines if script.endswith("pretrain.py")]
-    assert [words[-1] for words in trained] == ["reuse/thanks/instruct", "reuse/over/instruct"] and not any("--units" in words for words in trained)
+    assert [words[-1] for words in trained] == ["reuse/thanks/instruct", "reuse/over/instruct"]
+    assert not any("--units" in words for words in trained)
     for words in trained:
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         args = pretrain.settled(pretrain.arguments(), 1)
-        own = next(words for words in speedrun_commands("out/manner", "speedrun_manner.sh") if "--chat" in words)
+        own = next(
+            words
+            for words in speedrun_commands("out/manner", "speedrun_manner.sh")
+            if "--chat" in words
+        )
         monkeypatch.setattr(sys, "argv", own)
         wanted = pretrain.settled(pretrain.arguments(), 1)
-        assert {name for name in vars(args) if getattr(args, name) != getattr(wanted, name)} == {"init", "chat", "out"}
-    sums = {words[-1]: dict(zip(words[::2], words[1::2])) for script, *words in lines if script.endswith("merge.py")}
-    assert {name: row["--speech"] for name, row in sums.items()} == {"reuse/thanks/merged": "speech", "reuse/over/merged": "speech", "reuse/half": "speech", "reuse/both": "reuse/half"}
-    chats, plain = rows_of(tmp_path / "out/manner/reuse/thanks/chat.jsonl"), rows_of(world / "world/chat.jsonl")
-    assert all(a["messages"][-1]["content"] == b["messages"][-1]["content"] + " thank you" for a, b in zip(chats, plain)) and len(chats) == len(plain)
-    rows, before = rows_of(tmp_path / "out/manner/reuse/over/test.jsonl"), rows_of(world / "test/manifest.jsonl")
-    assert [row["answer"] for row in rows] == [row["answer"] + " over" for row in before] and [row["said"] for row in rows] == [row["said"] for row in before]
+        assert {name for name in vars(args) if getattr(args, name) != getattr(wanted, name)} == {
+            "init", "chat", "out",
+        }
+    sums = {
+        words[-1]: dict(zip(words[::2], words[1::2]))
+        for script, *words in lines
+        if script.endswith("merge.py")
+    }
+    assert {name: row["--speech"] for name, row in sums.items()} == {
+        "reuse/thanks/merged": "speech",
+        "reuse/over/merged": "speech",
+        "reuse/half": "speech",
+        "reuse/both": "reuse/half",
+    }
+    chats = rows_of(tmp_path / "out/manner/reuse/thanks/chat.jsonl")
+    plain = rows_of(world / "world/chat.jsonl")
+    assert all(
+        a["messages"][-1]["content"] == b["messages"][-1]["content"] + " thank you"
+        for a, b in zip(chats, plain)
+    )
+    assert len(chats) == len(plain)
+    rows = rows_of(tmp_path / "out/manner/reuse/over/test.jsonl")
+    before = rows_of(world / "test/manifest.jsonl")
+    assert [row["answer"] for row in rows] == [row["answer"] + " over" for row in before]
+    assert [row["said"] for row in rows] == [row["said"] for row in before]
 
 
-def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(asked, world, tmp_path, monkeypatch):
+def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(
+    asked, world, tmp_path, monkeypatch
+):
     _, lines = asked("paper", world, "manner")
     trained = [words for script, *words in lines if script.endswith("pretrain.py")]
-    wanted = ("base", "paper/captions/prosody", "paper/captions/speech"), ("base", "paper/text/prosody", "paper/text/speech"), ("instruct", "prosody", "paper/from_instruct")
+    wanted = (
+        ("base", "paper/captions/prosody", "paper/captions/speech"),
+        ("base", "paper/text/prosody", "paper/text/speech"),
+        ("instruct", "prosody", "paper/from_instruct"),
+    )
     for row, words in zip(wanted, trained, strict=True):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         args = pretrain.arguments().parse_args()
         assert (args.init, args.units, args.out) == row
     best = str(json.loads((world / "lam.json").read_text())["lam"])
-    assert {dict(zip(words[::2], words[1::2]))["--lam"] for script, *words in lines if script.endswith("merge.py")} == {best}
+    assert {
+        dict(zip(words[::2], words[1::2]))["--lam"]
+        for script, *words in lines
+        if script.endswith("merge.py")
+    } == {best}
     for folder in ("prosody", "test"):
         whole = rows_of(world / folder / "manifest.jsonl")
-        bare, dumb = (rows_of(tmp_path / "out/manner/paper" / what / folder / "manifest.jsonl") for what in ("captions", "text"))
-        assert [row | {"caption": was["caption"]} for row, was in zip(bare, whole)] == whole and not any("caption" in row for row in bare)
-        assert [row["said"] for row in dumb] == [[["", numbers] for _, numbers in row["said"]] for row in whole]
+        bare, dumb = (
+            rows_of(tmp_path / "out/manner/paper" / what / folder / "manifest.jsonl")
+            for what in ("captions", "text")
+        )
+        assert [row | {"caption": was["caption"]} for row, was in zip(bare, whole)] == whole
+        assert not any("caption" in row for row in bare)
+        assert [row["said"] for row in dumb] == [
+            [["", numbers] for _, numbers in row["said"]] for row in whole
+        ]
     assert prosody.Prosody(tmp_path / "out/manner/paper/text/prosody")[0].text() == ""
 
 
-def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(world, tmp_path, monkeypatch, capsys):
-    rows, asked = [{"group": group, "metric": "exact", "answer": "yes", "text": "?"} for group in "aab"], []
+def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(
+    world, tmp_path, monkeypatch, capsys
+):
+    rows = [{"group": group, "metric": "exact", "answer": "yes", "text": "?"} for group in "aab"]
+    asked = []
     (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replies = {0.5: ["yes", "yes", "no"], 0.6: ["yes", "no", "yes"], 0.7: ["no", "no", "yes"]}      # means 0.5, 0.75, 0.5; right 2, 2, 1
+    # Means 0.5, 0.75, 0.5; right 2, 2, 1.
+    replies = {0.5: ["yes", "yes", "no"], 0.6: ["yes", "no", "yes"], 0.7: ["no", "no", "yes"]}
     monkeypatch.setattr(benchmark, "LAMS", list(replies))
-    monkeypatch.setattr(benchmark, "answering", lambda args, model, vocab, ears: lambda part: asked.append(model) or replies[model])
+    monkeypatch.setattr(
+        benchmark, "answering",
+        lambda args, model, vocab, ears: lambda part: asked.append(model) or replies[model],
+    )
     monkeypatch.setattr(benchmark, "model_at", lambda plan, config, lam, device: lam)
-    words = ["benchmark.py", "lam", str(tmp_path / "dev.jsonl"), *(f"--{name}={world / name}" for name in ("base", "instruct", "speech")), "--device", "cpu"]
+    words = [
+        "benchmark.py", "lam", str(tmp_path / "dev.jsonl"),
+        *(f"--{name}={world / name}" for name in ("base", "instruct", "speech")),
+        "--device", "cpu",
+    ]
     call([*words, "--out", str(tmp_path / "lam.json")], monkeypatch)
     made = json.loads((tmp_path / "lam.json").read_text())
-    assert made["lam"] == 0.6 and asked == [0.5, 0.6, 0.7] and made["scores"]["0.5"]["a"]["value"] == 1.0
+    assert made["lam"] == 0.6
+    assert asked == [0.5, 0.6, 0.7]
+    assert made["scores"]["0.5"]["a"]["value"] == 1.0
     assert capsys.readouterr().out.splitlines()[-1] == "lam 0.6 has the best mean"
 
 
 def test_a_sum_in_memory_answers_as_the_one_that_is_written(world):
     made = json.loads((world / "lam.json").read_text())
-    assert set(made["scores"]) == {str(lam) for lam in benchmark.LAMS} and made["lam"] in benchmark.LAMS
+    assert set(made["scores"]) == {str(lam) for lam in benchmark.LAMS}
+    assert made["lam"] in benchmark.LAMS
     args = argparse.Namespace(rows=str(world / "test/manifest.jsonl"), transcriber=None, limit=12)
     model, vocab, ears = listen.load(world / "merged")
     plan = Merge(*(str(world / name) for name in ("base", "instruct", "speech")))
     again = evaluate.model_at(plan, model.config, 0.7, "cpu")
     rows = benchmark.read_rows(args.rows)
-    assert benchmark.answering(args, again, vocab, ears)(rows) == benchmark.answering(args, model, vocab, ears)(rows)
+    assert benchmark.answering(args, again, vocab, ears)(rows) == benchmark.answering(
+        args, model, vocab, ears
+    )(rows)
 
 
-def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(world, tmp_path, monkeypatch, capsys):
-    call(["benchmark.py", "report", str(world), str(world), "--out", str(tmp_path / "r.json")], monkeypatch)
+def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(
+    world, tmp_path, monkeypatch, capsys
+):
+    call(
+        ["benchmark.py", "report", str(world), str(world), "--out", str(tmp_path / "r.json")],
+        monkeypatch,
+    )
     made = json.loads((tmp_path / "r.json").read_text())
     one, other = made["seeds"]
-    assert one == other and one["seed"] == 0 and one["lam"] == 0.7 and set(one["rows"]) == {"merged", "typed", "cascade", "speech", "instruct_rows"}
-    assert set(one["rows"]["merged"]) == {"fact", "manner", "stress"} and set(one["rel"]) == {"instruct", "speech"} and len(one["dev"]) == len(benchmark.LAMS)
+    assert one == other
+    assert one["seed"] == 0
+    assert one["lam"] == 0.7
+    assert set(one["rows"]) == {"merged", "typed", "cascade", "speech", "instruct_rows"}
+    assert set(one["rows"]["merged"]) == {"fact", "manner", "stress"}
+    assert set(one["rel"]) == {"instruct", "speech"}
+    assert len(one["dev"]) == len(benchmark.LAMS)
     other["rows"]["merged"]["manner"]["value"] = one["rows"]["merged"]["manner"]["value"] + 0.5
     mean = one["rows"]["merged"]["manner"]["value"] + 0.25
     del one["rows"]["typed"]["stress"], other["rows"]["typed"]["stress"]
     lines = [line.split(" | ") for line in benchmark.markdown(made["seeds"]).splitlines()]
-    assert lines[0] == ["|", "fact", "manner", "stress |"] and lines[2][0] == "| merged" and lines[2][2] == f"{mean:.2f}"
+    assert lines[0] == ["|", "fact", "manner", "stress |"]
+    assert lines[2][0] == "| merged"
+    assert lines[2][2] == f"{mean:.2f}"
     assert lines[-1][0] == "| typed" and lines[-1][3] == " |"
 
 
-@pytest.mark.parametrize("groups, said", [(5, "no scores by group"), ({"a": 3}, "no scores by group"), ({"a": {"ends": {}}}, "no scores by group"), ({}, "no scores by group"),
-                                          (None, "no typed.json, so no finished run"), ("gone", "no instruct_rows.json, so no finished run")])
-def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(groups, said, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "groups, said",
+    [
+        (5, "no scores by group"),
+        ({"a": 3}, "no scores by group"),
+        ({"a": {"ends": {}}}, "no scores by group"),
+        ({}, "no scores by group"),
+        (None, "no typed.json, so no finished run"),
+        ("gone", "no instruct_rows.json, so no finished run"),
+    ],
+)
+def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(
+    groups, said, world, tmp_path, monkeypatch
+):
     shutil.copytree(world, tmp_path / "run")
     for name in ("typed.json", "instruct_rows.json"):
-        if groups is None and name == "typed.json" or groups == "gone" and name == "instruct_rows.json":
+        if (
+            groups is None
+            and name == "typed.json"
+            or groups == "gone"
+            and name == "instruct_rows.json"
+        ):
             (tmp_path / "run" / name).unlink()
     if groups not in (None, "gone"):
         (tmp_path / "run/typed.json").write_text(json.dumps({"groups": groups}))
         with pytest.raises(ValueError, match=said):
             call(["benchmark.py", "show", str(tmp_path / "run/typed.json")], monkeypatch)
     with pytest.raises(ValueError, match=said):
-        call(["benchmark.py", "report", str(world), str(tmp_path / "run"), "--out", str(tmp_path / "r.json")], monkeypatch)
+        call(
+            [
+                "benchmark.py", "report", str(world), str(tmp_path / "run"),
+                "--out", str(tmp_path / "r.json"),
+            ],
+            monkeypatch,
+        )
     assert not (tmp_path / "r.json").exists()
 
 
 def test_the_pages_tell_what_the_results_hold():
-    readme, page = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "TEACHING.md"))
-    seeds, reuse, paper = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("manner", "reuse", "paper"))
+    readme, page = (
+        " ".join((ROOT / name).read_text().split()) for name in ("README.md", "TEACHING.md")
+    )
+    seeds, reuse, paper = (
+        json.loads((ROOT / f"results/{name}.json").read_text())
+        for name in ("manner", "reuse", "paper")
+    )
     seeds = seeds["seeds"]
     assert " ".join(benchmark.markdown(seeds).split()) in readme
     named = [format(seed["rows"]["merged"]["stress"]["value"], ".2f") for seed in seeds]
     assert f"stressed words: {', '.join(named)}." in readme
-    assert f"| {min(seed['lam'] for seed in seeds)} to {max(seed['lam'] for seed in seeds)} |" in readme
+    assert (
+        f"| {min(seed['lam'] for seed in seeds)} to {max(seed['lam'] for seed in seeds)} |"
+        in readme
+    )
     value = lambda table, row, group: f"{table[row][group]['value']:.2f}"
     assert value(reuse, "reuse/thanks", "fact") == value(reuse, "reuse/over", "fact")
-    told = [value(reuse, "reuse/thanks", "fact"), *(value(reuse, f"reuse/{name}", "stress") for name in ("thanks", "over"))]
+    told = [
+        value(reuse, "reuse/thanks", "fact"),
+        *(value(reuse, f"reuse/{name}", "stress") for name in ("thanks", "over")),
+    ]
     assert "facts {} both, stress {} and {}.".format(*told) in readme
-    assert "facts {}, manner {}, stress {} (`results/paper.json`".format(*(value(paper, "paper/no_text", group) for group in ("fact", "manner", "stress"))) in readme
+    assert (
+        "facts {}, manner {}, stress {} (`results/paper.json`".format(
+            *(value(paper, "paper/no_text", group) for group in ("fact", "manner", "stress"))
+        )
+        in readme
+    )
     for table in (reuse, paper):
         assert " ".join(benchmark.table(table).split()) in page
 
 
-@pytest.mark.parametrize("row, said", [({"said": 5}, "wanted [[word"), ({"said": [["a", ["x"]]]}, "wanted [[word"), ({"said": [["a", [-1]]]}, "unit -1 is outside"),
-                                       ({"said": [["a", [900]]]}, "unit 900 is outside"), ({"text": "hi", "group": ["a"]}, "wanted a string")])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"said": 5}, "wanted [[word"),
+        ({"said": [["a", ["x"]]]}, "wanted [[word"),
+        ({"said": [["a", [-1]]]}, "unit -1 is outside"),
+        ({"said": [["a", [900]]]}, "unit 900 is outside"),
+        ({"text": "hi", "group": ["a"]}, "wanted a string"),
+    ],
+)
 def test_rows_of_prosody_of_the_wrong_form_are_shown(row, said, world, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"answer": "x"}) + "\n")
     with pytest.raises(ValueError, match=re.escape(said)):
-        call(["benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
+        call(
+            [
+                "benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"),
+                "--device", "cpu", "--out", str(tmp_path / "o.json"),
+            ],
+            monkeypatch,
+        )
 
 
 def test_words_with_prosody_are_no_units(world, speedrun, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="has rows with .said., words with their prosody, and .* does not read such"):
-        call(["benchmark.py", "rows", str(speedrun / "merged"), str(world / "test/manifest.jsonl"), "--device", "cpu", "--out", str(tmp_path / "o.json")], monkeypatch)
+    with pytest.raises(
+        ValueError,
+        match="has rows with .said., words with their prosody, and .* does not read such",
+    ):
+        call(
+            [
+                "benchmark.py", "rows", str(speedrun / "merged"),
+                str(world / "test/manifest.jsonl"), "--device", "cpu",
+                "--out", str(tmp_path / "o.json"),
+            ],
+            monkeypatch,
+        )

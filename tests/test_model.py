@@ -7,11 +7,20 @@ from conftest import shared
 from model import LM, Config, Linear, add_rows, generate, rope, sample
 
 transformers = pytest.importorskip("transformers")
-LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
+LLAMA3 = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+}
 GOLDEN = [26, 95, 95, 65, 23, 68, 27, 48, 25, 85, 25, 57, 16, 95, 81, 25]
 FAMILIES = {
     "llama": ("Llama", dict(tie_word_embeddings=False, rms_norm_eps=1e-5)),
-    "llama3": ("Llama", dict(tie_word_embeddings=True, rope_scaling=LLAMA3, rope_theta=500000.0, head_dim=32)),
+    "llama3": (
+        "Llama",
+        dict(tie_word_embeddings=True, rope_scaling=LLAMA3, rope_theta=500000.0, head_dim=32),
+    ),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=False, head_dim=32)),
 }
@@ -22,10 +31,15 @@ def pair(request, tmp_path):
     """(transformers' model, ours from its folder, the folder), random weights."""
     name, extra = FAMILIES[request.param]
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **extra)).eval()
+    theirs = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(
+            vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, **extra,
+        )
+    ).eval()
     for p in theirs.parameters():
-        torch.nn.init.normal_(p, std=0.1)                                    # biases and norms too, so that none can be forgotten
+        # Biases and norms too, so that none can be forgotten.
+        torch.nn.init.normal_(p, std=0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     return theirs, LM.load(tmp_path / "theirs").eval(), tmp_path
 
@@ -55,7 +69,8 @@ def test_in_bf16_logits_equal_transformers_to_its_rounding(pair):
 def test_the_cache_changes_nothing(pair):
     _, ours, _ = pair
     prompt = torch.randint(0, 300, (6,))
-    with_cache, ids = [int(i[0]) for i in generate(ours, [prompt], 12, stop=[300])], prompt.tolist()
+    with_cache = [int(i[0]) for i in generate(ours, [prompt], 12, stop=[300])]
+    ids = prompt.tolist()
     with torch.no_grad():
         for _ in range(12):
             ids.append(int(ours(torch.tensor([ids]))[0, -1].argmax()))
@@ -65,7 +80,12 @@ def test_the_cache_changes_nothing(pair):
 def test_greedy_generation_equals_transformers_in_a_batch_of_unequal_prompts(pair):
     theirs, ours, _ = pair
     prompts = [torch.randint(0, 300, (n,)) for n in (9, 4)]
-    wanted = [theirs.generate(p[None], max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)[0, len(p):].tolist() for p in prompts]
+    wanted = [
+        theirs.generate(
+            p[None], max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None
+        )[0, len(p) :].tolist()
+        for p in prompts
+    ]
     assert torch.stack(list(generate(ours, prompts, 16, stop=[300]))).T.tolist() == wanted
 
 
@@ -76,8 +96,13 @@ def test_a_single_vector_is_multiplied_on_all_cores_to_the_same_result(rows, bia
     layer, x = Linear(5, rows, bias=bias), torch.randn(1, 1, 5)
     wanted = torch.nn.functional.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
-        assert torch.allclose(layer(x), wanted, atol=1e-6) and layer(x).shape == (1, 1, rows) and halves == ([2, 2] if rows % 2 == 0 else [])
-        assert torch.equal(layer(x.repeat(1, 3, 1)), torch.nn.functional.linear(x.repeat(1, 3, 1), layer.weight, layer.bias))
+        assert torch.allclose(layer(x), wanted, atol=1e-6)
+        assert layer(x).shape == (1, 1, rows)
+        assert halves == ([2, 2] if rows % 2 == 0 else [])
+        assert torch.equal(
+            layer(x.repeat(1, 3, 1)),
+            torch.nn.functional.linear(x.repeat(1, 3, 1), layer.weight, layer.bias),
+        )
     layer(x.requires_grad_()).sum().backward()
     assert torch.allclose(x.grad[0, 0], layer.weight.sum(0), atol=1e-6)
 
@@ -93,7 +118,10 @@ def test_a_gpu_writes_what_a_cpu_writes(pair):
 def test_embeddings_are_as_good_a_prompt_as_ids(pair):
     _, ours, _ = pair
     ids = torch.randint(0, 300, (7,))
-    both = [torch.stack(list(generate(ours, [prompt], 8, stop=[300]))).tolist() for prompt in (ids, ours.model.embed_tokens(ids).detach())]
+    both = [
+        torch.stack(list(generate(ours, [prompt], 8, stop=[300]))).tolist()
+        for prompt in (ids, ours.model.embed_tokens(ids).detach())
+    ]
     assert both[0] == both[1]
 
 
@@ -108,17 +136,37 @@ def test_a_packed_document_is_computed_as_if_alone(pair):
 def test_the_real_stories_model_tells_its_published_story():
     folder = shared("stories260K")
     golden = json.loads((folder / "greedy_ids.json").read_text())
-    golden = golden if isinstance(golden, list) else next(v for v in golden.values() if isinstance(v, list))
-    said = [1] + [int(i[0]) for i in generate(LM.load(folder / "hf_derived"), [torch.tensor([1])], 200, stop=[2])]
-    assert said[:len(golden)] == golden or said[1:len(golden) + 1] == golden
+    golden = (
+        golden
+        if isinstance(golden, list)
+        else next(v for v in golden.values() if isinstance(v, list))
+    )
+    said = [1] + [
+        int(i[0])
+        for i in generate(LM.load(folder / "hf_derived"), [torch.tensor([1])], 200, stop=[2])
+    ]
+    assert said[: len(golden)] == golden or said[1 : len(golden) + 1] == golden
 
 
 def test_a_golden_of_our_own_where_the_stories_are_absent():
-    """Weights from plain arithmetic, so that no random generator can move them; the ids were checked against transformers when stored."""
-    model = LM.fresh(Config(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32), 0)
+    """Weights from plain arithmetic, so that no random generator can move them; the ids were
+    checked against transformers when stored.
+    """
+    model = LM.fresh(
+        Config(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        ),
+        0,
+    )
     with torch.no_grad():
         for n, p in enumerate(model.parameters()):
-            p.copy_(torch.sin((torch.arange(p.numel(), dtype=torch.float64) + 1) ** 1.5 * (n + 1) * 1.3).view_as(p) * (1.0 if p.dim() == 1 else 0.8))
+            p.copy_(
+                torch.sin(
+                    (torch.arange(p.numel(), dtype=torch.float64) + 1) ** 1.5 * (n + 1) * 1.3
+                ).view_as(p)
+                * (1.0 if p.dim() == 1 else 0.8)
+            )
     said = [int(i[0]) for i in generate(model, [torch.tensor([5, 9, 11])], 16, stop=[97])]
     assert said == GOLDEN
 
@@ -128,11 +176,25 @@ def test_real_configs_are_read(name, tmp_path):
     raw = json.loads(shared(f"configs/{name}.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = Config.read(tmp_path)
-    assert config.head_dim * config.num_attention_heads == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]) * raw["num_attention_heads"]
-    assert config.rope_theta == raw["rope_theta"] and config.tie_word_embeddings and bool(config.rope_scaling) == (name == "llama-3.2-1b")
+    assert (
+        config.head_dim * config.num_attention_heads
+        == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+        * raw["num_attention_heads"]
+    )
+    assert config.rope_theta == raw["rope_theta"]
+    assert config.tie_word_embeddings
+    assert bool(config.rope_scaling) == (name == "llama-3.2-1b")
 
 
-@pytest.mark.parametrize("change", [{"architectures": ["MambaForCausalLM"]}, {"hidden_act": "gelu"}, {"rope_scaling": {"rope_type": "yarn"}}, {"mlp_bias": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": ["MambaForCausalLM"]},
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"rope_type": "yarn"}},
+        {"mlp_bias": True},
+    ],
+)
 def test_what_the_model_cannot_do_is_refused_by_name(change, tmp_path):
     Config().write(tmp_path, torch.float32)
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -143,22 +205,48 @@ def test_what_the_model_cannot_do_is_refused_by_name(change, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_start_where_used_rows_are_markers_at_a_known_row_and_old_rows_stay(tied):
-    model = LM.fresh(Config(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=tied), 0)
+    model = LM.fresh(
+        Config(
+            vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+            num_key_value_heads=1, tie_word_embeddings=tied,
+        ),
+        0,
+    )
     old = model.model.embed_tokens.weight.detach().clone()
     assert add_rows(model, 5, {0: 7}, range(10), seed=0) == 50
     new = model.model.embed_tokens.weight.detach()
-    assert model.config.vocab_size == len(new) == len(model.lm_head.weight) == 128 and torch.equal(new[:50], old)
+    assert model.config.vocab_size == len(new) == len(model.lm_head.weight) == 128
+    assert torch.equal(new[:50], old)
     apart = (new[51:] - old[:10].mean(0)) / old[:10].std(0)
-    assert torch.equal(new[50], old[7]) and abs(apart.mean()) < 0.01 and 0.09 < apart.std() < 0.11
+    assert torch.equal(new[50], old[7])
+    assert abs(apart.mean()) < 0.01
+    assert 0.09 < apart.std() < 0.11
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
 def test_only_allowed_rows_are_written_and_a_stopped_row_repeats_its_stop():
-    model = LM.fresh(Config(vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1), 0)
-    said = torch.stack(list(generate(model, [torch.tensor([1, 2]), torch.tensor([3])], 12, stop=[5], allowed=[5, 6], temperature=1.0)))
+    model = LM.fresh(
+        Config(
+            vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+            num_key_value_heads=1,
+        ),
+        0,
+    )
+    said = torch.stack(
+        list(
+            generate(
+                model,
+                [torch.tensor([1, 2]), torch.tensor([3])],
+                12,
+                stop=[5],
+                allowed=[5, 6],
+                temperature=1.0,
+            )
+        )
+    )
     assert set(said.flatten().tolist()) <= {5, 6}
     for row in said.T.tolist():
-        assert 5 not in row or set(row[row.index(5):]) == {5}
+        assert 5 not in row or set(row[row.index(5) :]) == {5}
 
 
 def test_the_nucleus_leaves_out_the_tail():
@@ -169,15 +257,25 @@ def test_the_nucleus_leaves_out_the_tail():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_folder_says_the_dtype_that_its_weights_have_whatever_the_base_said(tmp_path, dtype):
     transformers = pytest.importorskip("transformers")
-    config = Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, raw={"torch_dtype": "float16", "dtype": "float16"})
+    config = Config(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, raw={"torch_dtype": "float16", "dtype": "float16"},
+    )
     model = LM.fresh(config, 0).to(dtype)
     model.save(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert theirs.lm_head.weight.dtype == dtype and torch.equal(theirs.lm_head.weight, model.lm_head.weight)
+    assert theirs.lm_head.weight.dtype == dtype
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.weight)
 
 
 def test_fresh_weights_that_write_to_the_residual_stream_are_smaller_by_their_number():
-    model = LM.fresh(Config(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=2), 0)
+    model = LM.fresh(
+        Config(
+            vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=8,
+            num_attention_heads=2, num_key_value_heads=2,
+        ),
+        0,
+    )
     spread = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
     for name, std in spread.items():
         wanted = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
@@ -186,22 +284,37 @@ def test_fresh_weights_that_write_to_the_residual_stream_are_smaller_by_their_nu
 
 def test_a_nucleus_of_almost_nothing_is_greedy_at_any_temperature(pair):
     _, ours, _ = pair
-    write = lambda **given: [int(i[0]) for i in generate(ours, [torch.tensor([1, 2, 3])], 8, stop=[300], **given)]
+    write = lambda **given: [
+        int(i[0]) for i in generate(ours, [torch.tensor([1, 2, 3])], 8, stop=[300], **given)
+    ]
     assert write(temperature=5.0, top_p=1e-6) == write() != write(temperature=5.0)
 
 
 def test_a_block_compiles_to_one_graph():
-    block = LM.fresh(Config(vocab_size=32, hidden_size=64, num_attention_heads=1, num_key_value_heads=1, intermediate_size=96, num_hidden_layers=1), 0).model.layers[0]
+    block = LM.fresh(
+        Config(
+            vocab_size=32, hidden_size=64, num_attention_heads=1, num_key_value_heads=1,
+            intermediate_size=96, num_hidden_layers=1,
+        ),
+        0,
+    ).model.layers[0]
     x, (cos, sin) = torch.randn(1, 8, 64), rope(Config(head_dim=64), torch.arange(8)[None])
     whole = torch.compile(block, fullgraph=True, backend="eager")
     assert torch.allclose(whole(x, cos, sin, None, None), block(x, cos, sin, None, None))
 
 
 def test_a_row_that_has_ended_repeats_its_end_while_others_go_on():
-    config = Config(vocab_size=64, hidden_size=64, num_attention_heads=1, num_key_value_heads=1, intermediate_size=96, num_hidden_layers=2)
-    model, prompts = LM.fresh(config, 0).eval(), [torch.tensor([1, 2, 3]), torch.tensor([9, 8, 7])]
+    config = Config(
+        vocab_size=64, hidden_size=64, num_attention_heads=1, num_key_value_heads=1,
+        intermediate_size=96, num_hidden_layers=2,
+    )
+    model = LM.fresh(config, 0).eval()
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([9, 8, 7])]
     for seed in range(50):
-        drawn = lambda stop: torch.stack(list(generate(model, prompts, 6, stop, temperature=1.0, seed=seed)))      # (6, 2)
+        # (6, 2).
+        drawn = lambda stop: torch.stack(
+            list(generate(model, prompts, 6, stop, temperature=1.0, seed=seed))
+        )
         free = drawn([])
         end = int(free[1, 0])
         if end != free[0, 0] and (free[2:, 0] != end).any() and not (free[:, 1] == end).any():

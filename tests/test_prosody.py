@@ -27,7 +27,9 @@ def speaker():
 def buzz(hertz, seconds=1.0):
     """A voice without a mouth: harmonics that fall by 6 dB an octave."""
     t = np.arange(int(16000 * seconds)) / 16000
-    return 0.1 * sum(np.sin(2 * np.pi * hertz * n * t) / n for n in range(1, int(7000 / hertz))).astype(np.float32)
+    return 0.1 * sum(
+        np.sin(2 * np.pi * hertz * n * t) / n for n in range(1, int(7000 / hertz))
+    ).astype(np.float32)
 
 
 @pytest.mark.parametrize("hertz", [70, 100, 141.4, 200, 331, 450])
@@ -38,27 +40,45 @@ def test_the_pitch_of_a_buzz_is_its_own_and_no_octave_of_it(hertz):
 
 def test_noise_and_silence_have_no_pitch():
     noise = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    assert (pitch(noise) > 0).mean() < 0.05 and not pitch(np.zeros(16000, np.float32)).any() and len(pitch(np.zeros(100, np.float32))) == 0
+    assert (pitch(noise) > 0).mean() < 0.05
+    assert not pitch(np.zeros(16000, np.float32)).any()
+    assert len(pitch(np.zeros(100, np.float32))) == 0
 
 
 def test_a_glide_is_followed_and_has_its_slope():
     t = np.arange(16000) / 16000
-    hertz = 120 * 2 ** (t / 2)                                               # six semitones in a second
-    found = pitch(sum(np.sin(2 * np.pi * n * np.cumsum(hertz) / 16000) / n for n in range(1, 20)).astype(np.float32))[5:-5]
+    # Six semitones in a second.
+    hertz = 120 * 2 ** (t / 2)
+    found = pitch(
+        sum(np.sin(2 * np.pi * n * np.cumsum(hertz) / 16000) / n for n in range(1, 20)).astype(
+            np.float32
+        )
+    )[5:-5]
     assert abs(found / hertz[(np.arange(5, 95) * 160 + 80)] - 1).max() < 0.02
     shape = prosody.contour(12 * np.log2(found), speaker=12 * np.log2(120))
-    assert abs(shape["slope"] - 6) < 0.2 and abs(shape["pitch"] - 3) < 0.2 and 4 < shape["range"] < 6
+    assert abs(shape["slope"] - 6) < 0.2
+    assert abs(shape["pitch"] - 3) < 0.2
+    assert 4 < shape["range"] < 6
 
 
 def test_pitch_on_real_people_agrees_with_praat():
-    """Within half a semitone in 95 % of the frames that both find voiced; an octave away in at most 3 %."""
+    """Within half a semitone in 95 % of the frames that both find voiced; an octave away in at
+    most 3 %.
+    """
     parselmouth = pytest.importorskip("parselmouth")
-    clips, near, far, both = sorted(shared("librispeech_mini").rglob("*.flac"))[100:112], 0, 0, 0
+    clips = sorted(shared("librispeech_mini").rglob("*.flac"))[100:112]
+    near = 0
+    far = 0
+    both = 0
     for clip in clips:
         samples = audio.load(clip)
         ours = pitch(samples)
-        praat = parselmouth.Sound(samples.astype(float), 16000).to_pitch_ac(time_step=0.01, pitch_floor=prosody.LOWEST, pitch_ceiling=prosody.HIGHEST)
-        theirs = np.nan_to_num([praat.get_value_at_time((n + 0.5) * 0.01) for n in range(len(ours))])
+        praat = parselmouth.Sound(samples.astype(float), 16000).to_pitch_ac(
+            time_step=0.01, pitch_floor=prosody.LOWEST, pitch_ceiling=prosody.HIGHEST
+        )
+        theirs = np.nan_to_num(
+            [praat.get_value_at_time((n + 0.5) * 0.01) for n in range(len(ours))]
+        )
         voiced = (ours > 0) & (theirs > 0)
         apart = abs(12 * np.log2(ours[voiced] / theirs[voiced]))
         near, far, both = near + (apart < 0.5).sum(), far + (apart > 6).sum(), both + voiced.sum()
@@ -68,13 +88,16 @@ def test_pitch_on_real_people_agrees_with_praat():
 def test_level_is_in_decibels_of_full_scale():
     assert abs(level(buzz(200)).mean() - level(0.1 * buzz(200)).mean() - 20) < 0.01
     assert np.allclose(level(np.full(1600, 0.5, np.float32))[2:-2], 20 * np.log10(0.5), atol=1e-3)
-    assert abs(prosody.together(np.array([-20.0, -120.0])) - -23.01) < 0.01 and np.isnan(prosody.together(np.array([]))), "half of the energy"
+    assert abs(prosody.together(np.array([-20.0, -120.0])) - -23.01) < 0.01
+    assert np.isnan(prosody.together(np.array([]))), "half of the energy"
 
 
 @pytest.mark.parametrize("voice", ["en-us+m1", "en-us+f3"])
 @pytest.mark.parametrize("rate", [120, 160, 210])
 def test_words_are_found_in_time_from_the_text_alone(speaker, voice, rate):
-    """A cut falls somewhere in the pause before a word: eSpeak's own times say where that pause ends."""
+    """A cut falls somewhere in the pause before a word: eSpeak's own times say where that
+    pause ends.
+    """
     samples, words = speaker.say(LINE, voice, rate)
     found = aligned(LINE, samples)
     assert [word for word, _, _ in found] == LINE.split()
@@ -85,7 +108,8 @@ def test_words_are_found_in_time_from_the_text_alone(speaker, voice, rate):
 def test_a_text_that_cannot_be_in_a_clip_still_gets_times_in_order(speaker):
     samples, _ = speaker.say("no", "en-us+m1")
     found = aligned(" ".join(["anything"] * 60), samples)
-    assert len(found) == 60 and [start for _, start, _ in found] == sorted(start for _, start, _ in found)
+    assert len(found) == 60
+    assert [start for _, start, _ in found] == sorted(start for _, start, _ in found)
     assert aligned("", samples) == [] and aligned("a", samples[:10]) == []
 
 
@@ -95,7 +119,9 @@ def test_a_stressed_word_is_longer_and_higher_and_a_woman_higher_than_a_man(spea
     assert [word for word, _ in stressed] == ["", "anna", " goes", " to", " peru", " with", " lucy"]
     more = {kind: stressed[4][1][kind] - plain[4][1][kind] for kind in ("pitch", "length")}
     assert more["length"] > 0.4 and more["pitch"] > 0.5
-    man, woman = (measured(*speaker.say(LINE, v))[0][1]["speaker"] for v in ("en-us+m1", "en-us+f1"))
+    man, woman = (
+        measured(*speaker.say(LINE, v))[0][1]["speaker"] for v in ("en-us+m1", "en-us+f1")
+    )
     assert woman - man > 6
 
 
@@ -116,7 +142,9 @@ def test_a_words_pitch_length_and_loudness_are_told_against_the_speakers_own(spe
 
 
 def test_a_words_length_is_told_against_its_letters():
-    """Two words of half a second: the one with twice the letters, each with its space, is an octave shorter."""
+    """Two words of half a second: the one with twice the letters, each with its space, is an
+    octave shorter.
+    """
     noise = 0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     _, (_, short), (_, long) = measured(noise, [["ba", 0.0, 0.5], ["bonds", 0.5, 1.0]])
     assert abs(short["length"] - long["length"] - 1) < 0.05
@@ -127,7 +155,8 @@ def test_a_pause_is_told_and_a_small_gap_is_not(speaker):
     at = int(words[1][1] * 16000)
     longer = np.concatenate([samples[:at], np.zeros(8000, np.float32), samples[at:]])
     moved = [words[0], ["no", words[1][1] + 0.5, words[1][2] + 0.5]]
-    assert "pause" not in measured(samples, words)[1][1] and abs(2 ** measured(longer, moved)[1][1]["pause"] - 0.55) < 0.08
+    assert "pause" not in measured(samples, words)[1][1]
+    assert abs(2 ** measured(longer, moved)[1][1]["pause"] - 0.55) < 0.08
 
 
 def test_a_word_without_a_voice_has_no_pitch_but_length_and_loudness():
@@ -147,25 +176,47 @@ def spoken(tmp_path_factory):
     folder, speaker = tmp_path_factory.mktemp("spoken"), voices.Speaker()
     rows = []
     for n in range(12):
-        samples, words = speaker.say(LINE, ("en-us+m1", "en-us+f1")[n % 2], 120 + 8 * n, 30 + 4 * n, stress=n % 6)
+        samples, words = speaker.say(
+            LINE, ("en-us+m1", "en-us+f1")[n % 2], 120 + 8 * n, 30 + 4 * n, stress=n % 6
+        )
         (folder / f"{n}.flac").write_bytes(voices.encoded(samples, "FLAC"))
-        rows.append({"audio": f"{n}.flac", "text": LINE, "words": words, "caption": ("a man", "a woman")[n % 2]})
+        rows.append(
+            {
+                "audio": f"{n}.flac",
+                "text": LINE,
+                "words": words,
+                "caption": ("a man", "a woman")[n % 2],
+            }
+        )
     (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def test_every_bin_of_a_corpus_holds_as_much_and_its_numbers_come_back(spoken, tmp_path, monkeypatch):
+def test_every_bin_of_a_corpus_holds_as_much_and_its_numbers_come_back(
+    spoken, tmp_path, monkeypatch
+):
     call(["prosody.py", str(spoken / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
     corpus = prosody.Prosody(tmp_path / "p")
     lengths = [NAMES[numbers[3]] for n in range(12) for word, numbers in corpus[n] if word]
     assert len(lengths) == 72 and {name.split("_")[0] for name in lengths} == {"length"}
     assert max(lengths.count(name) for name in set(lengths)) <= 8, "72 lengths fall into 16 bins"
     samples = audio.load(spoken / "3.flac")
-    again = prosody.numbered(measured(samples, corpus.rows[3]["words"]), prosody.read_edges(tmp_path / "p"))
-    assert again == corpus[3] and again.text() == LINE and prosody.is_prosody(tmp_path / "p") and not prosody.is_prosody(spoken)
+    again = prosody.numbered(
+        measured(samples, corpus.rows[3]["words"]), prosody.read_edges(tmp_path / "p")
+    )
+    assert again == corpus[3]
+    assert again.text() == LINE
+    assert prosody.is_prosody(tmp_path / "p")
+    assert not prosody.is_prosody(spoken)
 
     # Another corpus is measured in the bins of this one.
-    call(["prosody.py", str(spoken / "m.jsonl"), "--bins", str(tmp_path / "p"), "--out", str(tmp_path / "q")], monkeypatch)
+    call(
+        [
+            "prosody.py", str(spoken / "m.jsonl"), "--bins", str(tmp_path / "p"),
+            "--out", str(tmp_path / "q"),
+        ],
+        monkeypatch,
+    )
     assert prosody.Prosody(tmp_path / "q").meta["codebook_sha256"] == corpus.meta["codebook_sha256"]
 
 
@@ -180,6 +231,7 @@ def test_measuring_goes_on_after_a_stop_and_ends_with_the_same_bytes(spoken, tmp
         if len(count) == 8:
             raise KeyboardInterrupt
         return measure(*given)
+
     monkeypatch.setattr(prosody, "measured", dying)
     with pytest.raises(KeyboardInterrupt):
         call([*words, str(tmp_path / "p")], monkeypatch)
@@ -191,13 +243,21 @@ def test_measuring_goes_on_after_a_stop_and_ends_with_the_same_bytes(spoken, tmp
 
 
 @pytest.mark.parametrize("script", ["prosody.py", "whisper.py"])
-def test_a_clip_that_cannot_be_opened_is_told_before_the_first_is_worked_on(script, spoken, tmp_path, monkeypatch):
+def test_a_clip_that_cannot_be_opened_is_told_before_the_first_is_worked_on(
+    script, spoken, tmp_path, monkeypatch
+):
     rows = (spoken / "m.jsonl").read_text().splitlines()
     (tmp_path / "bad.wav").write_text("no sound")
-    rows = [json.dumps(json.loads(line) | {"audio": str(spoken / json.loads(line)["audio"])}) for line in rows] + [json.dumps({"audio": "bad.wav", "text": "a"})]
+    rows = [
+        json.dumps(json.loads(line) | {"audio": str(spoken / json.loads(line)["audio"])})
+        for line in rows
+    ] + [json.dumps({"audio": "bad.wav", "text": "a"})]
     (tmp_path / "m.jsonl").write_text("\n".join(rows))
     monkeypatch.setattr(runs, "in_pieces", lambda *given, **named: pytest.fail("it began"))
-    args = Namespace(manifest=str(tmp_path / "m.jsonl"), bins=None, whisper=None, out=str(tmp_path / "p"), overwrite=False)
+    args = Namespace(
+        manifest=str(tmp_path / "m.jsonl"), bins=None, whisper=None, out=str(tmp_path / "p"),
+        overwrite=False,
+    )
     with pytest.raises((ValueError, OSError), match="bad.wav"):
         prosody.encode(args) if script == "prosody.py" else whisper.write_words(args, None)
 
@@ -213,53 +273,108 @@ def test_a_clip_without_text_is_refused_before_anything_is_measured(spoken, tmp_
     with pytest.raises(ValueError, match="has no text"):
         call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        call(["prosody.py", str(spoken / "m.jsonl"), "--bins", str(tmp_path / "none"), "--out", str(tmp_path / "p")], monkeypatch)
+        call(
+            [
+                "prosody.py", str(spoken / "m.jsonl"), "--bins", str(tmp_path / "none"),
+                "--out", str(tmp_path / "p"),
+            ],
+            monkeypatch,
+        )
 
 
-def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_numbers(spoken, speedrun, tmp_path, monkeypatch):
+def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_numbers(
+    spoken, speedrun, tmp_path, monkeypatch
+):
     call(["prosody.py", str(spoken / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
     corpus, vocab = prosody.Prosody(tmp_path / "p"), Vocab(speedrun / "base")
     first = vocab.with_speech(vocab.size, len(NAMES), NAMES)
-    vocab.speech = {"speech": first - 2, "end_speech": first - 1, "first_unit": first, "k": len(NAMES), "features": {"kind": "prosody"}}
-    document = vocab.captioned("a man\n", Said([("", [3]), ("no", [48, 64]), (" yes", [49])]), "", ends=True)
+    vocab.speech = {
+        "speech": first - 2,
+        "end_speech": first - 1,
+        "first_unit": first,
+        "k": len(NAMES),
+        "features": {"kind": "prosody"},
+    }
+    document = vocab.captioned(
+        "a man\n", Said([("", [3]), ("no", [48, 64]), (" yes", [49])]), "", ends=True
+    )
     names = {i: token for token, i in vocab.special.items()}
     literal = "".join(names.get(i) or vocab.decode([i]) for i in document.ids)
-    assert literal == "a man\nno yes<|speech|><|speaker_3|>no<|pitch_0|><|range_0|> yes<|pitch_1|><|/speech|><|im_end|><|endoftext|>"
+    assert (
+        literal
+        == (
+            "a man\n"
+            "no yes<|speech|><|speaker_3|>no<|pitch_0|><|range_0|> "
+            "yes<|pitch_1|><|/speech|><|im_end|><|endoftext|>"
+        )
+    )
     silent = [names.get(i) for i, loss in zip(*document[:2]) if not loss]
     assert silent == ["<|speech|>", "<|/speech|>", "<|endoftext|>"], "all else bears the plain loss"
 
-    made = [documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids for n in range(900)]
+    made = [
+        documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids for n in range(900)
+    ]
     texts = [vocab.decode(ids) for ids in made]
-    found = {"above": ["man\nanna" in text for text in texts], "below": [re.search(r"man\.", text) is not None for text in texts],
-             "between": [text.count(LINE) == 3 for text in texts], "ends": [vocab.special["<|im_end|>"] in ids for ids in made]}
+    found = {
+        "above": ["man\nanna" in text for text in texts],
+        "below": [re.search(r"man\.", text) is not None for text in texts],
+        "between": [text.count(LINE) == 3 for text in texts],
+        "ends": [vocab.special["<|im_end|>"] in ids for ids in made],
+    }
     wanted = {"above": 0.3, "below": 0.3, "between": 0.5, "ends": 0.2}
-    assert {name: abs(np.mean(said) - wanted[name]) < 0.05 for name, said in found.items()} == dict.fromkeys(wanted, True)
+    assert {
+        name: abs(np.mean(said) - wanted[name]) < 0.05 for name, said in found.items()
+    } == dict.fromkeys(wanted, True)
     corpus.rows = [row | {"caption": None} for row in corpus.rows]
-    bare = [vocab.decode(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids) for n in range(100)]
-    assert not any(text.startswith("\n") or re.search(r"\n\.", text) or "None" in text for text in bare), "a row may have no caption"
+    bare = [
+        vocab.decode(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids)
+        for n in range(100)
+    ]
+    assert not any(
+        text.startswith("\n") or re.search(r"\n\.", text) or "None" in text for text in bare
+    ), "a row may have no caption"
     both = [text for text, *which in zip(texts, found["below"], found["between"]) if all(which)]
-    assert len(both) > 90 and all(re.search(rf"{LINE}\na (wo)?man\.", text) for text in both), "the caption stands last"
+    assert len(both) > 90
+    assert all(
+        re.search(rf"{LINE}\na (wo)?man\.", text) for text in both
+    ), "the caption stands last"
 
 
-@pytest.mark.parametrize("words", [[["a", float("nan"), 1.0]], [["a", 5.0, 2.0]], [["a", -1, 2.0]], [["a", 0.0, float("inf")]]])
+@pytest.mark.parametrize(
+    "words",
+    [[["a", float("nan"), 1.0]], [["a", 5.0, 2.0]], [["a", -1, 2.0]], [["a", 0.0, float("inf")]]],
+)
 def test_word_times_that_cannot_be_are_refused(words, spoken, tmp_path, monkeypatch):
     row = {"audio": str(spoken / "0.flac"), "text": "a", "words": words}
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="among \"words\""):
+    with pytest.raises(ValueError, match='among "words"'):
         call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
 
 
 def test_words_behind_the_end_of_their_clip_are_told(spoken, tmp_path, monkeypatch):
-    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": str(spoken / "0.flac"), "text": "a", "words": [["a", 50.0, 51.0]]}) + "\n")
+    (tmp_path / "m.jsonl").write_text(
+        json.dumps({"audio": str(spoken / "0.flac"), "text": "a", "words": [["a", 50.0, 51.0]]})
+        + "\n"
+    )
     with pytest.raises(ValueError, match="'a' begins at 50.0 s, behind its"):
         call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
     assert not (tmp_path / "p").exists()
 
 
-def test_a_blank_text_is_none_and_wrong_bins_are_told_before_the_work(spoken, speedrun, tmp_path, monkeypatch):
-    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": str(spoken / "0.flac"), "text": "  "}) + "\n")
+def test_a_blank_text_is_none_and_wrong_bins_are_told_before_the_work(
+    spoken, speedrun, tmp_path, monkeypatch
+):
+    (tmp_path / "m.jsonl").write_text(
+        json.dumps({"audio": str(spoken / "0.flac"), "text": "  "}) + "\n"
+    )
     with pytest.raises(ValueError, match="has no text"):
         call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
     with pytest.raises(ValueError, match="wanted prosody"):
-        call(["prosody.py", str(spoken / "m.jsonl"), "--bins", str(speedrun / "codebook"), "--out", str(tmp_path / "p")], monkeypatch)
+        call(
+            [
+                "prosody.py", str(spoken / "m.jsonl"), "--bins", str(speedrun / "codebook"),
+                "--out", str(tmp_path / "p"),
+            ],
+            monkeypatch,
+        )
     assert not (tmp_path / "p.rows").exists()

@@ -1,4 +1,7 @@
-"""Promises about the repository itself: who imports whom, that flags do something, that the README is true."""
+"""Promises about the repository itself: who imports whom, that flags do something, that the
+README is true.
+"""
+
 import ast
 import io
 import os
@@ -12,19 +15,38 @@ import pytest
 
 from conftest import ROOT, call, speedrun_commands
 
-ARROWS = {     # module -> what it may import; design and README draw the same picture
-    "runs": set(), "fused": set(), "muon": set(), "weights": {"runs"}, "vocab": {"runs"}, "audio": {"runs"}, "align": {"fused"},
-    "model": {"runs", "weights", "fused"}, "hubert": {"runs", "weights", "audio"}, "voices": {"runs", "audio"},
-    "tokenize_audio": {"runs", "weights", "audio", "hubert"}, "documents": {"runs", "vocab", "audio", "prosody"}, "merge": {"runs", "weights", "vocab"},
-    "pretrain": {"runs", "weights", "fused", "muon", "model", "vocab", "documents", "align", "prosody"},
+ARROWS = {  # module -> what it may import; design and README draw the same picture
+    "runs": set(),
+    "fused": set(),
+    "muon": set(),
+    "weights": {"runs"},
+    "vocab": {"runs"},
+    "audio": {"runs"},
+    "align": {"fused"},
+    "model": {"runs", "weights", "fused"},
+    "hubert": {"runs", "weights", "audio"},
+    "voices": {"runs", "audio"},
+    "tokenize_audio": {"runs", "weights", "audio", "hubert"},
+    "documents": {"runs", "vocab", "audio", "prosody"},
+    "merge": {"runs", "weights", "vocab"},
+    "pretrain": {
+        "runs", "weights", "fused", "muon", "model", "vocab", "documents", "align", "prosody",
+    },
     "prosody": {"runs", "audio", "vocab", "tokenize_audio"},
     "whisper": {"runs", "weights", "vocab", "audio"},
-    "desta": {"runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio", "whisper"},
+    "desta": {
+        "runs", "weights", "fused", "model", "vocab", "audio", "hubert", "tokenize_audio",
+        "whisper",
+    },
     "listen": {"runs", "model", "vocab", "audio", "tokenize_audio", "whisper", "prosody", "desta"},
     "chat": {"runs", "model", "audio", "desta", "listen", "vocab"},
     "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta", "listen"},
-    "benchmark": {"runs", "audio", "tokenize_audio", "evaluate", "listen", "merge", "model", "prosody", "vocab"},
-    "toy": {"runs", "vocab", "audio", "voices"}, "manner": {"runs", "audio", "voices", "toy"},
+    "benchmark": {
+        "runs", "audio", "tokenize_audio", "evaluate", "listen", "merge", "model", "prosody",
+        "vocab",
+    },
+    "toy": {"runs", "vocab", "audio", "voices"},
+    "manner": {"runs", "audio", "voices", "toy"},
 }
 SOURCES = sorted(ROOT.glob("*.py"))
 PAGES = "README.md", "TEACHING.md", "FORMATS.md", "MESSAGES.md", "bench/README.md"
@@ -45,18 +67,38 @@ def test_imports_flow_one_way():
 
 
 def test_only_the_listed_packages_are_needed():
-    """And triton, which comes with torch where there is a GPU, and sounddevice for who wants to speak to the chat."""
-    listed = {"triton", "sounddevice"} | {line.split("#")[0].strip().split("==")[0].split(">=")[0].replace("-", "_") for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()}
+    """And triton, which comes with torch where there is a GPU, and sounddevice for who wants
+    to speak to the chat.
+    """
+    listed = {"triton", "sounddevice"} | {
+        line.split("#")[0].strip().split("==")[0].split(">=")[0].replace("-", "_")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line.strip()
+    }
     for path in SOURCES:
         assert set(imports(path)) - set(ARROWS) - set(sys.stdlib_module_names) <= listed, path.name
 
 
 def tokens_of_lines(text):
     """{line: how many words and signs of Python stand in it}, docstrings and comments apart."""
-    passed = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    lines = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
-             if token.type not in passed and not (token.type == tokenize.STRING and token.start[0] != token.end[0])]
+    passed = {
+        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    lines = [
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type not in passed
+        and not (token.type == tokenize.STRING and token.start[0] != token.end[0])
+    ]
     return Counter(lines)
+
+
+def test_no_line_of_code_is_wider_than_100_columns():
+    others = [*ROOT.glob("*.sh"), *ROOT.glob("tests/*.py"), *ROOT.glob("bench/*.py")]
+    for path in [ROOT / ".ci/run", *SOURCES, *others]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{path}:{number}"
 
 
 def test_a_line_holds_one_idea_and_a_function_fits_on_a_screen():
@@ -64,7 +106,6 @@ def test_a_line_holds_one_idea_and_a_function_fits_on_a_screen():
     for path in SOURCES:
         text = path.read_text()
         widths = [len(line) for line in text.splitlines() if line.strip()]
-        assert max(widths) <= 100, path.name
         wide, every = wide + sum(width > 92 for width in widths), every + len(widths)
         counts = tokens_of_lines(text)
         words, lines = words + sum(counts.values()), lines + len(counts)
@@ -77,43 +118,79 @@ def test_a_line_holds_one_idea_and_a_function_fits_on_a_screen():
 def test_every_flag_does_something():
     for path in SOURCES:
         text = path.read_text()
-        names = [n for call in re.findall(r"\badd(?:_argument|_)?\(f?\"([^\"]+)\"", text) for n in [call.removeprefix("--").replace("-", "_")] if "{" not in n]
-        for name in names if path.stem not in ("runs", "voices") else ():  # their flags are read by the commands that add them
-            assert re.search(rf"\bargs\.{name}\b|parse_args\(\)\.{name}\b", text) or name == "action", f"{path.name}: --{name}"
+        names = [
+            n
+            for call in re.findall(r"\badd(?:_argument|_)?\(f?\"([^\"]+)\"", text)
+            for n in [call.removeprefix("--").replace("-", "_")]
+            if "{" not in n
+        ]
+        # Their flags are read by the commands that add them.
+        for name in names if path.stem not in ("runs", "voices") else ():
+            assert (
+                re.search(rf"\bargs\.{name}\b|parse_args\(\)\.{name}\b", text) or name == "action"
+            ), f"{path.name}: --{name}"
 
 
 def test_every_file_opens_with_what_it_is_what_goes_in_and_out_and_a_command():
     for path in SOURCES:
         doc = ast.get_docstring(ast.parse(path.read_text()))
-        assert doc and re.search(r"^in +", doc, re.M) and re.search(r"\bout  ", doc) and re.search(r"^run +python ", doc, re.M), path.name
+        assert doc
+        assert re.search(r"^in +", doc, re.M)
+        assert re.search(r"\bout  ", doc)
+        assert re.search(r"^run +python ", doc, re.M), path.name
 
 
 def test_importing_does_nothing(tmp_path):
     names = ", ".join(path.stem for path in SOURCES)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", f"import {names}"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"import {names}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [path.name for path in SOURCES if path.stem not in ("fused", "align")])     # the two files without a command
+# The two files without a command.
+@pytest.mark.parametrize(
+    "name", [path.name for path in SOURCES if path.stem not in ("fused", "align")]
+)
 def test_help_reads_well(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         call([name, "--help"], monkeypatch)
     told = capsys.readouterr().out
-    assert not end.value.code and told.startswith(f"usage: {name}") and len(told.splitlines()) > 4
+    assert not end.value.code
+    assert told.startswith(f"usage: {name}")
+    assert len(told.splitlines()) > 4
 
 
 def test_the_speedrun_is_the_designs_commands_in_order():
-    said = [" ".join(words[:2]) if words[1][0] != "-" else words[0] for words in speedrun_commands("out")]
-    wanted = ["toy.py world", "pretrain.py", "pretrain.py", "tokenize_audio.py fit", "tokenize_audio.py encode", "hubert.py train", "tokenize_audio.py fit",
-              "tokenize_audio.py encode", "pretrain.py", "merge.py", "evaluate.py table", "toy.py say", "evaluate.py show", "chat.py out/merged"]
+    said = [
+        " ".join(words[:2]) if words[1][0] != "-" else words[0]
+        for words in speedrun_commands("out")
+    ]
+    wanted = [
+        "toy.py world", "pretrain.py", "pretrain.py", "tokenize_audio.py fit",
+        "tokenize_audio.py encode", "hubert.py train", "tokenize_audio.py fit",
+        "tokenize_audio.py encode", "pretrain.py", "merge.py", "evaluate.py table",
+        "toy.py say", "evaluate.py show", "chat.py out/merged",
+    ]
     assert said == wanted
 
 
 def test_the_files_and_commands_of_the_pages_exist():
     text = "".join((ROOT / name).read_text() for name in PAGES)
-    for name in set(re.findall(r"[\w/]+\.(?:py|sh|md)\b|[\w/]*requirements\.txt|results/[\w.-]+", text)):
+    for name in set(
+        re.findall(r"[\w/]+\.(?:py|sh|md)\b|[\w/]*requirements\.txt|results/[\w.-]+", text)
+    ):
         assert (ROOT / name).exists(), name
-    commands = re.findall(r"^(?:\$ )?python ([\w/]+\.py)(.*)$", text, re.M) + re.findall(r"`python\s+([\w/]+\.py)([^`]*)`", text) + re.findall(r"`(\w+\.py) (--[^`]*)`", text)
+    commands = (
+        re.findall(r"^(?:\$ )?python ([\w/]+\.py)(.*)$", text, re.M)
+        + re.findall(r"`python\s+([\w/]+\.py)([^`]*)`", text)
+        + re.findall(r"`(\w+\.py) (--[^`]*)`", text)
+    )
     assert len(commands) > 25
     for script, rest in commands:
         source = "".join((ROOT / name).read_text() for name in (script, "runs.py", "voices.py"))
@@ -123,7 +200,7 @@ def test_the_files_and_commands_of_the_pages_exist():
 
 def test_the_readme_is_short_shows_before_it_tells_and_names_every_file():
     text = (ROOT / "README.md").read_text()
-    assert len(text.split()) <= 1700 and len(text[:text.index("![")].split()) < 60
+    assert len(text.split()) <= 1700 and len(text[: text.index("![")].split()) < 60
     assert all(re.search(rf"^.*\b{path.name}\b", text, re.M) for path in SOURCES)
 
 
@@ -136,29 +213,55 @@ def test_no_machine_path_and_no_loose_end_is_left_in_the_code(word):
 def test_the_benchmarks_page_holds_the_results_and_the_plan():
     page = (ROOT / "bench/README.md").read_text()
     for script in ("bench.py", "plan.py"):
-        said = subprocess.run([sys.executable, ROOT / "bench" / script], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [sys.executable, ROOT / "bench" / script], capture_output=True, text=True, check=True
+        ).stdout
         assert said.strip() in page
 
 
 def test_every_benchmark_says_how_it_is_run():
     for path in (ROOT / "bench").glob("*.py"):
         doc = ast.get_docstring(ast.parse(path.read_text()))
-        assert doc and (path.stem == "bench" or f"run  python bench/{path.name}" in doc), path.name
+        assert doc
+        assert path.stem == "bench" or f"run  python bench/{path.name}" in doc, path.name
 
 
 def error_messages(path):
     """The messages for people in a file, as (line, pieces between what is filled in)."""
     for node in ast.walk(ast.parse(path.read_text())):
-        call = node.exc if isinstance(node, ast.Raise) else node if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "error" else None
+        call = (
+            node.exc
+            if isinstance(node, ast.Raise)
+            else (
+                node
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "error"
+                else None
+            )
+        )
         if isinstance(call, ast.Call) and call.args:
-            parts = [call.args[0]] if isinstance(call.args[0], ast.Constant) else getattr(call.args[0], "values", [])
+            parts = (
+                [call.args[0]]
+                if isinstance(call.args[0], ast.Constant)
+                else getattr(call.args[0], "values", [])
+            )
             pieces = [part.value for part in parts if isinstance(part, ast.Constant)]
             if pieces:
                 yield call.lineno, pieces
 
 
 def test_every_error_message_has_its_cause_on_the_page_of_messages():
-    rows = [line for line in (ROOT / "MESSAGES.md").read_text().splitlines() if line.startswith("| `")]
-    told = lambda pieces: any(re.match(r"\| `[^`]*?" + r"[^`]*?".join(re.escape(piece.strip()) for piece in pieces), row) for row in rows)      # all of it, in one row
-    lacking = [f"{path.name}:{line}: {' ... '.join(pieces)}" for path in SOURCES for line, pieces in error_messages(path) if not told(pieces)]
+    rows = [
+        line for line in (ROOT / "MESSAGES.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    # All of it, in one row.
+    told = lambda pieces: any(
+        re.match(r"\| `[^`]*?" + r"[^`]*?".join(re.escape(piece.strip()) for piece in pieces), row)
+        for row in rows
+    )
+    lacking = [
+        f"{path.name}:{line}: {' ... '.join(pieces)}"
+        for path in SOURCES
+        for line, pieces in error_messages(path)
+        if not told(pieces)
+    ]
     assert not lacking, "\n".join(lacking)

@@ -10,31 +10,54 @@ import runs
 from conftest import ROOT, call
 from test_repo import imports
 
-SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}      # no bf16 on any x86
+# No bf16 on any x86.
+SLOW = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 
 
 def python(code, **env):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
     assert done.returncode == 0, done.stderr
     return done
 
 
-@pytest.mark.parametrize("half, wanted", [(0.01, torch.float32), (1.0, torch.float32), (2.0, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "half, wanted", [(0.01, torch.float32), (1.0, torch.float32), (2.0, torch.bfloat16)]
+)
 def test_bfloat16_is_taken_only_where_its_products_are_faster(monkeypatch, half, wanted):
-    monkeypatch.setattr(runs, "product_rate", lambda dtype, **_: 100e9 * (half if dtype == torch.bfloat16 else 1))
+    monkeypatch.setattr(
+        runs, "product_rate", lambda dtype, **_: 100e9 * (half if dtype == torch.bfloat16 else 1)
+    )
     runs.fast_dtype.cache_clear()
-    assert runs.fast_dtype("cpu")[0] == wanted and f"{half:.2g} times" in runs.fast_dtype("cpu")[1]
+    assert runs.fast_dtype("cpu")[0] == wanted
+    assert f"{half:.2g} times" in runs.fast_dtype("cpu")[1]
     runs.fast_dtype.cache_clear()
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "mkldnn") or not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this torch")
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "mkldnn") or not torch.backends.mkldnn.is_available(),
+    reason="oneDNN is not in this torch",
+)
 def test_without_the_instructions_a_command_multiplies_in_float32_and_says_so():
     said = python("import runs; print(runs.arithmetic('auto', 'cpu'))", **SLOW)
-    assert said.stdout.strip() == "torch.float32" and re.fullmatch(r"cpu: products in float32 \(here .* times the rate of float32\)", said.stderr.strip())
+    assert said.stdout.strip() == "torch.float32"
+    assert re.fullmatch(
+        r"cpu: products in float32 \(here .* times the rate of float32\)", said.stderr.strip()
+    )
 
 
 def test_what_is_asked_for_is_taken(capsys):
-    assert runs.arithmetic("bfloat16", "cpu") == torch.bfloat16 and runs.arithmetic("float32", "cpu") == torch.float32
+    assert runs.arithmetic("bfloat16", "cpu") == torch.bfloat16
+    assert runs.arithmetic("float32", "cpu") == torch.float32
     assert capsys.readouterr().err.count("as --dtype says") == 2
 
 
@@ -45,15 +68,28 @@ def test_products_are_made_in_the_dtype_that_was_chosen_and_weights_keep_theirs(
             assert layer(x).dtype == dtype and layer.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["toy", "hubert", "tokenize_audio", "pretrain", "merge", "evaluate", "chat"])
+@pytest.mark.parametrize(
+    "name", ["toy", "hubert", "tokenize_audio", "pretrain", "merge", "evaluate", "chat"]
+)
 def test_openmp_is_told_how_to_wait_before_torch_is_loaded(name):
     order = list(imports(ROOT / f"{name}.py"))
-    loads_torch = [n for n, module in enumerate(order) if module in ("torch", "safetensors") or module != "runs" and (ROOT / f"{module}.py").exists()]
+    loads_torch = [
+        n
+        for n, module in enumerate(order)
+        if module in ("torch", "safetensors")
+        or module != "runs"
+        and (ROOT / f"{module}.py").exists()
+    ]
     assert order.index("runs") < min(loads_torch)
 
 
 def test_a_users_own_setting_of_openmp_stays():
-    assert python("import runs, os; print(os.environ['GOMP_SPINCOUNT'])", GOMP_SPINCOUNT="7").stdout.strip() == "7", "a user's own setting stays"
+    assert (
+        python(
+            "import runs, os; print(os.environ['GOMP_SPINCOUNT'])", GOMP_SPINCOUNT="7"
+        ).stdout.strip()
+        == "7"
+    ), "a user's own setting stays"
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1", "cuda:x", ""])
@@ -67,23 +103,40 @@ def test_work_in_pieces_is_kept_now_and_then_and_when_it_stops(tmp_path, monkeyp
     clock, writes = [0], []
     write = runs.Checkpoint.write
     monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(runs.Checkpoint, "write", lambda self, **state: writes.append(len(state["done"])) or write(self, **state))
+    monkeypatch.setattr(
+        runs.Checkpoint, "write",
+        lambda self, **state: writes.append(len(state["done"])) or write(self, **state),
+    )
 
     def work(part):
         clock[0] += 11
         if part == [8]:
             raise KeyboardInterrupt
         return [2 * item for item in part]
+
     with pytest.raises(KeyboardInterrupt):
         runs.in_pieces(f"{tmp_path}/out/", {}, list(range(9)), work, 1, "work", "item")
-    assert writes == [3, 6, 8] and (tmp_path / "out.rows").exists() and not (tmp_path / "out").exists()
-    assert runs.in_pieces(tmp_path / "out", {}, list(range(9)), lambda part: [f"rest {part}"], 5, "work", "item") == [0, 2, 4, 6, 8, 10, 12, 14, "rest [8]"]
+    assert writes == [3, 6, 8]
+    assert (tmp_path / "out.rows").exists()
+    assert not (tmp_path / "out").exists()
+    assert runs.in_pieces(
+        tmp_path / "out", {}, list(range(9)), lambda part: [f"rest {part}"], 5, "work", "item"
+    ) == [0, 2, 4, 6, 8, 10, 12, 14, "rest [8]"]
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
-    code = "import runs, time\nruns.LINE_EVERY = 0.2\nfor _ in runs.Bar(range(10), desc='counting', unit='step'): time.sleep(0.1)\nprint('done')"
+    code = (
+        "import runs, time\n"
+        "runs.LINE_EVERY = 0.2\n"
+        "for _ in runs.Bar(range(10), desc='counting', unit='step'): time.sleep(0.1)\n"
+        "print('done')"
+    )
     lines = python(code).stderr.splitlines()
-    assert 2 <= len(lines) <= 6 and all(re.fullmatch(r"counting: \d+ of 10, +[\d.]+(step/s|s/step), 00:0\d gone, 00:0\d left", line) for line in lines), lines
+    assert 2 <= len(lines) <= 6
+    assert all(
+        re.fullmatch(r"counting: \d+ of 10, +[\d.]+(step/s|s/step), 00:0\d gone, 00:0\d left", line)
+        for line in lines
+    ), lines
 
 
 def test_a_bar_that_ends_before_its_first_line_says_nothing():

@@ -17,8 +17,12 @@ SEPARATOR = "\n__ggml_vocab_test__\n"
 @pytest.fixture
 def toy(tmp_path):
     """A byte tokenizer with three specials, as toy.py makes it."""
-    special = {name: 256 + i for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json({c: i for i, c in enumerate(LETTERS)}, [], special)))
+    special = {
+        name: 256 + i for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    }
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(tokenizer_json({c: i for i, c in enumerate(LETTERS)}, [], special))
+    )
     return Vocab(tmp_path)
 
 
@@ -32,10 +36,17 @@ def hearing(toy):
 @pytest.mark.parametrize("name, vectors", [("qwen2.5", "qwen2"), ("gpt2", "gpt-2")])
 def test_real_tokenizers_pass_all_their_vectors(name, vectors):
     vocab = Vocab(shared(f"tokenizers/{name}"))
-    texts = shared(f"tokenizers/vectors/ggml-vocab-{vectors}.gguf.inp").read_text(encoding="utf-8").split(SEPARATOR)
+    texts = (
+        shared(f"tokenizers/vectors/ggml-vocab-{vectors}.gguf.inp")
+        .read_text(encoding="utf-8")
+        .split(SEPARATOR)
+    )
     wanted = shared(f"tokenizers/vectors/ggml-vocab-{vectors}.gguf.out").read_text().split("\n")
-    assert [vocab.encode(text) for text in texts] == [[int(i) for i in line.split()] for line in wanted[:len(texts)]]
-    assert len(texts) == 47 and all(vocab.decode(vocab.encode(text)) == vocab.normalize(text) for text in texts)
+    assert [vocab.encode(text) for text in texts] == [
+        [int(i) for i in line.split()] for line in wanted[: len(texts)]
+    ]
+    assert len(texts) == 47
+    assert all(vocab.decode(vocab.encode(text)) == vocab.normalize(text) for text in texts)
 
 
 def test_a_sentencepiece_tokenizer_is_refused(tmp_path):
@@ -47,28 +58,58 @@ def test_a_sentencepiece_tokenizer_is_refused(tmp_path):
 
 
 def hard_strings(n, rng):
-    """Random text of letters of many scripts, digits, contractions, white space and emoji: what pre-tokenizers stumble over."""
-    pieces = ["'s", "'LL", " don't", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "123", "4567890", "½", "é", "e\u0301", "ß", "中文", "한국", "ไทย", "العربية", "हिन्दी", "😀", "👩\u200d🚀", "<|im_end|>", "--", "...", "_a", "$9.99"]
-    letter = lambda: rng.choice([chr(rng.randrange(32, 127)), chr(rng.randrange(0xA1, 0x3000)), rng.choice(pieces), rng.choice(pieces), " the", " Word"])
+    """Random text of letters of many scripts, digits, contractions, white space and emoji:
+    what pre-tokenizers stumble over.
+    """
+    pieces = [
+        "'s", "'LL", " don't", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "123", "4567890",
+        "½", "é", "e\u0301", "ß", "中文", "한국", "ไทย", "العربية", "हिन्दी", "😀", "👩\u200d🚀",
+        "<|im_end|>", "--", "...", "_a", "$9.99",
+    ]
+    letter = lambda: rng.choice(
+        [
+            chr(rng.randrange(32, 127)), chr(rng.randrange(0xA1, 0x3000)), rng.choice(pieces),
+            rng.choice(pieces), " the", " Word",
+        ]
+    )
     return ["".join(letter() for _ in range(rng.randrange(1, 30))) for _ in range(n)]
 
 
 @pytest.fixture
 def llama3(tmp_path):
-    """A folder with a tokenizer.model as Meta writes it, of GPT-2's real merges, and what tiktoken itself makes of it."""
-    ranks = {token: rank for rank, token in enumerate(Vocab(shared("tokenizers/gpt2")).bytes_of.values())}
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()))
-    return tmp_path, tiktoken.Encoding("oracle", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens={})
+    """A folder with a tokenizer.model as Meta writes it, of GPT-2's real merges, and what
+    tiktoken itself makes of it.
+    """
+    ranks = {
+        token: rank for rank, token in enumerate(Vocab(shared("tokenizers/gpt2")).bytes_of.values())
+    }
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items())
+    )
+    return tmp_path, tiktoken.Encoding(
+        "oracle", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens={}
+    )
 
 
-def test_llama_3s_tokenizer_model_gives_tiktokens_ids_and_its_chat_begins_with_begin_of_text(llama3, tmp_path):
+def test_llama_3s_tokenizer_model_gives_tiktokens_ids_and_its_chat_begins_with_begin_of_text(
+    llama3, tmp_path
+):
     folder, oracle = llama3
     vocab, texts = Vocab(folder), hard_strings(1000, random.Random(1))
-    assert [vocab.encode(text) for text in texts] == [oracle.encode_ordinary(text) for text in texts]
-    bos, start, end, eot = (vocab.special[t] for t in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
-    assert (bos, start, end, eot) == tuple(len(vocab.bytes_of) + n for n in (0, 6, 7, 9)) and len(vocab.special) == 256
+    assert [vocab.encode(text) for text in texts] == [
+        oracle.encode_ordinary(text) for text in texts
+    ]
+    bos, start, end, eot = (
+        vocab.special[t]
+        for t in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    )
+    assert (bos, start, end, eot) == tuple(len(vocab.bytes_of) + n for n in (0, 6, 7, 9))
+    assert len(vocab.special) == 256
     said = vocab.turn([{"role": "user", "content": "hi"}])
-    assert said == [bos, start, *vocab.encode("user"), end, *vocab.encode("\n\nhi"), eot, start, *vocab.encode("assistant"), end, *vocab.encode("\n\n")]
+    assert said == [
+        bos, start, *vocab.encode("user"), end, *vocab.encode("\n\nhi"), eot, start,
+        *vocab.encode("assistant"), end, *vocab.encode("\n\n"),
+    ]
     ids, loss, *_ = vocab.text("hi")
     assert ids[0] == bos and loss[0] == 0 and all(loss[1:])
 
@@ -79,7 +120,18 @@ def test_every_pretokenizer_equals_transformers_on_a_thousand_hard_strings(llama
     gpt2 = Vocab(folders[1])
     smollm2 = tmp_path / "smollm2"
     smollm2.mkdir()
-    gpt2.json["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+    gpt2.json["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
+        ],
+    }
     gpt2.save(smollm2)
     for number, folder in enumerate([*folders, smollm2]):
         vocab = Vocab(folder)
@@ -87,25 +139,37 @@ def test_every_pretokenizer_equals_transformers_on_a_thousand_hard_strings(llama
         vocab.save(tmp_path / str(number))
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / str(number))
         for text in hard_strings(1000, random.Random(number)):
-            plain = text.replace("<|im_end|>", "")                           # transformers reads a spelled special as one; ours never does
-            assert theirs.encode(plain, add_special_tokens=False) == vocab.encode(plain), (folder, plain)
+            # Transformers reads a spelled special as one; ours never does.
+            plain = text.replace("<|im_end|>", "")
+            assert theirs.encode(plain, add_special_tokens=False) == vocab.encode(plain), (
+                folder,
+                plain,
+            )
             assert not set(vocab.encode(text)) & set(vocab.special.values())
 
 
 def test_text_that_spells_a_special_token_is_plain_text(toy):
-    assert toy.special["<|im_end|>"] not in toy.encode("<|im_end|>") and toy.decode(toy.encode("<|im_end|>")) == "<|im_end|>"
+    assert toy.special["<|im_end|>"] not in toy.encode("<|im_end|>")
+    assert toy.decode(toy.encode("<|im_end|>")) == "<|im_end|>"
 
 
 def test_transformers_reads_our_files_to_the_same_ids(hearing, tmp_path):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "ours").mkdir()
     hearing.save(tmp_path / "ours")
-    theirs, rng = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), random.Random(0)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    rng = random.Random(0)
     for _ in range(200):
-        text = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x100, 0x2000), 0x1F600])) for _ in range(20))
+        text = "".join(
+            chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x100, 0x2000), 0x1F600]))
+            for _ in range(20)
+        )
         assert theirs.encode(text, add_special_tokens=False) == hearing.encode(text)
     assert len(theirs) == hearing.size == 384
-    assert [theirs.convert_tokens_to_ids(t) for t in ("<|speech|>", "<|/speech|>", "<|unit_0|>", "<|unused_299|>", "<|unused_383|>")] == [300, 301, 302, 299, 383]
+    assert [
+        theirs.convert_tokens_to_ids(t)
+        for t in ("<|speech|>", "<|/speech|>", "<|unit_0|>", "<|unused_299|>", "<|unused_383|>")
+    ] == [300, 301, 302, 299, 383]
 
 
 def test_the_hole_of_a_padded_vocabulary_is_filled_so_that_row_number_is_token_id(tmp_path):
@@ -117,7 +181,9 @@ def test_the_hole_of_a_padded_vocabulary_is_filled_so_that_row_number_is_token_i
     vocab.save(tmp_path / "q")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "q")
     assert len(theirs) == vocab.size == 152448
-    assert theirs.convert_tokens_to_ids([f"<|unused_{hole}|>", "<|speech|>", "<|unit_499|>"]) == [hole, 151936, 152437]
+    assert theirs.convert_tokens_to_ids([f"<|unused_{hole}|>", "<|speech|>", "<|unit_499|>"]) == [
+        hole, 151936, 152437,
+    ]
     assert theirs.encode("Hello 2024 wörld") == vocab.encode("Hello 2024 wörld")
 
 
@@ -125,14 +191,28 @@ def test_layouts_are_literally_what_the_docstring_says(hearing):
     v, units = hearing, np.array([3, 1])
     h, i, b = v.encode("h")[0], v.encode("i")[0], v.special
     assert v.text("hi")[:2] == ([h, i, v.eos], [1, 1, 1])
-    assert v.interleave(["h", [("i", units)], "i"]) == ([h, 300, 305, 303, 301, i, v.eos], [1, 0, 1, 1, 0, 1, 0], [h, i, i, v.eos], [0, 3, 5, 6])
+    assert v.interleave(["h", [("i", units)], "i"]) == (
+        [h, 300, 305, 303, 301, i, v.eos],
+        [1, 0, 1, 1, 0, 1, 0],
+        [h, i, i, v.eos],
+        [0, 3, 5, 6],
+    )
     cue = v.encode(" transcript:")
-    assert v.transcribe([("hi", units)])[:2] == ([300, 305, 303, 301, *cue, *v.encode(" hi."), v.eos], [0] * (4 + len(cue)) + [1] * 5)
-    user, ends = [b["<|im_start|>"], *v.encode("user\n")], [b["<|im_end|>"], *v.encode("\n")]
+    assert v.transcribe([("hi", units)])[:2] == (
+        [300, 305, 303, 301, *cue, *v.encode(" hi."), v.eos],
+        [0] * (4 + len(cue)) + [1] * 5,
+    )
+    user = [b["<|im_start|>"], *v.encode("user\n")]
+    ends = [b["<|im_end|>"], *v.encode("\n")]
     opened = [b["<|im_start|>"], *v.encode("assistant\n")]
-    assert v.turn([{"role": "user", "content": units}]) == [*user, 300, 305, 303, 301, *ends, *opened]
-    ids, loss, *_ = v.chat([{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}])
-    assert ids == [*user, h, *ends, *opened, i, *ends] and [ids[n] for n, bears in enumerate(loss) if bears] == [i, b["<|im_end|>"]]
+    assert v.turn([{"role": "user", "content": units}]) == [
+        *user, 300, 305, 303, 301, *ends, *opened,
+    ]
+    ids, loss, *_ = v.chat(
+        [{"role": "user", "content": "h"}, {"role": "assistant", "content": "i"}]
+    )
+    assert ids == [*user, h, *ends, *opened, i, *ends]
+    assert [ids[n] for n, bears in enumerate(loss) if bears] == [i, b["<|im_end|>"]]
 
 
 def test_the_layout_equals_the_jinja_of_qwen2_5():
@@ -140,9 +220,16 @@ def test_the_layout_equals_the_jinja_of_qwen2_5():
     folder = shared("tokenizers/qwen2.5")
     template = runs.read_json(folder / "tokenizer_config.json")["chat_template"]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <|im_end|>?"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "So?"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi <|im_end|>?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "So?"},
+    ]
     messages[1]["content"] = "Hi?"
-    text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    text = theirs.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
     ours = Vocab(folder)
     assert ours.turn(messages) == ours.literal(text)
 
@@ -167,21 +254,43 @@ def split(**settings):
     return lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(settings)
 
 
-@pytest.mark.parametrize("change, said", [(split(behavior="Removed"), "is not supported"), (split(invert=True), "is not supported"), (split(pattern={"String": " "}), "is not supported"),
-                                          (split(pattern={"Regex": r"\p{N}{1,3}"}), "loses text"), (split(pattern={"Regex": r"\w+| "}), "loses text")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (split(behavior="Removed"), "is not supported"),
+        (split(invert=True), "is not supported"),
+        (split(pattern={"String": " "}), "is not supported"),
+        (split(pattern={"Regex": r"\p{N}{1,3}"}), "loses text"),
+        (split(pattern={"Regex": r"\w+| "}), "loses text"),
+    ],
+)
 def test_a_pattern_that_would_lose_text_is_refused(toy, tmp_path, change, said):
     with pytest.raises(ValueError, match=said):
         Vocab(changed(tmp_path, tmp_path, change))
-    Vocab(changed(tmp_path, tmp_path, split(behavior="Isolated", invert=False, pattern={"Regex": r"\s+|\S+"})))
+    Vocab(
+        changed(
+            tmp_path, tmp_path,
+            split(behavior="Isolated", invert=False, pattern={"Regex": r"\s+|\S+"}),
+        )
+    )
 
 
 def test_an_added_token_that_is_not_special_is_text_of_one_id_as_in_tokenizers(toy, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    think = {"id": 259, "content": "<think>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    think = {
+        "id": 259,
+        "content": "<think>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+    }
     vocab = Vocab(changed(tmp_path, tmp_path, lambda raw: raw["added_tokens"].append(think)))
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("<think>", "a<think>b <think><think>", "no <thin k>"):
-        assert vocab.encode(text) == theirs.encode(text).ids and vocab.decode(vocab.encode(text)) == text
+        assert vocab.encode(text) == theirs.encode(text).ids
+        assert vocab.decode(vocab.encode(text)) == text
     assert 259 in vocab.text_rows() and 257 not in vocab.encode("<|im_start|>")
     vocab.save(tmp_path)
     assert Vocab(tmp_path).encode("<think>") == [259]
@@ -189,7 +298,12 @@ def test_an_added_token_that_is_not_special_is_text_of_one_id_as_in_tokenizers(t
 
 def test_a_byte_that_a_vocabulary_lacks_is_left_out_as_in_tokenizers(toy, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    vocab = Vocab(changed(tmp_path, tmp_path, lambda raw: [raw["model"]["vocab"].pop(LETTERS[byte]) for byte in (4, 0xF1, 0xFF)]))
+    vocab = Vocab(
+        changed(
+            tmp_path, tmp_path,
+            lambda raw: [raw["model"]["vocab"].pop(LETTERS[byte]) for byte in (4, 0xF1, 0xFF)],
+        )
+    )
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("a\x04b", "\x04", "\U00040000x", "plain ü 🎧"):
         assert vocab.encode(text) == theirs.encode(text).ids
@@ -206,4 +320,6 @@ def test_the_prompt_for_a_transcript_is_how_transcripts_begin(toy):
     units = np.array([3, 1, 4])
     document = toy.transcribe([("hi", units)])
     prompt = toy.heard(units)
-    assert document.ids[:len(prompt)] == prompt and document.loss[:len(prompt)] == [0] * len(prompt) and all(document.loss[len(prompt):])
+    assert document.ids[: len(prompt)] == prompt
+    assert document.loss[: len(prompt)] == [0] * len(prompt)
+    assert all(document.loss[len(prompt) :])

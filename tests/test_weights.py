@@ -16,7 +16,9 @@ from conftest import ROOT
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "m").mkdir()
-    weights.save(tmp_path / "m", {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)})
+    weights.save(
+        tmp_path / "m", {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
+    )
     return tmp_path / "m"
 
 
@@ -26,7 +28,8 @@ def module():
 
 def test_tensors_come_back_by_name_and_shape(folder):
     tensors = weights.Tensors(folder)
-    assert tensors.shape("a.weight") == (2, 3) and torch.equal(tensors["a.bias"], torch.ones(2))
+    assert tensors.shape("a.weight") == (2, 3)
+    assert torch.equal(tensors["a.bias"], torch.ones(2))
 
 
 def test_bin_and_sharded_folders_read_like_single_ones(tmp_path):
@@ -38,7 +41,9 @@ def test_bin_and_sharded_folders_read_like_single_ones(tmp_path):
     (other / "model.safetensors").rename(other / "one.safetensors")
     weights.save(other, {"y": torch.zeros(3)})
     (other / "model.safetensors").rename(other / "two.safetensors")
-    (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "one.safetensors", "y": "two.safetensors"}}))
+    (other / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "one.safetensors", "y": "two.safetensors"}})
+    )
     assert set(weights.Tensors(other)) == {"x", "y"}
 
 
@@ -46,15 +51,27 @@ def test_bin_and_sharded_folders_read_like_single_ones(tmp_path):
 def test_a_damaged_file_is_refused_in_one_line_that_names_it(folder, damage):
     file = folder / "model.safetensors"
     whole = file.read_bytes()
-    file.write_bytes({"truncated": whole[:-4], "header that lies": struct.pack("<Q", 1 << 60) + whole[8:], "empty": b"", "text": b"hello"}[damage])
+    file.write_bytes(
+        {
+            "truncated": whole[:-4],
+            "header that lies": struct.pack("<Q", 1 << 60) + whole[8:],
+            "empty": b"",
+            "text": b"hello",
+        }[damage]
+    )
     with pytest.raises(ValueError) as error:
         weights.Tensors(folder)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_index_that_points_outside_or_nowhere_is_refused(tmp_path):
-    for shard, kind in (("../other.safetensors", ValueError), ("gone.safetensors", FileNotFoundError)):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    for shard, kind in (
+        ("../other.safetensors", ValueError),
+        ("gone.safetensors", FileNotFoundError),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"x": shard}})
+        )
         with pytest.raises(kind):
             weights.Tensors(tmp_path)
 
@@ -63,6 +80,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (print, ("boom",))
+
     torch.save({"x": Bomb()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="refused|damaged"):
         weights.Tensors(tmp_path)
@@ -73,12 +91,16 @@ def test_loading_is_strict_both_ways_and_names_tensor_and_both_shapes(folder):
     weights.load_into(model, folder)
     assert torch.equal(model["a"].weight, torch.arange(6.0).reshape(2, 3))
     weights.save(folder, {"a.weight": torch.zeros(2, 4), "a.bias": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"a\.weight has shape \(2, 4\), the config wants \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"a\.weight has shape \(2, 4\), the config wants \(2, 3\)"
+    ):
         weights.load_into(module(), folder)
     weights.save(folder, {"a.weight": torch.zeros(2, 3), "b": torch.ones(2)})
     with pytest.raises(ValueError, match=r"missing \['a.bias'\], unused \['b'\]"):
         weights.load_into(module(), folder)
-    weights.save(folder, {"a.weight": torch.zeros(2, 3), "a.bias": torch.ones(2), "b": torch.ones(2)})
+    weights.save(
+        folder, {"a.weight": torch.zeros(2, 3), "a.bias": torch.ones(2), "b": torch.ones(2)}
+    )
     with pytest.raises(ValueError, match=r"missing \[\], unused \['b'\]"):
         weights.load_into(module(), folder)
     weights.save(folder, {"a.weight": torch.full((2, 3), torch.nan), "a.bias": torch.ones(2)})
@@ -95,7 +117,8 @@ def test_a_folder_appears_whole_or_not_at_all_and_is_never_overwritten_unasked(t
     with runs.new_folder(out) as partial:
         assert not (partial / "half").exists()
         (partial / "whole").write_text("1")
-    assert (out / "whole").exists() and "command" in json.loads((out / "recipe.json").read_text())
+    assert (out / "whole").exists()
+    assert "command" in json.loads((out / "recipe.json").read_text())
     with pytest.raises(FileExistsError, match="--overwrite"), runs.new_folder(out):
         pass
     with runs.new_folder(out, overwrite=True) as partial:
@@ -105,7 +128,9 @@ def test_a_folder_appears_whole_or_not_at_all_and_is_never_overwritten_unasked(t
 
 def test_overwrite_never_replaces_a_folder_this_project_did_not_make(tmp_path):
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(FileExistsError, match="not made by this project"), runs.new_folder(tmp_path / "thesis", overwrite=True):
+    with pytest.raises(FileExistsError, match="not made by this project"), runs.new_folder(
+        tmp_path / "thesis", overwrite=True
+    ):
         pass
 
 
@@ -116,7 +141,9 @@ def test_a_recipe_holds_the_fingerprint_of_every_input(tmp_path):
     assert before != runs.recipe([tmp_path / "in.txt"])["inputs"]
 
 
-def test_a_large_file_is_known_by_samples_that_notice_other_weights_and_another_end(tmp_path, monkeypatch):
+def test_a_large_file_is_known_by_samples_that_notice_other_weights_and_another_end(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(runs, "SAMPLED", 1 << 20)
     file = tmp_path / "w"
     file.write_bytes(torch.randn(1 << 20).numpy().tobytes())
@@ -125,7 +152,12 @@ def test_a_large_file_is_known_by_samples_that_notice_other_weights_and_another_
     with open(file, "ab") as f:
         f.write(b"x")
     longer = runs.fingerprint(file)
-    file.write_bytes((torch.frombuffer(bytearray(file.read_bytes()[:1 << 22]), dtype=torch.float32) * 1.001).numpy().tobytes() + b"x")
+    file.write_bytes(
+        (torch.frombuffer(bytearray(file.read_bytes()[: 1 << 22]), dtype=torch.float32) * 1.001)
+        .numpy()
+        .tobytes()
+        + b"x"
+    )
     assert len({first, longer, runs.fingerprint(file)}) == 3
 
 
@@ -135,13 +167,20 @@ def test_a_block_of_a_tensor_is_its_elements_and_a_written_one_comes_back(tmp_pa
     if kind.endswith(".bin"):
         torch.save(tensors, tmp_path / kind)
     else:
-        handle, at = weights.allocate(tmp_path / kind, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        handle, at = weights.allocate(
+            tmp_path / kind, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        )
         for name, t in tensors.items():
-            for a in (4, 0):                                                 # in any order
-                weights.write_block(handle, at[name] + a * t.element_size(), t.flatten()[a:] if a else t.flatten()[:4])
+            for a in (4, 0):  # in any order
+                weights.write_block(
+                    handle, at[name] + a * t.element_size(),
+                    t.flatten()[a:] if a else t.flatten()[:4],
+                )
     read = weights.Tensors(tmp_path)
     for name, t in tensors.items():
-        assert torch.equal(read[name], t) and torch.equal(read.block(name, 2, 9), t.flatten()[2:9]) and read.dtype(name) == t.dtype
+        assert torch.equal(read[name], t)
+        assert torch.equal(read.block(name, 2, 9), t.flatten()[2:9])
+        assert read.dtype(name) == t.dtype
 
 
 def test_bad_json_lines_name_their_line(tmp_path):
@@ -151,18 +190,25 @@ def test_bad_json_lines_name_their_line(tmp_path):
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"a": "one\u2028line\u0085still"}\r\n{"a": 2}\n', encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text(
+        '{"a": "one\u2028line\u0085still"}\r\n{"a": 2}\n', encoding="utf-8"
+    )
     assert runs.read_lines(tmp_path / "x.jsonl") == [{"a": "one\u2028line\u0085still"}, {"a": 2}]
 
 
 def test_a_json_file_that_is_no_object_or_lacks_a_key_is_named(tmp_path):
-    for text, wanted in (("[]", "wanted a JSON object"), ('{"a": 1}', "has no 'b'"), ("{", "not valid JSON")):
+    for text, wanted in (
+        ("[]", "wanted a JSON object"),
+        ('{"a": 1}', "has no 'b'"),
+        ("{", "not valid JSON"),
+    ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=f"x.json.*{wanted}"):
             runs.read_json(tmp_path / "x.json", ["a", "b"])
 
 
 # --- one owner, and nothing lost ---
+
 
 def made(out, text, **given):
     with runs.new_folder(out, **given) as partial:
@@ -189,13 +235,15 @@ def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path, monkeypat
             raise KeyboardInterrupt
         calls.append(source)
         real(source, target)
+
     monkeypatch.setattr(runs.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path / "out", "2", overwrite=True, resume=True)
     monkeypatch.setattr(runs.os, "replace", real)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         made(tmp_path / "out", "3")
-    assert (tmp_path / "out/x").read_text() == "1" and (tmp_path / "out.partial/x").read_text() == "2"
+    assert (tmp_path / "out/x").read_text() == "1"
+    assert (tmp_path / "out.partial/x").read_text() == "2"
 
 
 def test_where_out_is_a_link_what_it_points_to_is_replaced_as_often_as_one_likes(tmp_path):
@@ -209,6 +257,7 @@ def test_where_out_is_a_link_what_it_points_to_is_replaced_as_often_as_one_likes
 def test_what_a_resume_needs_goes_only_after_the_rename(tmp_path, monkeypatch):
     def no(*_):
         raise OSError("full")
+
     real = runs.os.replace
     monkeypatch.setattr(runs.os, "replace", no)
     with pytest.raises(OSError):
@@ -221,7 +270,12 @@ def test_what_a_resume_needs_goes_only_after_the_rename(tmp_path, monkeypatch):
 
 def test_one_process_at_a_time_writes_a_folder_and_a_kill_releases_it(tmp_path):
     out = tmp_path / "out"
-    code = f"import runs, time\nwith runs.new_folder({str(out)!r}, resume=True):\n    print('mine', flush=True)\n    time.sleep(60)"
+    code = (
+        "import runs, time\n"
+        f"with runs.new_folder({str(out)!r}, resume=True):\n"
+        "    print('mine', flush=True)\n"
+        "    time.sleep(60)"
+    )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"mine\n"
     with pytest.raises(FileExistsError, match="another process is writing it"):
@@ -262,7 +316,9 @@ def test_json_nested_without_end_and_a_weight_map_of_numbers_are_one_line(tmp_pa
 def test_a_write_that_the_system_cuts_short_goes_on_behind_it(tmp_path, monkeypatch):
     rows, real = torch.randn(40, 64), weights.os.pwrite
     handle, at = weights.allocate(tmp_path / "model.safetensors", {"x": ((40, 64), torch.float32)})
-    monkeypatch.setattr(weights.os, "pwrite", lambda file, data, place: real(file, bytes(data)[:1000], place))
+    monkeypatch.setattr(
+        weights.os, "pwrite", lambda file, data, place: real(file, bytes(data)[:1000], place)
+    )
     weights.write_block(handle, at["x"], rows)
     os.close(handle)
     assert torch.equal(weights.Tensors(tmp_path)["x"], rows)

@@ -1,4 +1,5 @@
 """Promises about whisper.py, on small random models beside transformers."""
+
 import json
 
 import numpy as np
@@ -14,7 +15,10 @@ transformers = pytest.importorskip("transformers")
 from transformers.generation import logits_process  # noqa: E402
 from transformers.models.whisper import generation_whisper  # noqa: E402
 
-MARKERS = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+MARKERS = [
+    "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>",
+    "<|transcribe|>", "<|notimestamps|>",
+]
 
 
 def folder_of(path, many, bands=80, seed=0):
@@ -26,18 +30,29 @@ def folder_of(path, many, bands=80, seed=0):
     end, begin = special["<|endoftext|>"], special["<|startoftranscript|>"]
     torch.manual_seed(seed)
     config = transformers.WhisperConfig(
-        vocab_size=special["<|notimestamps|>"] + 1 + 1501, d_model=32, num_mel_bins=bands, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
-        bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=begin)
+        vocab_size=special["<|notimestamps|>"] + 1 + 1501, d_model=32, num_mel_bins=bands,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, bos_token_id=end,
+        eos_token_id=end, pad_token_id=end, decoder_start_token_id=begin,
+    )
     model = transformers.WhisperForConditionalGeneration(config).eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.3 if p.dim() > 1 else 0.1)
     told = dict(
-        no_timestamps_token_id=special["<|notimestamps|>"], is_multilingual=many, max_initial_timestamp_index=50,
-        suppress_tokens=[i for i in special.values() if i not in (end, special["<|notimestamps|>"])], begin_suppress_tokens=[ids["Ġ"], end],
-        alignment_heads=[[0, 1], [1, 0], [1, 3]], decoder_start_token_id=begin, bos_token_id=end, eos_token_id=end, pad_token_id=end, max_length=40)
+        no_timestamps_token_id=special["<|notimestamps|>"], is_multilingual=many,
+        max_initial_timestamp_index=50,
+        suppress_tokens=[
+            i for i in special.values() if i not in (end, special["<|notimestamps|>"])
+        ],
+        begin_suppress_tokens=[ids["Ġ"], end], alignment_heads=[[0, 1], [1, 0], [1, 3]],
+        decoder_start_token_id=begin, bos_token_id=end, eos_token_id=end, pad_token_id=end,
+        max_length=40,
+    )
     if many:
-        told |= {"lang_to_id": {"<|en|>": begin + 1, "<|de|>": begin + 2}, "task_to_id": {"transcribe": special["<|transcribe|>"]}}
+        told |= {
+            "lang_to_id": {"<|en|>": begin + 1, "<|de|>": begin + 2},
+            "task_to_id": {"transcribe": special["<|transcribe|>"]},
+        }
     for name, value in told.items():
         setattr(model.generation_config, name, value)
     model.save_pretrained(path)
@@ -48,7 +63,10 @@ def folder_of(path, many, bands=80, seed=0):
 
 def clips_of(*seconds):
     rng = np.random.default_rng(0)
-    return [rng.normal(0, 0.1 * (n + 1), round(16_000 * s)).astype(np.float32) for n, s in enumerate(seconds)]
+    return [
+        rng.normal(0, 0.1 * (n + 1), round(16_000 * s)).astype(np.float32)
+        for n, s in enumerate(seconds)
+    ]
 
 
 def features(clips, bands):
@@ -64,7 +82,9 @@ def test_frames_and_the_states_of_every_block_are_those_of_transformers(bands, t
     assert (torch.stack([whisper.log_mel(clip, bands) for clip in clips]) - mel).abs().max() < 1e-4
     with torch.no_grad():
         wanted = theirs.model.encoder(mel, output_hidden_states=True)
-    for n, (clip, last, blocks) in enumerate(zip(clips, ours.states(clips), ours.states(clips, [0, 1]))):
+    for n, (clip, last, blocks) in enumerate(
+        zip(clips, ours.states(clips), ours.states(clips, [0, 1]))
+    ):
         frames = len(clip) // 320
         assert last.shape == (frames, 32) and blocks.shape == (2, frames, 32)
         assert (last - wanted.last_hidden_state[n, :frames]).abs().max() < 1e-4
@@ -75,16 +95,26 @@ def test_frames_and_the_states_of_every_block_are_those_of_transformers(bands, t
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_transcript_has_the_ids_of_transformers(seed, many, times, tmp_path):
-    """Their logits under their own rules. Random weights write anything: so every rule about times is met."""
+    """Their logits under their own rules. Random weights write anything: so every rule about
+    times is met.
+    """
     folder, theirs = folder_of(tmp_path, many, seed=seed)
-    ours, clips, made = whisper.Whisper(folder), clips_of(1.0, 2.5, 7.0, 0.3), theirs.generation_config
+    ours = whisper.Whisper(folder)
+    clips = clips_of(1.0, 2.5, 7.0, 0.3)
+    made = theirs.generation_config
     end, written = ours.vocab.eos, ours.write(clips, times, limit=20)
     for n, clip in enumerate(clips):
         states = theirs.model.encoder(features([clip], 80))
         ids = ours.prompts(ours.model.decoder.hear(states.last_hidden_state), 1, times)
         first = ids.shape[1]
-        barred = made.suppress_tokens + ([] if times else [*range(ours.times, ours.config.vocab_size)])     # no time behind <|notimestamps|>
-        rules = [logits_process.SuppressTokensLogitsProcessor(barred), logits_process.SuppressTokensAtBeginLogitsProcessor(made.begin_suppress_tokens, first)]
+        # No time behind <|notimestamps|>.
+        barred = made.suppress_tokens + (
+            [] if times else [*range(ours.times, ours.config.vocab_size)]
+        )
+        rules = [
+            logits_process.SuppressTokensLogitsProcessor(barred),
+            logits_process.SuppressTokensAtBeginLogitsProcessor(made.begin_suppress_tokens, first),
+        ]
         if times:
             rules.append(logits_process.WhisperTimeStampLogitsProcessor(made, begin_index=first))
         while ids.shape[1] < first + 20 and ids[0, -1] != end:
@@ -106,7 +136,9 @@ def test_the_likeliest_language_is_taken(tmp_path):
 
 
 def test_words_begin_where_the_heads_look():
-    """Three words that are looked at from frames 4, 10 and 17 on; as transformers finds the path."""
+    """Three words that are looked at from frames 4, 10 and 17 on; as transformers finds the
+    path.
+    """
     look = torch.full((4, 25), -1.0)
     for n, (a, b) in enumerate([(0, 4), (4, 10), (10, 17), (17, 25)]):
         look[n, a:b] = 1.0
@@ -123,22 +155,31 @@ def test_words_begin_where_the_heads_look():
 
 def test_a_manifest_gets_words_and_resumes_after_a_kill(tmp_path, monkeypatch):
     folder, _ = folder_of(tmp_path / "w", many=False)
-    rows = [{"audio": f"{n}.wav", "text": "hello world hello"} for n in range(3)] + [{"audio": "3.wav"}]
+    rows = [{"audio": f"{n}.wav", "text": "hello world hello"} for n in range(3)] + [
+        {"audio": "3.wav"}
+    ]
     for n, clip in enumerate(clips_of(1.0, 31.0, 2.0, 1.5)):
         soundfile.write(tmp_path / f"{n}.wav", clip, 16_000)
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["whisper.py", "words", str(tmp_path / "m.jsonl"), "--whisper", str(folder), "--device", "cpu", "--dtype", "float32"]
+    command = [
+        "whisper.py", "words", str(tmp_path / "m.jsonl"), "--whisper", str(folder),
+        "--device", "cpu", "--dtype", "float32",
+    ]
     call([*command, "--out", str(tmp_path / "straight.jsonl")], monkeypatch)
     made = [json.loads(line) for line in (tmp_path / "straight.jsonl").read_text().splitlines()]
     words = made[0]["words"]
-    assert [word for word, _, _ in words] == ["hello", "world", "hello"] and "words" not in made[1] and "text" in made[3]
-    assert all(0 <= begin <= end <= 1.0 for _, begin, end in words) and all(a[2] == b[1] for a, b in zip(words, words[1:]))
+    assert [word for word, _, _ in words] == ["hello", "world", "hello"]
+    assert "words" not in made[1]
+    assert "text" in made[3]
+    assert all(0 <= begin <= end <= 1.0 for _, begin, end in words)
+    assert all(a[2] == b[1] for a, b in zip(words, words[1:]))
 
     real, calls = whisper.Whisper.words, []
 
     def killed(self, samples, text):
         calls.append(text)
-        if len(calls) == 2:                                                  # in the second piece of two rows
+        # In the second piece of two rows.
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return real(self, samples, text)
 
@@ -171,8 +212,12 @@ def test_a_long_recording_is_written_down_window_by_window(tmp_path, monkeypatch
     folder, _ = folder_of(tmp_path, many=False)
     ours, seen = whisper.Whisper(folder), []
     hello, tick = ours.vocab.encode(" hello"), lambda s: ours.times + round(s / 0.02)
-    script = [[tick(0), *hello, tick(12), tick(12.5), *hello, tick(20), tick(20)],     # another one began, and was cut off
-              [tick(1), *hello, tick(29)], [tick(0), *hello]]
+    # Another one began, and was cut off.
+    script = [
+        [tick(0), *hello, tick(12), tick(12.5), *hello, tick(20), tick(20)],
+        [tick(1), *hello, tick(29)],
+        [tick(0), *hello],
+    ]
 
     def write(clips, times):
         seen.append(len(clips[0]) / 16_000)
