@@ -15,10 +15,8 @@ an answer beside it.
 """
 
 import argparse
-import json
 import random
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import runs  # before torch, which voices needs: it sets how OpenMP waits

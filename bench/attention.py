@@ -68,13 +68,13 @@ def main():
     documents = (place // DOCUMENT * DOCUMENT).expand(B, T)
     whole = torch.zeros(B, T, dtype=torch.long, device=args.device)
     mask = (place >= documents[0][:, None]) & (place <= place[:, None])  # (T, T)
-    plain = lambda backend: lambda: within(
-        backend, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    )
 
-    def within(backend, work):
-        with sdpa_kernel(backend):
-            return work()
+    def plain(backend):
+        def work():
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        return work
 
     races = {
         "documents": {

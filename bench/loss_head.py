@@ -42,12 +42,11 @@ def one(way, device, rounds, shape):
     w = (torch.randn(V, C, device=device) / C**0.5).to(dtype).requires_grad_()
     t, times = torch.randint(0, V, (N,), device=device), []
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    resident = (
-        lambda which: int(
-            next(line for line in open("/proc/self/status") if line.startswith(which)).split()[1]
-        )
-        / 1e3
-    )
+
+    def resident(which):
+        line = next(line for line in open("/proc/self/status") if line.startswith(which))
+        return int(line.split()[1]) / 1e3
+
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() / 1e6 if device == "cuda" else resident("VmRSS")
@@ -85,18 +84,15 @@ def main():
     if args.way:
         one(args.way, args.device, args.rounds, SHAPES["cuda" if args.real else args.device])
         return
-    run = lambda way, rounds: json.loads(
-        subprocess.run(
-            [
-                sys.executable, __file__, "--way", way, "--rounds", str(rounds),
-                "--device", args.device,
-            ]
-            + ["--real"] * args.real,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
+
+    def run(way, rounds):
+        words = ["--way", way, "--rounds", str(rounds), "--device", args.device]
+        words += ["--real"] * args.real
+        done = subprocess.run(
+            [sys.executable, __file__, *words], capture_output=True, text=True, check=True
+        )
+        return json.loads(done.stdout)
+
     if args.real:
         N, C, V, _ = SHAPES["cuda"]
         record(

@@ -135,23 +135,23 @@ def one(way, name, device):
         place, target, ids = torch.arange(length), target.to(device).flatten(), ids.to(device)
         mask = ((place >= start[:, :, None]) & (place <= place[:, None]))[:, None].to(device)
         positions = (place - start).to(device)  # (B, 1, T, T), (B, T)
-        loss = (
-            lambda hidden, target: F.cross_entropy(
-                model.lm_head(hidden).flatten(0, 1).float(), target.flatten(), ignore_index=-1,
-                reduction="sum",
-            )
-            / n
-        )
+
+        def loss(hidden, target):
+            logits = model.lm_head(hidden).flatten(0, 1).float()
+            return F.cross_entropy(logits, target.flatten(), ignore_index=-1, reduction="sum") / n
+
         if "Liger" in way:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             fused = LigerFusedLinearCrossEntropyLoss(ignore_index=-1)
-            loss = lambda hidden, target: fused(
-                model.lm_head.weight.bfloat16(), hidden.flatten(0, 1).bfloat16(), target.flatten()
-            )
-        whole = lambda x, y, **given: loss(
-            model.model(input_ids=x, use_cache=False, **given).last_hidden_state, y
-        )
+
+            def loss(hidden, target):
+                hidden = hidden.flatten(0, 1).bfloat16()
+                return fused(model.lm_head.weight.bfloat16(), hidden, target.flatten())
+
+        def whole(x, y, **given):
+            return loss(model.model(input_ids=x, use_cache=False, **given).last_hidden_state, y)
+
         if "compiled" in way:
             whole = torch.compile(whole)
 

@@ -134,16 +134,14 @@ def main():
                 wrong.append((given, repr(error)))
                 chat.begin("")
                 continue
-            slowest, said = max(slowest, seconds), out if isinstance(given, bytes) else err
+            slowest = max(slowest, seconds)
             answered += not (err or '"error"' in out)
-            one = len(said.strip().split("\n")) == 1
-            if (
-                seconds > 10
-                or "Traceback" in out + err
-                or isinstance(given, bytes)
-                and not (one and json.loads(out))
-                or not one
-            ):
+
+            # A program gets one line of JSON, a person one line on what was wrong.
+            program = isinstance(given, bytes)
+            one = len((out if program else err).strip().split("\n")) == 1
+            clear = one and (json.loads(out) if program else True)
+            if seconds > 10 or "Traceback" in out + err or not clear:
                 wrong.append((given, f"{seconds:.1f} s: {out[-200:]!r} {err[-200:]!r}"))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     for given, what in wrong[:20]:

@@ -356,14 +356,13 @@ def test_replies_are_written_in_text_rows_alone(chat, monkeypatch):
     import listen
 
     given = []
+
+    def generate(model, prompts, limit, stop, allowed, *rest, **named):
+        given.append((stop, allowed))
+        return iter(())
+
     for room in (module, listen):
-        monkeypatch.setattr(
-            room, "generate",
-            lambda model, prompts, limit, stop, allowed, *rest, **named: given.append(
-                (stop, allowed)
-            )
-            or iter(()),
-        )
+        monkeypatch.setattr(room, "generate", generate)
     list(chat.reply("x"))
     chat.heard(np.array([1, 2]))
     assert given == [(chat.vocab.stop, chat.vocab.text_rows())] * 2

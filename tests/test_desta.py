@@ -84,11 +84,12 @@ def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkey
     """
     seen = []
     real = LM.load(speedrun / "instruct").model.__class__.forward
-    monkeypatch.setattr(
-        "model.Body.forward",
-        lambda self, ids, *rest, **named: seen.append((ids, self.embed_tokens(ids)))
-        or real(self, ids, *rest, **named),
-    )
+
+    def forward(self, ids, *rest, **named):
+        seen.append((ids, self.embed_tokens(ids)))
+        return real(self, ids, *rest, **named)
+
+    monkeypatch.setattr("model.Body.forward", forward)
     model, vocab, ears = desta.load(trained[kind])
     row = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
     states = desta.States(clips / "states")

@@ -2,7 +2,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -49,16 +48,16 @@ def test_the_better_prompt_is_chosen_by_the_typed_dev_questions(monkeypatch, cha
 
 
 def test_the_prompt_decides_how_a_question_is_asked(speedrun, monkeypatch):
-    model, vocab, asked = None, evaluate.Vocab(speedrun / "merged"), []
-    monkeypatch.setattr(
-        evaluate, "replies",
-        lambda model, vocab, prompts, extra_stop=(), bar=None: asked.append(
-            (prompts[0], list(extra_stop))
-        )
-        or ["x"],
-    )
-    evaluate.answers(model, vocab, ["hi"], "chat")
-    evaluate.answers(model, vocab, ["hi"], "page")
+    vocab = evaluate.Vocab(speedrun / "merged")
+    asked = []
+
+    def replies(model, vocab, prompts, extra_stop=(), bar=None):
+        asked.append((prompts[0], list(extra_stop)))
+        return ["x"]
+
+    monkeypatch.setattr(evaluate, "replies", replies)
+    evaluate.answers(None, vocab, ["hi"], "chat")
+    evaluate.answers(None, vocab, ["hi"], "page")
     assert asked == [
         (vocab.turn([{"role": "user", "content": "hi"}]), []),
         (vocab.page("hi"), vocab.encode("\n")),
@@ -535,13 +534,15 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(
 
 
 def test_the_experiments_of_the_teachers_page_want_a_finished_run(speedrun, tmp_path):
-    run = lambda *words: subprocess.run(
-        ["bash", str(ROOT / "experiments.sh"), *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )
-    swept, nowhere, asked = run("lam", str(speedrun)), run("start", str(tmp_path)), run()
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run(*words):
+        words = ["bash", str(ROOT / "experiments.sh"), *words]
+        return subprocess.run(words, capture_output=True, text=True, env=env)
+
+    swept = run("lam", str(speedrun))
+    nowhere = run("start", str(tmp_path))
+    asked = run()
     assert swept.returncode == 0 and "(dev questions)" in swept.stdout, swept.stderr
     assert nowhere.returncode == 1
     assert "no finished run" in nowhere.stderr
@@ -702,18 +703,17 @@ def stubbed(speedrun, tmp_path, monkeypatch):
             for kind, q in map(kind_of, contents)
         ]
 
-    monkeypatch.setattr(
-        evaluate, "LM",
-        type(
-            "Loads",
-            (),
-            {
-                "load": lambda folder, *rest: type(
-                    "", (), {"eval": lambda self: Stub(Path(folder).name)}
-                )()
-            },
-        ),
-    )
+    class Loaded:
+        def __init__(self, folder):
+            self.folder = Path(folder)
+
+        def eval(self):
+            return Stub(self.folder.name)
+
+    class Loads:
+        load = lambda folder, *rest: Loaded(folder)
+
+    monkeypatch.setattr(evaluate, "LM", Loads)
     monkeypatch.setattr(evaluate, "model_at", lambda plan, config, lam, device: Stub("sum", lam))
     monkeypatch.setattr(
         evaluate, "with_new_rows",
@@ -762,9 +762,10 @@ def test_every_cell_is_the_answers_of_its_own_model_voice_lam_and_prompt(stubbed
         "speech": ("speech", None),
         "merged": ("merged", None),
     }
-    share_of = lambda questions, *key: round(
-        sum(knows(*key, q["question"]) for q in questions) / len(questions), 4
-    )
+
+    def share_of(questions, *key):
+        return round(sum(knows(*key, q["question"]) for q in questions) / len(questions), 4)
+
     prompts = {}
     for row, (name, lam) in names.items():
         by = {prompt: share_of(dev, name, lam, prompt, "typed") for prompt in ("chat", "page")}
@@ -807,11 +808,12 @@ def test_every_cell_is_the_answers_of_its_own_model_voice_lam_and_prompt(stubbed
 
 def test_a_misspelt_question_is_scored_by_the_answer_of_the_right_one(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        evaluate, "answers",
-        lambda model, vocab, contents, prompt, bar=None: asked.append(contents)
-        or ["a" if c == "n1" else "x" for c in contents],
-    )
+
+    def answers(model, vocab, contents, prompt, bar=None):
+        asked.append(contents)
+        return ["a" if content == "n1" else "x" for content in contents]
+
+    monkeypatch.setattr(evaluate, "answers", answers)
     monkeypatch.setattr(evaluate, "text_loss", lambda *_: None)
     rows = [
         {"question": "q1", "noisy": "n1", "answer": "a", "seen": True},

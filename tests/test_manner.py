@@ -1,6 +1,5 @@
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -486,14 +485,10 @@ def test_a_run_that_cannot_be_joined_is_told_and_nothing_is_written(
     groups, said, world, tmp_path, monkeypatch
 ):
     shutil.copytree(world, tmp_path / "run")
-    for name in ("typed.json", "instruct_rows.json"):
-        if (
-            groups is None
-            and name == "typed.json"
-            or groups == "gone"
-            and name == "instruct_rows.json"
-        ):
-            (tmp_path / "run" / name).unlink()
+    if groups is None:
+        (tmp_path / "run/typed.json").unlink()
+    if groups == "gone":
+        (tmp_path / "run/instruct_rows.json").unlink()
     if groups not in (None, "gone"):
         (tmp_path / "run/typed.json").write_text(json.dumps({"groups": groups}))
         with pytest.raises(ValueError, match=said):

@@ -311,10 +311,11 @@ def test_a_row_that_has_ended_repeats_its_end_while_others_go_on():
     model = LM.fresh(config, 0).eval()
     prompts = [torch.tensor([1, 2, 3]), torch.tensor([9, 8, 7])]
     for seed in range(50):
-        # (6, 2).
-        drawn = lambda stop: torch.stack(
-            list(generate(model, prompts, 6, stop, temperature=1.0, seed=seed))
-        )
+
+        def drawn(stop):
+            steps = generate(model, prompts, 6, stop, temperature=1.0, seed=seed)
+            return torch.stack(list(steps))  # (6, 2)
+
         free = drawn([])
         end = int(free[1, 0])
         if end != free[0, 0] and (free[2:, 0] != end).any() and not (free[:, 1] == end).any():

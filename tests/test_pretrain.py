@@ -783,10 +783,11 @@ def test_while_new_rows_go_first_the_body_stays_and_rows_move_ten_times_the_rate
 def test_beside_imitation_interleaved_documents_bear_no_loss_and_without_it_they_do(
     speedrun, tmp_path, monkeypatch
 ):
-    layouts = lambda *flags: trained(
-        speedrun, tmp_path, monkeypatch, "units", "--mix", "interleave=0.5,transcribe=0.5",
-        "--rows", "4", *flags,
-    )[1]["layouts"]
+    def layouts(*flags):
+        words = ["--mix", "interleave=0.5,transcribe=0.5", "--rows", "4", *flags]
+        _, log, _ = trained(speedrun, tmp_path, monkeypatch, "units", *words)
+        return log["layouts"]
+
     assert set(layouts()) == {"transcribe"}
     assert set(layouts("--imitate", "0")) == {"interleave", "transcribe"}
 
@@ -794,9 +795,10 @@ def test_beside_imitation_interleaved_documents_bear_no_loss_and_without_it_they
 def test_units_bear_a_loss_beside_imitation_if_they_are_given_a_weight(
     speedrun, tmp_path, monkeypatch
 ):
-    of = lambda weight: trained(
-        speedrun, tmp_path, monkeypatch, "units", "--mix", "interleave=1", "--unit-loss", weight
-    )[0]
+    def of(weight):
+        words = ["--mix", "interleave=1", "--unit-loss", weight]
+        return trained(speedrun, tmp_path, monkeypatch, "units", *words)[0]
+
     assert any("_proj" in name for name in differ(of("0"), of("1")))
 
 

@@ -68,15 +68,10 @@ def test_hard_strings_have_the_ids_of_tokenizers(folder):
     for text in [*HARD, *vectors]:
         # Spelled out by a user, it is text to us and a marker to them.
         if "<|im_end|>" not in text:
-            assert vocab.encode(text) == oracle.encode(text, add_special_tokens=False).ids, repr(
-                text
-            )
-        assert (
-            "\x04" in text
-            or "\x1d" in text
-            or max(text, default="") >= "\U00040000"
-            or vocab.decode(vocab.encode(text)) == text
-        )
+            wanted = oracle.encode(text, add_special_tokens=False).ids
+            assert vocab.encode(text) == wanted, repr(text)
+        odd = {"\x04", "\x1d"} & set(text) or max(text, default="") >= "\U00040000"
+        assert odd or vocab.decode(vocab.encode(text)) == text
 
 
 def test_logits_are_those_of_transformers(folder, theirs):

@@ -253,11 +253,12 @@ def test_every_error_message_has_its_cause_on_the_page_of_messages():
     rows = [
         line for line in (ROOT / "MESSAGES.md").read_text().splitlines() if line.startswith("| `")
     ]
-    # All of it, in one row.
-    told = lambda pieces: any(
-        re.match(r"\| `[^`]*?" + r"[^`]*?".join(re.escape(piece.strip()) for piece in pieces), row)
-        for row in rows
-    )
+
+    def told(pieces):
+        """Whether all of them stand in one row."""
+        pattern = r"\| `[^`]*?" + r"[^`]*?".join(re.escape(piece.strip()) for piece in pieces)
+        return any(re.match(pattern, row) for row in rows)
+
     lacking = [
         f"{path.name}:{line}: {' ... '.join(pieces)}"
         for path in SOURCES

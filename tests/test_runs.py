@@ -73,13 +73,8 @@ def test_products_are_made_in_the_dtype_that_was_chosen_and_weights_keep_theirs(
 )
 def test_openmp_is_told_how_to_wait_before_torch_is_loaded(name):
     order = list(imports(ROOT / f"{name}.py"))
-    loads_torch = [
-        n
-        for n, module in enumerate(order)
-        if module in ("torch", "safetensors")
-        or module != "runs"
-        and (ROOT / f"{module}.py").exists()
-    ]
+    ours = {path.stem for path in ROOT.glob("*.py")} - {"runs"}
+    loads_torch = [n for n, name in enumerate(order) if name in {"torch", "safetensors"} | ours]
     assert order.index("runs") < min(loads_torch)
 
 

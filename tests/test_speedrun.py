@@ -110,9 +110,11 @@ def test_the_real_recipes_commands_run_on_the_tokenizer_and_rows_of_qwen2_5(
         "layer": "9",
         "hearing": re.search(r'^hearing="(.*)"', script, re.M)[1],
     }
-    fill = lambda line: re.sub(
-        r"\$(\w+)", lambda name: names[name[1]], re.sub(r"\${\w+:-(\w+)}", r"\1", line)
-    )
+
+    def fill(line):
+        line = re.sub(r"\${\w+:-(\w+)}", r"\1", line)
+        return re.sub(r"\$(\w+)", lambda name: names[name[1]], line)
+
     lines = re.findall(r"^(?:step|  python(?= -c)) (.+)$", script, re.M)
     assert [line.split()[0] for line in lines] == [
         "tokenize_audio.py", "tokenize_audio.py", "-c", "pretrain.py", "merge.py",
@@ -180,12 +182,13 @@ def test_the_script_skips_what_is_done_and_stops_at_the_first_failure(tmp_path):
         (tmp_path / f"{name}.py").write_text(stand_in)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    run = lambda **env: subprocess.run(
-        ["bash", tmp_path / "speedrun.sh", "7"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **env},
-    )
+    paths = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def run(**env):
+        words = ["bash", tmp_path / "speedrun.sh", "7"]
+        env = os.environ | paths | env
+        return subprocess.run(words, capture_output=True, text=True, env=env)
+
     broken = run(FAIL="codebook")
     assert broken.returncode != 0
     assert "RAN out/seed7/units_mfcc" in broken.stdout

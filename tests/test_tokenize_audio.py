@@ -11,7 +11,6 @@ import soundfile
 import torch
 
 import audio
-import runs
 import tokenize_audio
 from conftest import ROOT, call, shared
 from evaluate import edit_distance
@@ -318,7 +317,7 @@ def test_word_times_behind_the_end_of_a_clip_are_told_and_units_of_two_prices_ar
         "--codebook", str(tmp_path / "codebook"), "--device", "cpu",
         "--out", str(tmp_path / "v"),
     ]
-    save, count = tokenize_audio.Shard.save, []
+    save = tokenize_audio.Shard.save
 
     def dying(*given):
         save(*given)
