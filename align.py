@@ -7,8 +7,8 @@ see  hidden-state distillation: FitNets (arXiv:1412.6550), in speech DiVA
 run  python pretrain.py --init out/base --units out/units --plain --out out/speech_plain
 
 Merging adds a behaviour that was learnt on text to a model that hears. The behaviour acts
-on speech only if a spoken word looks like the written word inside the network. Large
-models get there by themselves; one of five million parameters does not. Three things help
+on speech only if a spoken word looks like the written word inside the network. A model of
+five million parameters does not get there by the loss of the next token. Three things help
 it:
 
 position gaps   Speech takes several units for a word, so words stand further apart than in
@@ -101,14 +101,14 @@ def position_gaps(start, widest, rng):
     # One draw counts for a whole document: the one where it begins.
     plain = (draw() < 0.5).gather(1, start)                         # (B, T)
 
-    # Where the stretch of each id began, and the mean gap of that stretch: 1 for half of
-    # them.
+    # Where the stretch of each id began, and the mean step of that stretch. Half of the draws
+    # fall below 1, and become 1: no gap.
     stretch = torch.where(draw() < 1 / 8, place, 0).cummax(1).values  # (B, T)
-    gap = (widest * (2 * draw() - 1)).clamp(min=1).gather(1, stretch)  # (B, T)
-    gap = gap.masked_fill(plain, 1)
+    mean = (widest * (2 * draw() - 1)).clamp(min=1).gather(1, stretch)  # (B, T)
+    mean = mean.masked_fill(plain, 1)
 
-    # A step of 1 to 2 * gap - 1 positions, from the id before.
-    step = 1 + ((2 * gap - 1) * draw()).long()                      # (B, T)
+    # A step of 1 to 2 * mean - 1 positions, from the id before.
+    step = 1 + ((2 * mean - 1) * draw()).long()                     # (B, T)
     position = step.cumsum(1)
     return position - position.gather(1, start)
 
@@ -150,23 +150,26 @@ def distillation(states, batch, teacher, first_new):
     row, j = (batch["place"] >= 0).nonzero(as_tuple=True)           # (N,) each
     t = place[row, j]                                               # (N,)
     heard = batch["ids"][row, t] >= first_new                       # (N,)
-    spoken = heard.float()
-    speech = spoken / spoken.sum().clamp(min=1)                   # (N,): a mean's weights
-    text = (1 - spoken) / (1 - spoken).sum().clamp(min=1)           # (N,)
 
+    # Two means, over spoken words and over the text beside them: the weight of each id.
+    spoken = heard.float()
+    of_speech = spoken / spoken.sum().clamp(min=1)                  # (N,)
+    of_text = (1 - spoken) / (1 - spoken).sum().clamp(min=1)        # (N,)
+
+    # In the first blocks only text has to match; behind them spoken words, too.
     naming = max(1, len(states) // NAMING_SHARE)
     state_loss = 0.0
     for n, (student, target) in enumerate(zip(states, theirs)):
         student, target = unit_scale(student[row, t]), unit_scale(target[row, j])  # (N, C)
         apart = student - target
         distance = (apart @ whitening(target) * apart).mean(-1)     # (N,)
-        weight = speech + text if n >= naming else text
+        weight = of_speech + of_text if n >= naming else of_text
         state_loss = state_loss + (distance * weight).sum() / max(1, len(states) - naming)
 
     words = unit_scale(states[naming - 1][row, t][heard])           # (words, C)
     rows = teacher.model.embed_tokens.weight[:first_new]
     word_loss, _ = linear_cross_entropy(
-        words, rows, batch["read"][row, j][heard], speech[heard]
+        words, rows, batch["read"][row, j][heard], of_speech[heard]
     )
     return word_loss, state_loss
 
@@ -188,6 +191,8 @@ def whitening(states):
         moment = states.T @ states / len(states)                    # (C, C)
         ridge = RIDGE * torch.eye(len(moment), device=states.device)  # mean eigenvalue is 1
         inverse = torch.linalg.inv(moment + ridge)
+
+        # So scaled, the mean of d' M d / C is 1 over states, and 2 between unrelated ones.
         return inverse * len(moment) / (inverse * moment).sum()
 
 
@@ -195,6 +200,8 @@ def taught(batch):
     """(B, T): does the teacher read this id's document? Not if it was cut into pieces."""
     row, at = (batch["place"] >= 0).nonzero(as_tuple=True)          # (N,) each
     begin = batch["start"][row, batch["place"][row, at]]            # (N,)
+
+    # The first id of every document that is read is marked; its other ids look there.
     read = torch.zeros_like(batch["start"], dtype=torch.bool)       # (B, T)
     read[row, begin] = True
     return read.gather(1, batch["start"])
@@ -210,8 +217,8 @@ def text_filters(model, body, batches, strength):
     Let C be the mean of x x' over the inputs x that text sends into a weight, scaled to a
     mean eigenvalue of 1. A change D of the weight adds D x to what the next layer gets:
     on average tr(D C D'), squared. D (I + strength * C)^-1 is the change near D that
-    keeps that small: it minimises |E - D|^2 + strength * tr(E C E'). What text leaves
-    silent stays, and there the units find room. The whole change since the start is
+    keeps that small: it minimises |E - D|^2 + strength * tr(E C E'). Directions that text
+    never uses are not damped, so speech can use them. The whole change since the start is
     filtered after every step.
     """
     sums, hooks = {}, []

@@ -1,4 +1,4 @@
-r"""DeSTA2: a frozen instruct model hears through an adapter that learns from what it wrote itself.
+r"""DeSTA2: an adapter lets a frozen instruct model hear; the model writes its own training answers.
 
 in   a manifest with "text" and "style"; a frozen instruct model; a frozen Whisper or HuBERT
 out  targets.jsonl; a folder of encoder states; a folder that chat.py takes like a model's
@@ -95,7 +95,7 @@ def description(row, template):
 
 
 class Table(nn.Module):
-    """An embedding, and behind its rows the vectors that were heard: they have ids, too."""
+    """An embedding of V rows, and behind them what was heard: id V + n is vector number n."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -103,12 +103,12 @@ class Table(nn.Module):
         self.heard = self.weight.new_zeros(0, self.weight.shape[1])  # (vectors, C)
 
     def forward(self, ids):
-        heard = ids >= len(self.weight)
-        x = F.embedding(ids.masked_fill(heard, 0), self.weight)
-        if not heard.any():
+        is_vector = ids >= len(self.weight)
+        x = F.embedding(ids.masked_fill(is_vector, 0), self.weight)
+        if not is_vector.any():
             return x
-        vectors = self.heard[ids[heard] - len(self.weight)]
-        return x.index_put((heard,), vectors.to(x.dtype))
+        vectors = self.heard[ids[is_vector] - len(self.weight)]
+        return x.index_put((is_vector,), vectors.to(x.dtype))
 
 
 class Listener(Vocab):
@@ -125,8 +125,7 @@ class Listener(Vocab):
     def span(self, numbers):
         """`<start_audio>` vectors, transcript `<end_audio>`."""
         vectors = (self.rows + np.asarray(numbers)).tolist()
-        names = {f"<|heard_{i - self.rows}|>": i for i in vectors}  # for `spelled`
-        self.special |= names
+        self.special |= {f"<|heard_{i - self.rows}|>": i for i in vectors}  # `spelled` shows them
         said = self.encode(self.said.get(int(numbers[0]), ""))
         return self.encode(OPEN) + vectors + said + self.encode(CLOSE)
 
@@ -162,7 +161,7 @@ class Encoder:
             config = self.hubert.config
             blocks, self.width = config.num_hidden_layers, config.hidden_size
             self.heads = config.num_attention_heads
-        # Of 12 blocks the 3rd, 6th, 9th and 12th, and what each hands on.
+        # Of 12 blocks the 3rd, 6th, 9th and 12th. Where there are fewer than TAPS, all of them.
         self.taps = sorted({(n + 1) * blocks // TAPS - 1 for n in range(TAPS)} - {-1})
 
     @torch.inference_mode()
@@ -445,7 +444,11 @@ def read_targets(path):
 def loss_of(model, table, listener, adapter, rows, states, transcript):
     """Mean cross-entropy of the targets, each behind the turn that is about its clip's sound."""
     vectors = adapter([states[row["audio"]].to(table.weight.device) for row in rows])
-    table.heard, first, listener.said, documents = torch.cat(vectors), 0, {}, []
+
+    # This batch's vectors stand behind the embedding's rows, in place of the last batch's.
+    table.heard = torch.cat(vectors)
+    listener.said = {}
+    documents, first = [], 0
     for row, heard in zip(rows, vectors):
         if transcript:
             listener.said[first] = row["text"]

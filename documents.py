@@ -209,7 +209,7 @@ def transcribed(vocab, corpus, i, rng, progress=1.0):
 class Documents:
     """An endless, repeatable stream of training documents, mixed from sources by weight.
 
-    sources  {layout: texts, chats or units}; layouts are text, chat, interleave and transcribe
+    sources  {layout: texts, chats or units}; layouts as in pretrain.py's LAYOUTS
     mix      {layout: weight}
     Every source is read in shuffled passes. Of `parts` such streams each has its own documents.
     """

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Five experiments for a class, on what speedrun.sh left in out/ (or in OUT); each ends with its
-# table. Minutes are of two cores with bfloat16 instructions; without, three times as many.
-#   bash experiments.sh lam    [OUT]   how much hearing to add to how much behaviour (at once: it
-#                                      prints the sweep of the run's table)
+# table. TEACHING.md says how long each takes.
+#   bash experiments.sh lam    [OUT]   how much hearing to add to how much behaviour: it prints the
+#                                      sweep of the run's table
 #   bash experiments.sh start  [OUT]   hearing learnt by the instruct model itself, instead of by
-#                                      its base and added (25 minutes)
+#                                      its base and added
 #   bash experiments.sh ablate [OUT]   the recipe without each of its ingredients, and the plain
-#                                      recipe with some of them (70 minutes)
+#                                      recipe with some of them
 # And two on what speedrun_manner.sh left in OUT/manner:
 #   bash experiments.sh reuse  [OUT]   one hearing, many behaviours: two more instruct models are
-#                                      added to the same speech model (some 10 minutes)
+#                                      added to the same speech model
 #   bash experiments.sh paper  [OUT]   the paper's ablations: no captions, no words beside the
-#                                      speech, hearing learnt by instruct itself (some 25 minutes)
+#                                      speech, hearing learnt by instruct itself
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -8,12 +8,11 @@ run  python -m pytest tests/test_fused.py
 
 **Attention without its matrix.** A softmax over keys can be taken a tile of keys at a
 time. Keep, for each query, the largest score so far m, the sum l of exp(score - m), and
-the sum a of exp(score - m) * value. When a tile brings a larger m', what was summed
-before was taken relative to the wrong maximum, by a factor known exactly: l and a are
-multiplied by exp(m - m'), and the tile's own terms are added. After the last tile a / l
-is attention. Only m + log l is kept for the backward pass, which makes every probability
-again: p = exp(score - (m + log l)). With o = sum p v and the gradient g of o, the
-gradient of a score is p * (g.v - g.o), and that of a value p * g.
+the sum a of exp(score - m) * value. A tile may bring a larger maximum m'. Then l and a are
+multiplied by exp(m - m'), so that they count from m', and the tile's own terms are added.
+After the last tile a / l is attention. Only m + log l is kept for the backward pass, which
+makes every probability again: p = exp(score - (m + log l)). With o = sum p v and the
+gradient g of o, the gradient of a score is p * (g.v - g.o), and that of a value p * g.
 
 **Packed documents.** Key j is visible to query i iff start[i] <= j <= i, or, seen from
 the key, iff j <= i <= end[j]: two whole numbers a position are the mask, and a tile that
@@ -44,10 +43,12 @@ LAUNCH = {
 WIDEST = 128  # head width that the kernels take
 CHUNK = 2048  # targets whose logits are alive at a time
 
-# On a CPU, documents of this mean length and more are attended to one by one, shorter
-# ones under one mask; in training in bfloat16, in rows no longer than BY_HAND, by the
-# formula written out.
-LOOP_FROM, BY_HAND = 64, 256
+# Packed rows on a CPU go the way that is fastest there:
+#   documents of this mean length and more            one by one
+#   shorter ones, training in bfloat16 in short rows   the formula written out
+#   all others                                         under one mask
+LOOP_FROM = 64  # ids
+BY_HAND = 256  # ids, at most, of a short row
 
 
 # --- attention ----------------------------------------------------------------
@@ -260,7 +261,8 @@ if triton:
 
         From `whole` to `diagonal` every query of the tile sees every key.
         """
-        begin, stop = tl.min(first) // N * N, tl.minimum(i0 + M, T)
+        begin = tl.min(first) // N * N
+        stop = tl.minimum(i0 + M, T)
         whole = tl.minimum(tl.cdiv(tl.max(first), N) * N, stop)  # some document begins before
         diagonal = tl.maximum((i0 + 1) // N * N, whole)  # from here on some key lies ahead
         return begin, whole, diagonal, stop
@@ -275,7 +277,8 @@ if triton:
         """
         i0, head = tl.program_id(0) * M, tl.program_id(1)
         b = head // H
-        row, i = b * KV + head % H // (H // KV), i0 + tl.arange(0, M)
+        row = b * KV + head % H // (H // KV)  # of the keys that this head reads
+        i = i0 + tl.arange(0, M)
         first = tl.load(START + b * T + tl.minimum(i, T - 1))  # beyond the row: never stored
         q = load(Q, head, T, D, i, WIDTH)
         m, l = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32)
@@ -314,7 +317,8 @@ if triton:
         """
         i0, head = tl.program_id(0) * M, tl.program_id(1)
         b = head // H
-        row, i = b * KV + head % H // (H // KV), i0 + tl.arange(0, M)
+        row = b * KV + head % H // (H // KV)  # of the keys that this head reads
+        i = i0 + tl.arange(0, M)
         first = tl.load(START + b * T + tl.minimum(i, T - 1))
         q, g = load(Q, head, T, D, i, WIDTH), load(G, head, T, D, i, WIDTH)
         go = tl.load(GO + head * T + i, mask=i < T, other=0.0)
@@ -377,24 +381,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         for a in range(0, N, CHUNK):
             part = slice(a, a + CHUNK)
-            right = target[part, None]                              # (n, 1)
+            column = target[part, None]                             # (n, 1)
             logits = (
                 hidden[part] @ weight.T
             ).float()                               # (n, V): all that ever exists of them
             if barred is not None:
                 logits.masked_fill_(barred, -math.inf)
             largest = logits.amax(-1, keepdim=True)                 # (n, 1)
-            wanted = logits.gather(-1, right)                       # (n, 1)
+            wanted = logits.gather(-1, column)                      # (n, 1)
 
             # In place from here on: a second copy would be the largest thing in memory.
             p = logits.sub_(largest).exp_()                         # (n, V)
             total = p.sum(-1, keepdim=True)                         # (n, 1)
             each[part] = (total.log() + largest - wanted)[:, 0]
 
-            # The softmax, less 1 at the target, times what the token is worth.
+            # The gradient of the logits, in place: worth * (softmax - 1 at the target).
             if hidden.requires_grad or weight.requires_grad:
                 value = worth[part, None]                           # (n, 1)
-                p.mul_(value / total).scatter_add_(-1, right, -value)
+                p.mul_(value / total).scatter_add_(-1, column, -value)
                 gradient = p.to(hidden.dtype)                       # (n, V)
                 logits = p = None  # or it would be there twice when the next chunk is made
                 if d_hidden is not None:

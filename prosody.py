@@ -42,7 +42,7 @@ FAR = 0.05  # what an octave away from the clip's median costs it
 
 QUIET = 35  # dB below the loudest frame: no sound of speech
 PAUSE = 0.2  # seconds between words, at least
-STRAIN = 2.0  # what a word costs that lasts e times as long as its letters want; a cut in sound
+STRAIN = 2.0  # what a word costs that lasts e times too long, or too short, for its letters
 FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
 
 # Three of the speaker, told once; and of every word.
@@ -98,7 +98,8 @@ def pitch(samples):
     r = correlated(x)                                               # (frames, shifts)
     r = r / (r[:, :1] + 1e-9)
 
-    # A window fades, and what is shifted fades with it: that is divided out.
+    # A window fades at its ends, so a long shift correlates less. That is divided out, by the
+    # window's own correlation with itself (Boersma 1993).
     faded = correlated(window[None])
     r = r / (faded / faded[:, :1] + 1e-9)
     shifts = np.arange(audio.SAMPLE_RATE // HIGHEST, audio.SAMPLE_RATE // LOWEST)
@@ -109,20 +110,23 @@ def pitch(samples):
 
     loud = level(samples)
 
-    def chosen(strength):
-        """(each frame's strongest shift, as an index of the arrays above; is it a voice's?)."""
-        at = np.arange(len(x)), strength.argmax(1)
-        return at, peak[at] & (here[at] > VOICED) & (loud > loud.max() - QUIET)
+    def is_voice(best):
+        """(frames,) bool: is each frame's shift number best[frame] that of a voice?"""
+        at = np.arange(len(x)), best
+        return peak[at] & (here[at] > VOICED) & (loud > loud.max() - QUIET)
 
-    at, voiced = chosen(strength)
+    best = strength.argmax(1)                                       # (frames,)
+    voiced = is_voice(best)
     if not voiced.any():
         return np.zeros(len(x))
-    median = np.median(octave[at[1][voiced]])
-    at, voiced = chosen(strength - FAR * abs(octave - median))
+    median = np.median(octave[best[voiced]])
+    best = (strength - FAR * abs(octave - median)).argmax(1)
+    voiced = is_voice(best)
 
     # Between samples: the top of the parabola through a peak and its neighbours.
+    at = np.arange(len(x)), best
     bend = before[at] - 2 * here[at] + behind[at]
-    shift = shifts[at[1]] + 0.5 * (before[at] - behind[at]) / np.where(bend < 0, bend, -1)
+    shift = shifts[best] + 0.5 * (before[at] - behind[at]) / np.where(bend < 0, bend, -1)
     return np.where(voiced, audio.SAMPLE_RATE / shift, 0.0)
 
 
@@ -141,7 +145,7 @@ def aligned(text, samples):
         return []
     sounding = np.flatnonzero(loud > loud.max() - QUIET)
     first, last = sounding[0], sounding[-1] + 1
-    cut = np.clip(loud[first:last] - loud.max() + FLOOR, 0, None) / 10
+    cut = np.clip(loud[first:last] - loud.max() + FLOOR, 0, None) / 10  # its cost at a frame
     T = last - first
     letters = np.array([len(word) + 1 for word in words])
     wanted = letters * T / letters.sum()                            # frames of each word
@@ -149,7 +153,7 @@ def aligned(text, samples):
     # best[t]: the least cost of the words so far, when they end at frame t.
     best = np.full(T + 1, np.inf)
     best[0] = 0.0
-    lasted = []  # of each word and end: how long it then is
+    lasted = []  # lasted[word][t]: how long a word is best, if it ends at frame t
     for want in wanted:
         cost, length = np.full(T + 1, np.inf), np.ones(T + 1, int)
         for n in range(max(1, int(want / 4)), min(T, int(4 * want) + 1) + 1):

@@ -39,9 +39,10 @@ step tokenize_audio.py encode --manifest $out/toy/speech/train.jsonl --codebook 
   --out $out/units
 
 # Hearing, from the *base*: 1,000 steps on transcripts (two thirds) and on speech and text by turns.
-# No chat, no question with its answer. The base, frozen, is the teacher (weight 7). Changes that
-# text would feel are filtered out (strength 0.01). The first twentieth of the steps trains the new
-# rows alone, which learn ten times as fast; no other row, no norm and no output changes.
+# No chat, and no spoken question with its answer; written ones may stand beside speech. The base,
+# frozen, is the teacher (weight 7). Changes that text would feel are filtered out (strength 0.01).
+# The first twentieth of the steps trains the new rows alone, which learn ten times as fast; no
+# other row, no norm and no output changes.
 step pretrain.py --init $out/base --units $out/units --text $out/toy/base.jsonl --seed $seed \
   --out $out/speech
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The paper's own recipe, on the toy world: not what was said, but how. Transcripts beside the
-# speech, tokens of prosody, captions, the plain loss. About an hour on two cores.
+# The paper's documents and loss, on the toy world: not what was said, but how. Transcripts beside
+# the speech, tokens of prosody, captions, the plain loss. README says what is ours beyond them.
+# About an hour on two cores.
 #   bash speedrun_manner.sh [SEED]     run again after a stop, it goes on at the step it was in
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -29,7 +30,8 @@ step prosody.py $out/world/speech/train.jsonl --out $out/prosody
 step prosody.py $out/world/dev.jsonl --bins $out/prosody --out $out/dev
 step prosody.py $out/world/test.jsonl --bins $out/prosody --out $out/test
 
-# Hearing, from the base: [caption] text [speech] [caption], a fifth of it text, the plain loss.
+# Hearing, from the base: [caption] text [speech] [another line] [caption], each in some documents;
+# a fifth of it text; the plain loss.
 step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl \
   --seed $seed --out $out/speech
 

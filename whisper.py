@@ -126,7 +126,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         return x.view(B, T, self.H, -1).transpose(1, 2)             # (B, H, T, D)
 
-    def keys(self, x):
+    def keys_values(self, x):
         """Keys and values of x (B, S, C), (B, H, S, D) each."""
         return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
 
@@ -150,7 +150,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x):
         h = self.self_attn_layer_norm(x)
-        x = x + self.self_attn(h, *self.self_attn.keys(h))
+        x = x + self.self_attn(h, *self.self_attn.keys_values(h))
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -166,7 +166,7 @@ class DecoderLayer(EncoderLayer):
         Returns x, and `past` with this call's positions.
         """
         h = self.self_attn_layer_norm(x)
-        k, v = self.self_attn.keys(h)
+        k, v = self.self_attn.keys_values(h)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         x = x + self.self_attn(h, k, v, causal=past is None)
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
 
     def hear(self, states):
         """Keys and values of encoder states (B, S, C), for every layer."""
-        return [layer.encoder_attn.keys(states) for layer in self.layers]
+        return [layer.encoder_attn.keys_values(states) for layer in self.layers]
 
     def forward(self, ids, heard, past=None, seen=None):
         """(logits (B, T, V), past) of ids (B, T) behind the `past` that an earlier call gave."""
@@ -278,7 +278,7 @@ class Whisper(nn.Module):
         self.task = [task] if many else []
 
         # No markers but the end; at the beginning not the end either, nor a space alone.
-        markers = [i for i in special.values() if self.vocab.eos != i < self.times]
+        markers = [i for i in special.values() if i < self.times and i != self.vocab.eos]
         self.barred = torch.zeros(self.config.vocab_size, dtype=torch.bool)
         self.barred[[*markers, *(made.get("suppress_tokens") or [])]] = True
         self.not_first = torch.zeros(self.config.vocab_size, dtype=torch.bool)
@@ -362,7 +362,10 @@ class Whisper(nn.Module):
         elif last:
             no[: self.vocab.eos] = True
         if said:
-            no[self.times : said[-1] + int(not (last and not before))] = True
+            # The next text may begin where the last one ended. All else comes later.
+            ended = last and not before
+            earliest = said[-1] if ended else said[-1] + 1
+            no[self.times : earliest] = True
 
         # All times together against the likeliest text.
         p = logits.masked_fill(no, -math.inf).log_softmax(-1)
@@ -379,7 +382,8 @@ class Whisper(nn.Module):
         while at < len(samples):
             window = samples[at : at + SECONDS * rate]
             last = at + len(window) == len(samples)
-            reached, begin, text = len(window), 0.0, []
+            reached = len(window)  # samples that need no second reading
+            begin, text = 0.0, []
             ids = self.write([window], times=True)[0]
             for n, i in enumerate(ids):
                 if i < self.times:
@@ -390,6 +394,7 @@ class Whisper(nn.Module):
                     out.append(
                         (at / rate + begin, at / rate + time, self.vocab.decode(text))
                     )
+                    # What follows in this window may be cut: the next one reads it whole.
                     followed = n + 1 < len(ids) and not last
                     reached = round(time * rate) if followed else len(window)
                 begin, text = time, []
@@ -436,7 +441,7 @@ class Whisper(nn.Module):
                 return None
             self.model.decoder(ids, heard, seen=seen)
 
-        # From the prompt's last token on, a row for the next token each, and for the end.
+        # Row n is where the heads look while token n is predicted; the last row's is the end.
         first = prompt.shape[1] - 1
         scores = torch.stack(
             [seen[layer][0, head, first:] for layer, head in self.alignment]
