@@ -7,12 +7,12 @@ see  ProsodyLM (arXiv:2507.20091), whose tokens SpeechCombine takes; Boersma (19
      autocorrelation
 run  python prosody.py out/manner/world/speech/train.jsonl --out out/manner/prosody
 
-    anna likes <|speech|> <|speaker_3|> <|rate_9|> <|level_5|> anna <|pitch_8|> <|range_4|>
+    anna likes <|speech|> <|speaker_3|> <|letter_9|> <|level_5|> anna <|pitch_8|> <|range_4|>
     <|slope_7|> <|length_2|> <|loud_9|> likes <|pitch_2|> ... <|/speech|>
 
-The speaker comes first: median pitch, rate and loudness. Then every word, and behind it
-five numbers: pitch, range and slope of its melody, length and loudness. A pause is a sixth.
-A word's pitch, length and loudness are told against the speaker's own. Each number is the
+The speaker comes first: median pitch, how long a letter lasts, loudness. Then every word,
+and behind it five numbers: pitch, range and slope of its melody, length and loudness. A
+pause is a sixth. A word's pitch, length and loudness are told against the speaker's own. Each number is the
 quantile of the corpus that it falls into.
 
 The words themselves come from a transcript. So a model has no words to learn from sound:
@@ -46,7 +46,7 @@ STRAIN = 2.0  # what a word costs that lasts e times too long, or too short, for
 FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
 
 # Three of the speaker, told once; and of every word.
-KINDS = "speaker", "rate", "level", "pitch", "range", "slope", "length", "loud", "pause"
+KINDS = "speaker", "letter", "level", "pitch", "range", "slope", "length", "loud", "pause"
 BINS = 16  # of each kind
 UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
 NAMES = [f"{kind}_{i}" for kind in KINDS for i in range(BINS)] + ["unvoiced"]
@@ -187,8 +187,8 @@ def measured(samples, words):
     """[(word, {kind: value})]: first ("", the speaker), then every word in its order.
 
     words  [[word, start, end]] in seconds
-    Pitch in semitones, slope in semitones a second, loudness in dB. Rate, in octaves, is how
-    long a letter lasts; a word's length is against what its letters want at that rate.
+    Pitch in semitones, slope in semitones a second, loudness in dB. A letter's length is the
+    binary logarithm of its seconds; a word's is against that of so many letters.
     NaN where there is nothing to measure.
     """
     hertz, loud = pitch(samples), level(samples)
@@ -208,13 +208,13 @@ def measured(samples, words):
 
     speaker = {
         "speaker": np.nanmedian(tone) if (hertz > 0).any() else np.nan,
-        "rate": np.median(lengths) if len(words) else np.nan,
+        "letter": np.median(lengths) if len(words) else np.nan,
         "level": together(loud[sounds]),
     }
     said = [("", speaker)]
     for n, ((word, _, _), (a, b)) in enumerate(zip(words, stretches)):
         values = contour(tone[a:b], speaker["speaker"])
-        values["length"] = lengths[n] - speaker["rate"]
+        values["length"] = lengths[n] - speaker["letter"]
         values["loud"] = together(loud[a:b]) - speaker["level"]
         gap = (stretches[n + 1][0] - b) / SECOND if n + 1 < len(words) else 0.0
         if gap >= PAUSE:

@@ -133,7 +133,7 @@ def test_a_words_pitch_length_and_loudness_are_told_against_the_speakers_own(spe
         assert all(abs(one[kind] - other[kind]) < 0.05 for kind in ("length", "loud")), one
 
     slow, fast = (measured(*speaker.say(LINE, "en-us+m1", rate)) for rate in (120, 210))
-    assert slow[0][1]["rate"] - fast[0][1]["rate"] > 0.5, "octaves"
+    assert slow[0][1]["letter"] - fast[0][1]["letter"] > 0.5, "octaves"
     assert all(abs(a[1]["length"] - b[1]["length"]) < 0.5 for a, b in zip(slow[1:], fast[1:]))
     for said in (slow, fast):
         assert abs(np.median([of_word["length"] for _, of_word in said[1:]])) < 1e-9
