@@ -12,8 +12,8 @@ run  python prosody.py out/manner/world/speech/train.jsonl --out out/manner/pros
 
 The speaker comes first: median pitch, how long a letter lasts, loudness. Then every word,
 and behind it five numbers: pitch, range and slope of its melody, length and loudness. A
-pause is a sixth. A word's pitch, length and loudness are told against the speaker's own. Each number is the
-quantile of the corpus that it falls into.
+pause is a sixth. A word's pitch, length and loudness are told against the speaker's own.
+Each number is the quantile of the corpus that it falls into.
 
 The words themselves come from a transcript. So a model has no words to learn from sound:
 only how they were spoken.
