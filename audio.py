@@ -105,7 +105,7 @@ def opened(path):
 def unreadable(path):
     return ValueError(
         f"{path}: not audio that soundfile reads; convert it first: "
-        f"ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}.wav"
+        f"ffmpeg -i {path.name} -ar 16000 -ac 1 {path.stem}_16k.wav"
     )
 
 
@@ -291,14 +291,13 @@ def read_folder(path):
     # LibriSpeech: "84-121123-0000 GO DO YOU HEAR".
     for file in inside:
         if file.name.endswith(".trans.txt"):
-            for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
+            for line in filter(None, text_of(file).split("\n")):
                 name, _, text = line.partition(" ")
                 texts[name] = text.lower()
 
     # LJSpeech: "LJ001-0001|as written|as read".
     if (path / "metadata.csv").exists():
-        lines = (path / "metadata.csv").read_text(encoding="utf-8").split("\n")
-        for line in filter(None, lines):
+        for line in filter(None, text_of(path / "metadata.csv").split("\n")):
             name, *text = line.split("|")
             texts[name] = (text or [""])[-1]
 
@@ -310,6 +309,14 @@ def read_folder(path):
     if not rows:
         raise ValueError(f"{path}: no audio files in it; wanted {' '.join(sorted(AUDIO))}")
     return rows
+
+
+def text_of(file):
+    """The text of a file; a ValueError names it where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error}); save it as that") from None
 
 
 def files_under(folder):

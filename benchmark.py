@@ -8,14 +8,15 @@ run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 
 A row is {"audio" or "said", "text", "instruction", "choices", "answer", "metric",
 "group"}: something to ask, and the answer. "said" is what prosody.py makes of audio whose
-words are known; with --transcriber the model hears the audio itself.
+words are known; with --transcriber the model hears the audio itself. Where a row has "said" or
+"words", as in a manifest, "text" is what is said, and is not written beside it.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
 letter). Rows with a "group" are scored group by group, too. A reply is cut behind --limit
 tokens; one that has not ended there is wrong by "exact" and "ends".
 
-What is done is kept in OUT.rows: after a stop the same command goes on there. `lam` asks the
-sums of three models at several lam, in memory, and names the best.
+What `rows` and `pairs` have done is kept in OUT.rows: after a stop the same command goes on
+there. `lam` asks the sums of three models at several lam, in memory, and names the best.
 """
 
 import argparse
@@ -169,7 +170,8 @@ def answering(args, model, vocab, ears):
 
     def content(row):
         """A user's turn: what is heard, if anything, then what is written."""
-        names = ["instruction"] if row.get("said") else ["text", "instruction"]
+        transcribed = row.get("said") or row.get("words")
+        names = ["instruction"] if transcribed else ["text", "instruction"]
         words = [row[name] for name in names if row.get(name)]
         if row["metric"] == "choice":
             words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(row["choices"])]
@@ -209,7 +211,7 @@ def answering(args, model, vocab, ears):
 
 
 def can_hear(args, rows, ears):
-    """A ValueError if a model cannot hear what is in the rows."""
+    """A ValueError if a model cannot hear what is in the rows: now, not when their turn comes."""
     if any(row.get("audio") or row.get("said") for row in rows) and not ears:
         raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
     if any(row.get("said") for row in rows) and not isinstance(ears, prosody.Ears):
@@ -217,6 +219,18 @@ def can_hear(args, rows, ears):
             f'{args.rows}: has rows with "said", words with their prosody, and {args.folder} '
             "does not read such; give a model that was trained on prosody"
         )
+    heard = [row for row in rows if row.get("audio") and (args.transcriber or not row.get("said"))]
+    if heard and isinstance(ears, prosody.Ears):
+        ears.wants_words()
+    can_open([row["audio"] for row in heard], Path(args.rows).parent, ears)
+
+
+def can_open(names, folder, ears):
+    """An error for the first file that cannot be opened, or is longer than can be heard at once."""
+    paths = [str(folder / name) for name in names]
+    for path, samples in zip(paths, audio.lengths([{"audio": path} for path in paths])):
+        if samples > ears.most * audio.SAMPLE_RATE:
+            raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
 
 
 def tell_cut(args, vocab, said):
@@ -310,6 +324,9 @@ def choose_lam(args):
     """Ask the sums at several lam the same rows; the best has the highest mean of the groups."""
     runs.may_write(args.out, args.overwrite)
     rows = read_rows(args.rows)
+    if any(row["metric"] == "wer" for row in rows):
+        raise ValueError(f"{args.rows}: scored by wer, of which less is better; wanted shares")
+    cells_of(scores_of_rows(rows, ["A"] * len(rows)).get("groups"), args.rows)  # are there groups?
     _, vocab, ears = opened(args)
     can_hear(args, rows, ears)
     plan, config = Merge(args.base, args.instruct, args.folder), Config.read(args.folder)
@@ -432,21 +449,23 @@ def score_pairs(args):
     if not vocab.speech or vocab.reads_prosody():
         raise ValueError(f"{args.folder}: does not hear units; give a speech model that does")
     first, k = vocab.speech["first_unit"], vocab.speech["k"]
+    can_open([pair[side] for pair in pairs for side in ("good", "bad")], folder, ears)
+    before = len(vocab.begin) + 1  # ids that stand before the units
 
     def span(path):
-        """The ids of a clip: the marker of speech, then units."""
+        """The ids of a clip: as a document begins, the marker of speech, units."""
         units, _ = ears(audio.load(path))
         if not len(units):
             raise ValueError(f"{path}: under one frame, nothing to compare")
-        return vocab.span(units)[:-1]
+        return vocab.begin + vocab.span(units)[:-1]
 
     def work(part):
         """Mean log-probability of the units of [good, bad], of some pairs."""
         prompts = [span(folder / pair[side]) for pair in part for side in ("good", "bad")]
         means = []
         for prompt, likely in zip(prompts, log_probabilities(model, prompts)):
-            among = likely[:-1, first : first + k].log_softmax(-1)  # (n, k): as in training
-            unit = torch.tensor(prompt[1:], device=among.device)[:, None] - first
+            among = likely[before - 1 : -1, first : first + k].log_softmax(-1)  # (n, k)
+            unit = torch.tensor(prompt[before:], device=among.device)[:, None] - first
             means.append(among.gather(1, unit).mean().item())
         return [[good, bad] for good, bad in zip(means[::2], means[1::2])]
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import random
-import shlex
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,6 +34,10 @@ SLOWEST = 2  # units a second, at least: what is too long for the context is kno
 
 # What looks like audio in a line; the latter get the ffmpeg command.
 SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
+
+# What shells write paths in: "a b.wav", 'a b.wav', a\ b.wav.
+QUOTED = r"""(?<!\S)(?:"[^"]+"|'[^']+')(?!\S)"""
+WORD = rf"{QUOTED}|(?:\\.|\S)+"
 HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces)
 :rec           speak; Enter ends it           :why     the conversation as tokens
 :system TEXT   how it should behave           :reset   forget the conversation
@@ -169,15 +173,13 @@ def parts_of(line):
     looks = path.suffix.lower() in SOUND or line.startswith(("/", "./", "../", "~"))
     if looks and " " not in line or os.path.isfile(path):  # it takes a name of any length
         return [path]
-    try:
-        words = shlex.split(line)
-    except ValueError:  # an apostrophe is no quote
-        return [line]
 
+    # A quote opens before a word and closes behind one; an apostrophe inside a word is none.
     parts, text = [], []
-    for word in words:
-        if Path(word).suffix.lower() in SOUND:
-            parts += [" ".join(text), expanded(word)]
+    for word in re.findall(WORD, line):
+        name = word[1:-1] if re.fullmatch(QUOTED, word) else re.sub(r"\\(.)", r"\1", word)
+        if Path(name).suffix.lower() in SOUND and name[0] not in "'\"":
+            parts += [" ".join(text), expanded(name)]
             text = []
         else:
             text.append(word)

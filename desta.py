@@ -646,7 +646,7 @@ def main():
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     scratch = ["checkpoint.pt"]
     with runs.new_folder(
-        args.out, inputs, args.overwrite, resume=True, scratch=scratch
+        args.out, inputs, args.overwrite, scratch=scratch
     ) as out:
         work(args, out)
 

@@ -188,8 +188,8 @@ def transcribed(vocab, corpus, i, rng, progress=1.0):
     """Row i and its transcript.
 
     Where word times are known, a stretch of it: one word to begin with, longer ones as the
-    run goes on. Which units make which word is learnt soonest from words alone; then where
-    in an utterance the model reads.
+    run goes on, up to 19 at its end. Which units make which word is learnt soonest from
+    words alone; then where in an utterance the model reads.
     """
     row = corpus.rows[i]
     if not row.get("words"):

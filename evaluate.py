@@ -654,17 +654,19 @@ def compare(args):
         folder: listen.load(folder, args.device, args.hubert, torch.float32)
         for folder in args.folders
     }
+    near = {}
     for folder, (_, _, ears) in loaded.items():
         if not ears:
             raise ValueError(f"{folder}: cannot hear; wanted a model that does")
+        near[folder] = hear(ears, Path(args.questions).parent, asked, "near")
 
     rows, right = {}, {}
-    for folder, (model, vocab, ears) in loaded.items():
-        near = hear(ears, Path(args.questions).parent, asked, "near")
+    for folder, (model, vocab, _) in loaded.items():
         count = 4 * len(asked) + 2 * len(dev)
         with runs.Bar(total=count, desc=f"answering {folder}", unit="reply") as bar:
             prompt = better_prompt(model, vocab, dev, bar)
-            rows[folder], said = score(model, vocab, asked, {"near": near}, prompt, bar)
+            sounds = {"near": near[folder]}
+            rows[folder], said = score(model, vocab, asked, sounds, prompt, bar)
         right[folder] = np.array(
             [normal(text) == normal(q["answer"]) for text, q in zip(said, asked)], dtype=int
         )
@@ -775,12 +777,13 @@ def manner(args):
 
 def named(said, clips):
     """{attribute: share of replies that name its value}, with intervals by speakers."""
-    speakers, row = [clip.get("speaker", n) for n, clip in enumerate(clips)], {}
+    speakers = [str(clip.get("speaker") or n) for n, clip in enumerate(clips)]
+    row = {}
     for attribute in clips[0]["style"]:
         values = {clip["style"][attribute] for clip in clips}
         right = []
         for text, clip in zip(said, clips):
-            words = set(re.findall(r"\w+", text.lower()))
+            words = words_of(text)
             found = [value for value in values if names(words, value)]
             found = [value for value in found if not within(value, found)]
             right.append(found == [clip["style"][attribute]])
@@ -798,17 +801,20 @@ def by_speaker(right, speakers):
     return ratio(right, [1] * len(right), speakers)
 
 
+def words_of(text):
+    return set(re.findall(r"\w+", text.lower()))
+
+
 def names(words, value):
-    """Do these words of a reply name a value, like "slowly" or "South African"?"""
-    wanted = set(value.lower().split())
+    """Do these words of a reply name a value, like "slowly" or "non-native"?"""
+    wanted = words_of(value)
     same = next((same for same in SAME if same & wanted), set())
     return wanted - same <= words and bool(same & words or not same)
 
 
 def within(value, found):
     """Is a value a part of another that was found, as "Irish" is of "Northern Irish"?"""
-    words = set(value.lower().split())
-    return any(words < set(other.lower().split()) for other in found)
+    return any(words_of(value) < words_of(other) for other in found)
 
 
 # --- units --------------------------------------------------------------------

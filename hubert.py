@@ -524,7 +524,7 @@ def main():
 
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     with runs.new_folder(
-        args.out, [args.units], args.overwrite, resume=True, scratch=["checkpoint.pt"]
+        args.out, [args.units], args.overwrite, scratch=["checkpoint.pt"]
     ) as out:
         train(args, out)
 

@@ -54,6 +54,8 @@ def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
 def writer(folder, device, hubert):
     """samples -> text, by a Whisper folder or a model that hears units."""
     if not (Path(folder) / "speech.json").exists():
+        if hubert:
+            raise ValueError(f"--hubert {hubert}: {folder} hears no units; leave the flag out")
         whisper = Whisper(folder, device)
         return lambda samples: whisper.transcripts([samples])[0].strip()
 

@@ -104,6 +104,7 @@ class Merge:
                 f"{speech}: cannot hear (no speech.json); --speech wants a model "
                 "trained with pretrain.py --units"
             )
+        weights.ears_of(speech)  # the sum gets them, when it is written
         self.names = self.same_names()
         self.same_shapes()
         self.same_tokens(vocabs)

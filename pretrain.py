@@ -251,7 +251,7 @@ def read_sources(args):
             "--chat or --units)"
         )
     unread = [name for name in ("text", "chat") if sources[name] and name not in mix]
-    if args.units or args.keep_text:  # text stands beside speech, and makes the filter
+    if "interleave" in mix or args.keep_text:  # text stands beside speech, and makes the filter
         unread = [name for name in unread if name != "text"]
     if unread:
         raise ValueError(f"--{unread[0]} is given, and --mix has none of it; give one of the two")
@@ -272,7 +272,7 @@ def read_sources(args):
             f"--imitate {args.imitate}: no row of {args.units} has word times, and without them "
             "there is nothing to imitate; have whisper.py words find them, or give --imitate 0"
         )
-    if not args.keep_text >= 0 or args.keep_text and not sources["text"]:
+    if not 0 <= args.keep_text < math.inf or args.keep_text and not sources["text"]:
         raise ValueError(
             f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, "
             "documents that show which inputs text uses"
@@ -281,14 +281,22 @@ def read_sources(args):
 
 
 def warn_of_cuts(sources, vocab, args):
-    """Say how many chats and utterances are longer than a row and are cut."""
-    chats, corpus = sources["chat"] or [], sources.get("transcribe")
+    """Say how many chats and utterances, with all their text, are longer than a row and are cut.
+
+    Text that may stand beside speech is not counted.
+    """
+    chats = sources["chat"] or []
     lengths = [len(vocab.chat(messages).ids) for messages in chats[:1000]]
     tell_cut(args.chat, "chats", lengths, "its question", args.length)
 
-    heard = range(min(1000, len(corpus.rows))) if corpus else ()
-    texts = [corpus.rows[i].get("text", "") for i in heard]
-    lengths = [len(corpus[i][0]) + len(vocab.encode(text)) for i, text in zip(heard, texts)]
+    lengths = []
+    corpus = sources.get("captioned") or sources.get("transcribe")
+    for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
+        if "captioned" in sources:
+            document = vocab.captioned("", corpus[i], "\n" + row.get("caption", ""))
+        else:
+            document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
+        lengths.append(len(document.ids))
     tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
 
 
@@ -408,6 +416,8 @@ def set_up(args, out, rank, world):
     # A step is `accumulate` batches. This process makes its share of them, each from a
     # stream.
     sources, mix = read_sources(args)
+    if vocab.speech:
+        weights.ears_of(args.units or args.init)  # `save` wants them, after the last step
     if rank == 0:
         warn_of_cuts(sources, vocab, args)
     streams = {
@@ -488,14 +498,14 @@ def train(args, out, rank, world):
             trained_now = [p for p in [*run.body, *run.tables] if p.grad is not None]
             for x in [mean, *(p.grad for p in trained_now)]:
                 torch.distributed.all_reduce(x)
-        if not torch.isfinite(mean):
-            raise ValueError(
-                f"step {step}: the loss is {mean.item()}; what was saved last is kept "
-                f"in {out}; to begin again with a lower --lr, remove it"
-            )
         for p in run.tables:
             p.grad[run.frozen] = 0
         norm = torch.nn.utils.clip_grad_norm_([*run.body, *run.tables], 1.0).item()
+        if not (torch.isfinite(mean) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {step}: the loss is {mean.item()}, its gradient's norm {norm}; what was "
+                f"saved last is kept in {out}; to begin again with a lower --lr, remove it"
+            )
 
         for optimizer in run.optimizers:
             optimizer.step()
@@ -586,8 +596,9 @@ def resume(run, world):
         steps = torch.tensor([step, -step], device=run.args.device)
         torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
         if steps[0] != -steps[1]:
+            most, least = int(steps[0]), -int(steps[1])
             raise ValueError(
-                f"this process is at step {step}, another at {max(steps.tolist())}: "
+                f"this process is at step {step}, another at {least if step == most else most}: "
                 f"all must see the same {run.checkpoint.path.parent}; put it on a "
                 "shared disk"
             )
@@ -948,7 +959,7 @@ def check(parser, args, world):
             f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at "
             "least one step, one row and two tokens"
         )
-    if args.lora and args.keep_text or args.lora < 0 or args.lora_alpha < 0:
+    if args.lora and args.keep_text or args.lora < 0 or not 0 <= args.lora_alpha < math.inf:
         parser.error(
             f"--lora {args.lora} --lora-alpha {args.lora_alpha}: wanted 0 or more, and "
             "with it no --keep-text, which holds matrices that it freezes"
@@ -964,20 +975,22 @@ def check(parser, args, world):
         parser.error(f"--unit-loss {args.unit_loss}: wanted 0 or more")
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: wanted a number above 0")
+    if args.unit_loss and not args.units:
+        parser.error(f"--unit-loss {args.unit_loss}: no --units are given; leave it out")
     if args.lora_alpha and not args.lora:
         parser.error("--lora-alpha scales what --lora trains; give both")
     if args.init and args.tokenizer:
         parser.error("--init brings its own tokenizer; leave --tokenizer out")
+    if args.lora and args.size:
+        parser.error(
+            "--lora trains beside frozen matrices, which --size would leave random; give "
+            "--init"
+        )
     frozen = args.layers != (0.0, 1.0) or args.embeddings != "all"
     if args.size and (frozen or args.imitate or args.keep_text):
         parser.error(
             "--size starts from noise, and these settings leave a part of it as it is, or learn "
             "from it; give --init, or --plain"
-        )
-    if args.lora and args.size:
-        parser.error(
-            "--lora trains beside frozen matrices, which --size would leave random; give "
-            "--init"
         )
     if not 1 <= args.pace < math.inf:
         parser.error(f"--pace {args.pace}: wanted 1 (one position a token) or more")
@@ -1004,10 +1017,14 @@ def main():
             "nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(hours=2)
         )
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
+    if world > 1:  # each has measured for itself, beside the others; the first one's choice holds
+        names = [args.dtype]
+        torch.distributed.broadcast_object_list(names)
+        args.dtype = names[0]
 
     if rank == 0:
         with runs.new_folder(
-            args.out, inputs, args.overwrite, resume=True, scratch=["checkpoint.pt"]
+            args.out, inputs, args.overwrite, scratch=["checkpoint.pt"]
         ) as out:
             train(args, out, rank, world)
     else:  # reads a checkpoint there, writes nothing

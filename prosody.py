@@ -51,6 +51,7 @@ BINS = 16  # of each kind
 UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
 NAMES = [f"{kind}_{i}" for kind in KINDS for i in range(BINS)] + ["unvoiced"]
 PIECE = 64  # clips measured between two marks
+MOST = 300  # seconds of a clip: measuring takes 5 MB for each
 
 
 # --- pitch and loudness -------------------------------------------------------
@@ -277,12 +278,16 @@ class Ears:
         self.folder, self.edges = folder, read_edges(folder)
         self.transcriber = transcriber
 
-    def __call__(self, samples):
+    def wants_words(self):
+        """A ValueError if no one writes down the words."""
         if not self.transcriber:
             raise ValueError(
                 f"{self.folder}: hears how words are said, and no one writes them down; chat.py "
                 "and benchmark.py rows take --transcriber, a Whisper folder or a model of units"
             )
+
+    def __call__(self, samples):
+        self.wants_words()
         text = self.transcriber(samples)
         return numbered(measured(samples, aligned(text, samples)), self.edges), None
 
@@ -347,7 +352,9 @@ def encode(args):
         )
     edges = read_edges(args.bins) if args.bins else None
     runs.replaceable(Path(args.out), args.overwrite)
-    audio.lengths(rows)  # all can be opened
+    for row, samples in zip(rows, audio.lengths(rows)):
+        if samples > MOST * audio.SAMPLE_RATE:
+            raise ValueError(f"{row['audio']}: longer than {MOST} s; cut it first")
 
     def work(part):
         out = []
@@ -356,8 +363,8 @@ def encode(args):
             words = row.get("words") or aligned(row["text"], samples)
             seconds = len(samples) / audio.SAMPLE_RATE
             late = audio.late_words(row, len(samples))
-            if late:
-                raise ValueError(f"{row['audio']}: {late}")
+            if late or not words:
+                raise ValueError(f"{row['audio']}: {late or 'too short to hold its text'}")
             out.append((round(seconds, 3), measured(samples, words)))
         return out
 

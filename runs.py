@@ -166,13 +166,14 @@ def settle(file):
 
 
 @contextmanager
-def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratch=()):
+def new_folder(out, inputs=(), overwrite=False, notes=None, scratch=()):
     """Yield OUT.partial to write into; when the block ends well, rename it to OUT.
 
     inputs    files and folders it is made from: their hashes go into OUT/recipe.json, with `notes`
     overwrite replace OUT, at the very end, and only if this project made it (it has a recipe.json)
-    resume    keep an earlier OUT.partial, for its owner to go on from; else it is emptied
-    scratch   files that only a resume needs: they go after the rename, so a stop costs nothing
+    scratch   files that only a resume needs. An earlier OUT.partial with one of them is kept, for
+              its owner to go on from; any other is emptied. They go after the rename, so a stop
+              costs nothing
     Where OUT is a link, what it points to is replaced.
     """
     out = Path(out)
@@ -189,7 +190,7 @@ def new_folder(out, inputs=(), overwrite=False, resume=False, notes=None, scratc
         if old.exists():  # a run was killed while it removed what it replaced
             replaceable(old, overwrite=True)
             shutil.rmtree(old)
-        if not resume:
+        if not any((partial / name).exists() for name in scratch):
             for path in partial.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -350,12 +351,12 @@ class Checkpoint:
             )
 
         before, now = saved["settings"], self.settings
-        differs = [name for name in now if before.get(name) != now[name]]
+        differs = [name for name in now | before if before.get(name) != now.get(name)]
         if differs:
             name = differs[0]
             raise ValueError(
                 f"{self.path} is of a run with another {name} ({before.get(name)}, "
-                f"now {now[name]}); give what it was started with, or remove it"
+                f"now {now.get(name)}); give what it was started with, or remove it"
             )
         return [saved[name] for name in names]
 
@@ -435,11 +436,11 @@ def product_rate(dtype, shape=(256, 256, 256), enough=0.0):
     a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
     a @ b  # the library prepares a product when it first meets it
     best = 0.0
-    for n in range(TRIES):
+    for tried in range(1, TRIES + 1):
         begin = time.perf_counter()
         a @ b
         best = max(best, 2 * m * k * n / (time.perf_counter() - begin))
-        if n > 1 and best < enough / 10:  # once may have been chance
+        if tried > 2 and best < enough / 10:  # once may have been chance
             break
     return best
 

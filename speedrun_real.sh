@@ -19,8 +19,8 @@
 #     WHISPER=weights/whisper-tiny.en STEPS=20 ROWS=1 ACCUMULATE=1 \
 #     bash speedrun_real.sh weights clips.jsonl out/trial
 #
-# Expect transcripts, and an instruct model that still chats. Do not expect the toy's spoken
-# answers.
+# Expect transcripts (with word times, of stretches of at most 19 words), and an instruct model that
+# still chats. Do not expect the toy's spoken answers.
 set -euo pipefail
 cd "$(dirname "$0")"
 weights=${1:-weights}

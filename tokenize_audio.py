@@ -343,6 +343,8 @@ class AudioTokenizer:
                 f"{folder}: codebook.safetensors is not the one codebook.json "
                 "describes (its sha256 differs); fit again"
             )
+        if hubert and self.recipe["features"]["kind"] != "hubert":
+            raise ValueError(f"--hubert {hubert}: {folder} hears without one; leave the flag out")
         features = self.recipe["features"] | ({"path": hubert} if hubert else {})
         self.features, self.hop = feature_function(
             features, None if hubert else folder, device, dtype
@@ -478,6 +480,8 @@ def sampled_frames(args, rows, features):
                 bar.update(len(kept[-1]))
             if have >= args.frames:
                 break
+    if not kept:
+        raise ValueError(f"{args.manifest}: not one clip of it could be read")
     return torch.cat(kept)
 
 
@@ -639,7 +643,6 @@ def encode_rows(args, rows, target):
         target,
         [args.codebook],
         args.overwrite,
-        resume=True,
         notes={"audio": args.identity, "dtype": args.dtype},
         scratch=Shard.SCRATCH,
     ) as out:

@@ -430,7 +430,8 @@ def sentence(world, rng):
 def questions(world, rng, dev, test):
     """Styled questions on all facts, `dev` + `test` of them, no (fact, style) twice.
 
-    No fact stands in both splits.
+    No (relation, entity) stands in both splits; the capital of a country may stand in one, and
+    the country of that capital in the other.
     """
     facts = {
         True: [fact for fact in world.facts if fact[3]],

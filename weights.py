@@ -249,10 +249,19 @@ def write_block(handle, at, tensor):
         data, at = data[done:], at + done
 
 
+def ears_of(folder):
+    """The files of a folder's codebook; a FileNotFoundError names the one that it lacks."""
+    files = [Path(folder) / name for name in ("codebook.safetensors", "codebook.json")]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: missing; copy it from where {folder} was made")
+    return files
+
+
 def copy_ears(source, target):
     """Copy what hears from folder to folder: the codebook, and a small HuBERT beside it."""
-    for name in ("codebook.safetensors", "codebook.json"):
-        shutil.copy(Path(source) / name, Path(target) / name)
+    for file in ears_of(source):
+        shutil.copy(file, Path(target) / file.name)
     if (Path(source) / "hubert").exists():
         shutil.copytree(
             Path(source) / "hubert", Path(target) / "hubert", dirs_exist_ok=True

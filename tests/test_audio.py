@@ -269,3 +269,17 @@ def test_every_feature_of_a_clip_has_mean_0_and_variance_1():
         * np.linspace(0.1, 1, 32000, dtype=np.float32)
     )
     assert abs(features.mean(0)).max() < 1e-4 and abs(features.std(0) - 1).max() < 0.05
+
+
+def test_the_way_to_convert_a_file_does_not_write_over_it(tmp_path):
+    (tmp_path / "a.wav").write_text("no sound")
+    with pytest.raises(ValueError, match=r"ffmpeg -i a\.wav .* a_16k\.wav"):
+        audio.load(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "1-2.trans.txt"])
+def test_transcripts_that_are_not_utf_8_are_named(name, tmp_path):
+    soundfile.write(tmp_path / "1-2-3.wav", sine(100, 16000), 16000)
+    (tmp_path / name).write_bytes(b"1-2-3|\xff|\xff 1-2-3 \xff\n")
+    with pytest.raises(ValueError, match=f"{name}: not UTF-8"):
+        audio.read_manifest(tmp_path)

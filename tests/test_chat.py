@@ -174,6 +174,13 @@ def test_a_deaf_model_can_be_typed_to_but_not_spoken_to(speedrun, capsys):
             ["first", Path("a.wav"), "then", Path("b c.wav"), "and stop"],
         ),
         ("he said 'a.wav", ["he said 'a.wav"]),
+        (
+            "what's in a.wav and what's in b.wav",
+            ["what's in", Path("a.wav"), "and what's in", Path("b.wav")],
+        ),
+        ("don't answer, spell a.wav", ["don't answer, spell", Path("a.wav")]),
+        ("spell a\\ b.wav", ["spell", Path("a b.wav")]),
+        ('say "yes no" to a.wav', ['say "yes no" to', Path("a.wav")]),
         ("x" * 5000, ["x" * 5000]),
         ("~no-such-user/a.wav", [Path("~no-such-user/a.wav")]),
     ],

@@ -445,6 +445,65 @@ def test_comparing_models_asks_them_what_the_table_asks(speedrun, tmp_path, monk
     assert evaluate.finding(rows, made["ahead"]) in capsys.readouterr().out
 
 
+def test_a_clip_of_a_pair_stands_where_a_document_begins(speedrun, tmp_path, monkeypatch):
+    """Llama 3 begins every document with a token of its own."""
+    model, vocab, ears = evaluate.listen.load(speedrun / "speech")
+    vocab.begin = [3]
+    read = []
+
+    def likely(model, prompts):
+        read.extend(prompts)
+        return [torch.zeros(len(prompt), vocab.size) for prompt in prompts]
+
+    monkeypatch.setattr(benchmark, "opened", lambda args: (model, vocab, ears))
+    monkeypatch.setattr(benchmark, "log_probabilities", likely)
+    clip = str(speedrun / "question.wav")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"good": clip, "bad": clip}) + "\n")
+    call(
+        [
+            "benchmark.py", "pairs", str(speedrun / "speech"), str(tmp_path / "pairs.jsonl"),
+            "--device", "cpu", "--out", str(tmp_path / "x.json"),
+        ],
+        monkeypatch,
+    )
+    assert [prompt[:2] for prompt in read] == [[3, vocab.speech["speech"]]] * 2
+    [[good, bad]] = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert good == bad == pytest.approx(-math.log(vocab.speech["k"]))
+
+
+def test_who_cannot_hear_is_told_before_any_model_is_asked(tmp_path, monkeypatch):
+    def hear(ears, *_):
+        if ears == "none":
+            raise ValueError("no one writes them down")
+        return []
+
+    questions = [{"question": "q", "answer": "a", "split": "test"}]
+    monkeypatch.setattr(evaluate, "read_questions", lambda path: (questions, questions))
+    ears = {"one": "some", "two": "none"}
+    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, None, ears[folder]))
+    monkeypatch.setattr(evaluate, "hear", hear)
+    monkeypatch.setattr(evaluate, "better_prompt", lambda *_: pytest.fail("it was asked"))
+    with pytest.raises(ValueError, match="no one writes them down"):
+        call(
+            [
+                "evaluate.py", "compare", "one", "two", "--questions", "q", "--device", "cpu",
+                "--out", str(tmp_path / "c.json"),
+            ],
+            monkeypatch,
+        )
+
+
+def test_a_value_with_a_hyphen_can_be_named_and_a_speaker_without_a_name_is_one(tmp_path):
+    clips = [
+        {"style": {"accent": accent}, "speaker": speaker}
+        for accent, speaker in (("non-native", None), ("native", "anna"))
+    ]
+    row = evaluate.named(["a non-native speaker", "a native speaker"], clips)
+    assert row["accent"]["value"] == 1.0
+    row = evaluate.named(["a native speaker", "a non-native speaker"], clips)
+    assert row["accent"]["value"] == 0.0
+
+
 def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
     shutil.copytree(speedrun / "speech", tmp_path / "deaf")
     (tmp_path / "deaf/speech.json").unlink()

@@ -131,6 +131,25 @@ def test_no_document_holds_a_turn_of_a_chat_and_a_token_of_prosody(world):
     assert min(kinds) > 50, "the audit saw both kinds"
 
 
+def test_captions_too_long_for_a_row_are_told_and_with_the_length_that_is_named_none_is(
+    world, tmp_path, monkeypatch, capsys
+):
+    def run(length):
+        call(
+            [
+                "pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"),
+                "--text", str(world / "world/base.jsonl"), "--length", str(length),
+                "--steps", "1", "--rows", "1", "--device", "cpu",
+                "--out", str(tmp_path / str(length)),
+            ],
+            monkeypatch,
+        )
+        return re.search(r"--length (\d+) would hold them", "".join(capsys.readouterr()))
+
+    told = run(32)
+    assert told and not run(int(told[1]))
+
+
 def test_the_same_seed_makes_the_same_world(tmp_path, monkeypatch):
     words = [
         sys.executable, "manner.py", "--lines", "6", "--documents", "50", "--dev", "3",
@@ -277,6 +296,54 @@ def test_a_benchmark_takes_the_words_of_a_row_or_those_that_a_transcriber_writes
     assert given.text() == row["text"]
     assert own.text() == wanted.text() != row["text"]
     assert asked == again == [" " + row["instruction"]]
+
+
+def test_the_transcript_of_a_row_of_a_manifest_is_not_written_beside_its_sound(
+    world, speedrun, tmp_path, monkeypatch
+):
+    row = rows_of(world / "world/test.jsonl")[0]
+    row |= {"audio": str(world / "world" / row["audio"])}
+    question = row | {"words": None, "text": "what is this"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(question)}\n")
+    heard = []
+    monkeypatch.setattr(
+        Vocab, "turn", lambda vocab, messages: heard.append(messages[-1]["content"]) or [1]
+    )
+    call(
+        [
+            "benchmark.py", "rows", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"),
+            "--device", "cpu", "--out", str(tmp_path / "x.json"),
+        ],
+        monkeypatch,
+    )
+    told = f" {row['instruction']}" if row["instruction"] else None
+    assert heard[0][1:] == ([told] if told else [])
+    assert heard[1][1] == "\n".join(filter(None, [" what is this", row["instruction"]]))
+
+
+@pytest.mark.parametrize(
+    "change, flags, said",
+    [
+        ({"audio": "gone.flac", "said": None}, ["--transcriber", "{ears}"], "gone.flac"),
+        ({"said": None}, [], "no one writes them down"),
+    ],
+)
+def test_a_row_that_cannot_be_heard_is_told_before_the_first_is_asked(
+    change, flags, said, world, speedrun, tmp_path, monkeypatch
+):
+    rows = rows_of(world / "test/manifest.jsonl")
+    rows[-1] |= change
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(benchmark, "replies", lambda *_, **__: pytest.fail("it was asked"))
+    flags = [flag.format(ears=speedrun / "speech") for flag in flags]
+    with pytest.raises((ValueError, OSError), match=said):
+        call(
+            [
+                "benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"),
+                *flags, "--device", "cpu", "--out", str(tmp_path / "x.json"),
+            ],
+            monkeypatch,
+        )
 
 
 def test_every_word_of_this_world_is_one_token(world):
@@ -428,6 +495,31 @@ def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(
     assert asked == [0.5, 0.6, 0.7]
     assert made["scores"]["0.5"]["a"]["value"] == 1.0
     assert capsys.readouterr().out.splitlines()[-1] == "lam 0.6 has the best mean"
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([{"group": "a", "metric": "wer"}], "of which less is better"),
+        ([{"metric": "exact"}], "no scores by group"),
+        ([{"group": "a", "metric": "exact"}, {"group": "a", "metric": "ends"}], "exact and ends"),
+    ],
+)
+def test_rows_by_which_no_lam_can_be_chosen_are_told_before_a_model_is_loaded(
+    rows, said, world, tmp_path, monkeypatch
+):
+    rows = [row | {"answer": "yes", "text": "?"} for row in rows]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(benchmark, "opened", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=said):
+        call(
+            [
+                "benchmark.py", "lam", str(tmp_path / "dev.jsonl"),
+                *(f"--{name}={world / name}" for name in ("base", "instruct", "speech")),
+                "--device", "cpu", "--out", str(tmp_path / "lam.json"),
+            ],
+            monkeypatch,
+        )
 
 
 def test_a_sum_in_memory_answers_as_the_one_that_is_written(world):

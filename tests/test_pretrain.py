@@ -367,6 +367,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
         )
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_moves_a_weight(
+    speedrun, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("inf"))
+    )
+    with pytest.raises(ValueError, match="step 1: .* its gradient's norm inf"):
+        trained(speedrun, tmp_path, monkeypatch, "chat")
+
+
+def test_a_codebook_that_is_missing_is_told_before_the_first_step(speedrun, tmp_path, monkeypatch):
+    shutil.copytree(speedrun / "units", tmp_path / "units")
+    (tmp_path / "units/codebook.safetensors").unlink()
+    monkeypatch.setattr(pretrain, "learning_rate", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(FileNotFoundError, match="codebook.safetensors: missing"):
+        call(
+            [
+                "pretrain.py", "--init", str(speedrun / "base"),
+                "--units", str(tmp_path / "units"), "--text", str(speedrun / "toy/base.jsonl"),
+                "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "x"),
+            ],
+            monkeypatch,
+        )
+
+
+def test_a_model_from_nothing_with_lora_is_told_to_take_init(
+    speedrun, tmp_path, monkeypatch, capsys
+):
+    with pytest.raises(SystemExit):
+        call(
+            [
+                "pretrain.py", "--size", "micro", "--tokenizer", str(speedrun / "toy/tokenizer"),
+                "--text", str(speedrun / "toy/base.jsonl"), "--plain", "--lora", "2",
+                "--out", str(tmp_path / "x"),
+            ],
+            monkeypatch,
+        )
+    assert "give --init" in capsys.readouterr().err
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_line_in_the_next_ones_log(
     speedrun, tmp_path, monkeypatch
 ):
@@ -423,6 +463,8 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
         ("--chat {chat} --lr 0", "--lr 0.0: wanted"),
         ("--chat {chat} --lr inf", "--lr inf: wanted"),
         ("--chat {chat} --lora-alpha 8", "give both"),
+        ("--chat {chat} --lora 2 --lora-alpha nan", "--lora-alpha nan: wanted 0 or more"),
+        ("--chat {chat} --unit-loss 1", "no --units are given"),
         ("--chat {chat} --tokenizer {units}", "leave --tokenizer out"),
     ],
 )

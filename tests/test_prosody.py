@@ -262,6 +262,16 @@ def test_a_clip_that_cannot_be_opened_is_told_before_the_first_is_worked_on(
         prosody.encode(args) if script == "prosody.py" else whisper.write_words(args, None)
 
 
+@pytest.mark.parametrize(
+    "seconds, said", [(0.005, "too short to hold its text"), (301, "longer than 300 s")]
+)
+def test_a_clip_too_short_or_too_long_is_refused(seconds, said, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", np.zeros(int(seconds * 16000), np.float32), 16000)
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "hello"}\n')
+    with pytest.raises(ValueError, match=f"a.wav: {said}"):
+        call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
+
+
 def test_an_output_with_a_slash_behind_it_is_the_same_output(spoken, tmp_path, monkeypatch):
     call(["prosody.py", str(spoken / "m.jsonl"), "--out", f"{tmp_path}/p/"], monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]

@@ -136,3 +136,24 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
 
 def test_a_bar_that_ends_before_its_first_line_says_nothing():
     assert python("import runs\nfor _ in runs.Bar(range(3), unit='step'): pass").stderr == ""
+
+
+def test_a_rate_is_the_operations_of_a_product_over_the_shortest_of_its_times(monkeypatch):
+    """Ten products take 2 ms each, one of them 1 ms, whatever this machine does."""
+    now, took = [0.0], [2e-3] * 4 + [1e-3] + [2e-3] * 5
+
+    def clock():
+        now[0] += took.pop(0) if clock.running else 0.0
+        clock.running = not clock.running
+        return now[0]
+
+    clock.running = False
+    monkeypatch.setattr(runs.time, "perf_counter", clock)
+    assert runs.product_rate(torch.float32, (8, 4, 2)) == pytest.approx(2 * 8 * 4 * 2 / 1e-3)
+    assert not took
+
+
+def test_a_run_without_a_setting_that_it_was_begun_with_is_another_run(tmp_path):
+    runs.Checkpoint(tmp_path / "c.pt", {"rows": "1", "whisper": "2"}).write(done=[1])
+    with pytest.raises(ValueError, match="another whisper"):
+        runs.Checkpoint(tmp_path / "c.pt", {"rows": "1"}).read("done")

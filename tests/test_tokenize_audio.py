@@ -417,7 +417,7 @@ def test_a_long_file_of_any_length_is_encoded_in_the_memory_of_its_windows(speed
 def test_two_encodes_of_one_folder_do_not_mix(speedrun, tmp_path):
     code = (
         "import runs, time\n"
-        f"with runs.new_folder({str(tmp_path / 'u')!r}, resume=True):\n"
+        f"with runs.new_folder({str(tmp_path / 'u')!r}):\n"
         "    print('mine', flush=True)\n"
         "    time.sleep(60)"
     )
@@ -540,3 +540,22 @@ def test_the_price_of_a_change_is_counted_in_mean_squared_distances(
     (x,) = ears.features([audio.load(speedrun / "question.wav")])
     distance = (x - ears.centroids[nearest(x, ears.centroids)]).pow(2).sum(1).mean().item()
     assert ears.recipe["switch"] == pytest.approx(2 * distance, rel=1e-4)
+
+
+def test_a_hubert_that_nothing_reads_is_refused(speedrun):
+    with pytest.raises(ValueError, match="hears without one"):
+        AudioTokenizer(speedrun / "codebook_mfcc", hubert=speedrun / "hubert")
+
+
+def test_a_corpus_of_unreadable_clips_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a.wav").write_text("no sound")
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n')
+    with pytest.raises(ValueError, match="not one clip of it could be read"):
+        call(
+            [
+                "tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl"),
+                "--features", "mfcc", "--k", "2", "--skip-bad", "--device", "cpu",
+                "--out", str(tmp_path / "c"),
+            ],
+            monkeypatch,
+        )

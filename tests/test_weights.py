@@ -238,7 +238,7 @@ def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path, monkeypat
 
     monkeypatch.setattr(runs.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path / "out", "2", overwrite=True, resume=True)
+        made(tmp_path / "out", "2", overwrite=True)
     monkeypatch.setattr(runs.os, "replace", real)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         made(tmp_path / "out", "3")
@@ -261,10 +261,10 @@ def test_what_a_resume_needs_goes_only_after_the_rename(tmp_path, monkeypatch):
     real = runs.os.replace
     monkeypatch.setattr(runs.os, "replace", no)
     with pytest.raises(OSError):
-        made(tmp_path / "out", "1", resume=True, scratch=["x"])
+        made(tmp_path / "out", "1", scratch=["x"])
     assert (tmp_path / "out.partial/x").exists()
     monkeypatch.setattr(runs.os, "replace", real)
-    made(tmp_path / "out", "1", resume=True, scratch=["x"])
+    made(tmp_path / "out", "1", scratch=["x"])
     assert (tmp_path / "out/recipe.json").exists() and not (tmp_path / "out/x").exists()
 
 
@@ -272,17 +272,17 @@ def test_one_process_at_a_time_writes_a_folder_and_a_kill_releases_it(tmp_path):
     out = tmp_path / "out"
     code = (
         "import runs, time\n"
-        f"with runs.new_folder({str(out)!r}, resume=True):\n"
+        f"with runs.new_folder({str(out)!r}):\n"
         "    print('mine', flush=True)\n"
         "    time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"mine\n"
     with pytest.raises(FileExistsError, match="another process is writing it"):
-        made(out, "1", resume=True)
+        made(out, "1")
     other.kill()
     other.wait()
-    made(out, "1", resume=True)
+    made(out, "1")
     assert (out / "x").exists()
 
 
@@ -322,3 +322,10 @@ def test_a_write_that_the_system_cuts_short_goes_on_behind_it(tmp_path, monkeypa
     weights.write_block(handle, at["x"], rows)
     os.close(handle)
     assert torch.equal(weights.Tensors(tmp_path)["x"], rows)
+
+
+def test_what_another_run_left_beside_an_output_does_not_get_into_it(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/stale").write_text("of another run")
+    made(tmp_path / "out", "1", scratch=["checkpoint.pt"])
+    assert not (tmp_path / "out/stale").exists()
