@@ -50,7 +50,8 @@ def pytest_cmdline_main(config):
 
     The tests of a file stay together: they share what they made.
     """
-    if getattr(config.option, "numprocesses", 0) is None:
+    of_two = "PYTEST_XDIST_WORKER" in os.environ  # one of the two must not begin two more
+    if getattr(config.option, "numprocesses", 0) is None and not of_two:
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
 
