@@ -940,7 +940,7 @@ def test_what_the_readme_says_of_desta_is_in_the_results():
     (run,) = json.loads((ROOT / "results/desta.json").read_text())
     said, rows = " ".join((ROOT / "README.md").read_text().split()), run["rows"]
     value = lambda row: [
-        f"{rows[row][name]['value']:.2f}" for name in ("rate", "loudness", "gender")
+        f"{rows[row][name]['value']:.2f}" for name in ("rate", "loudness", "gender", "accent")
     ]
     heard, read, cascade = value("heard"), value("read"), value("cascade")
     asked = [f"{run[name]['score']['value']:.2f}" for name in ("spoken", "typed")]
