@@ -618,7 +618,7 @@ def test_the_pages_tell_what_the_results_hold():
         value(reuse, "reuse/thanks", "fact"),
         *(value(reuse, f"reuse/{name}", "stress") for name in ("thanks", "over")),
     ]
-    assert "facts {} both, stress {} and {}.".format(*told) in readme
+    assert "facts {} both, stress {} and {} (`results".format(*told) in readme
     without = {"no_text": "speech", "no_captions": "captions", "from_instruct": "learns to hear"}
     for name, what in without.items():
         scores = [value(paper, f"paper/{name}", group) for group in ("fact", "manner", "stress")]
