@@ -46,12 +46,13 @@ SMALL = {  # flags that shrink a step of speedrun.sh to a second or two
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Two processes, where pytest-xdist is there and no -n says otherwise (-n 0: none, for --pdb).
+    """Two processes, where pytest-xdist is there and neither -n nor --pdb says otherwise.
 
     The tests of a file stay together: they share what they made.
     """
     of_two = "PYTEST_XDIST_WORKER" in os.environ  # one of the two must not begin two more
-    if getattr(config.option, "numprocesses", 0) is None and not of_two:
+    alone = of_two or config.option.usepdb
+    if getattr(config.option, "numprocesses", 0) is None and not alone:
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
 
