@@ -452,8 +452,13 @@ def test_a_clip_of_a_pair_stands_where_a_document_begins(speedrun, tmp_path, mon
     read = []
 
     def likely(model, prompts):
+        """Behind id number n, all units are as likely but unit n, which has half of the whole."""
         read.extend(prompts)
-        return [torch.zeros(len(prompt), vocab.size) for prompt in prompts]
+        first, k = vocab.speech["first_unit"], vocab.speech["k"]
+        likely = torch.zeros(len(prompts[0]), vocab.size)
+        for n in range(len(likely)):
+            likely[n, first + n % k] = math.log(k - 1)
+        return [likely] * len(prompts)
 
     monkeypatch.setattr(benchmark, "opened", lambda args: (model, vocab, ears))
     monkeypatch.setattr(benchmark, "log_probabilities", likely)
@@ -467,8 +472,10 @@ def test_a_clip_of_a_pair_stands_where_a_document_begins(speedrun, tmp_path, mon
         monkeypatch,
     )
     assert [prompt[:2] for prompt in read] == [[3, vocab.speech["speech"]]] * 2
+    k, units = vocab.speech["k"], [i - vocab.speech["first_unit"] for i in read[0][2:]]
+    shares = [0.5 if unit == n % k else 0.5 / (k - 1) for n, unit in enumerate(units, 1)]
     [[good, bad]] = json.loads((tmp_path / "x.json").read_text())["rows"]
-    assert good == bad == pytest.approx(-math.log(vocab.speech["k"]))
+    assert good == bad == pytest.approx(np.log(shares).mean())
 
 
 def test_who_cannot_hear_is_told_before_any_model_is_asked(tmp_path, monkeypatch):
