@@ -85,6 +85,8 @@ def main():
     parser.add_argument("--only", default="", help="only those of files whose name holds this")
     args = parser.parse_args()
     chosen = [mistake for mistake in planted() if args.only in mistake[0]]
+    if not chosen:
+        parser.error(f"--only {args.only}: no file of mutants.txt has this in its name")
     chosen = random.Random(0).sample(chosen, args.sample) if args.sample else chosen
 
     # Two copies, each with one mistake and one thread at a time.

@@ -100,6 +100,13 @@ def test_the_table_has_every_row_and_column_and_null_where_meaningless(speedrun)
     assert (speedrun / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+def table_of(speedrun):
+    """The command that makes the table of a run, but for --out."""
+    models = [f"--{name}={speedrun / name}" for name in ("base", "instruct", "speech", "merged")]
+    questions = str(speedrun / "toy/questions.jsonl")
+    return ["evaluate.py", "table", *models, "--questions", questions, "--device", "cpu"]
+
+
 def test_the_lam_sweep_never_sees_a_test_question(speedrun, tmp_path, monkeypatch):
     asked, real = [], evaluate.answers
 
@@ -108,19 +115,7 @@ def test_the_lam_sweep_never_sees_a_test_question(speedrun, tmp_path, monkeypatc
         return real(model, vocab, contents, prompt, bar)
 
     monkeypatch.setattr(evaluate, "answers", spy)
-    words = [
-        w
-        for name in ("base", "instruct", "speech", "merged")
-        for w in (f"--{name}", str(speedrun / name))
-    ]
-    call(
-        [
-            "evaluate.py", "table", *words,
-            "--questions", str(speedrun / "toy/questions.jsonl"), "--device", "cpu",
-            "--out", str(tmp_path / "t.json"),
-        ],
-        monkeypatch,
-    )
+    call([*table_of(speedrun), "--out", str(tmp_path / "t.json")], monkeypatch)
     rows = [
         json.loads(line) for line in (speedrun / "toy/questions.jsonl").read_text().splitlines()
     ]
@@ -801,19 +796,7 @@ def stubbed(speedrun, tmp_path, monkeypatch):
         evaluate, "text_loss",
         lambda model, vocab, questions: {"value": number(model.name, model.lam, len(questions))},
     )
-    words = [
-        w
-        for name in ("base", "instruct", "speech", "merged")
-        for w in (f"--{name}", str(speedrun / name))
-    ]
-    call(
-        [
-            "evaluate.py", "table", *words,
-            "--questions", str(speedrun / "toy/questions.jsonl"), "--device", "cpu",
-            "--out", str(tmp_path / "t.json"),
-        ],
-        monkeypatch,
-    )
+    call([*table_of(speedrun), "--out", str(tmp_path / "t.json")], monkeypatch)
     split = {name: [q for q in rows if q["split"] == name] for name in ("test", "dev")}
     return split, json.loads((tmp_path / "t.json").read_text())
 
