@@ -182,9 +182,8 @@ def resample(samples, rate, to=SAMPLE_RATE):
     length = -(-len(samples) * up // down)
     if up <= 1000:  # every usual rate
         filters = filter_table(up, down, reach, cut)                # (up, 1, taps)
-        y = F.conv1d(
-            torch.from_numpy(x)[None, None], filters, stride=down
-        )                                                           # (1, up, blocks)
+        x = torch.from_numpy(x)[None, None]
+        y = F.conv1d(x, filters, stride=down)                       # (1, up, blocks)
         return y[0].T.reshape(-1)[:length].numpy()
 
     # An odd rate has too many phases for a table of all: between two of PHASES a filter

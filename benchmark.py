@@ -190,8 +190,7 @@ def answering(args, model, vocab, ears):
         """The replies to some rows; to a choice, its letter."""
         prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
         said = {}
-        for whole in (True, False):  # must it have ended?
-            metrics = ("exact", "ends") if whole else ("contains", "wer")
+        for metrics, whole in ((("exact", "ends"), True), (("contains", "wer"), False)):
             asked = [i for i, row in enumerate(part) if row["metric"] in metrics]
             if asked:
                 starts = [prompts[i] for i in asked]
@@ -326,10 +325,13 @@ def choose_lam(args):
     rows = read_rows(args.rows)
     if any(row["metric"] == "wer" for row in rows):
         raise ValueError(f"{args.rows}: scored by wer, of which less is better; wanted shares")
-    cells_of(scores_of_rows(rows, ["A"] * len(rows)).get("groups"), args.rows)  # are there groups?
-    _, vocab, ears = opened(args)
+
+    # Before a model is loaded: have the rows groups? Any reply tells; "A" is a choice, too.
+    cells_of(scores_of_rows(rows, ["A"] * len(rows)).get("groups"), args.rows)
+    _, vocab, ears = opened(args)  # of --speech: the sum has its tokens
     can_hear(args, rows, ears)
-    plan, config = Merge(args.base, args.instruct, args.folder), Config.read(args.folder)
+    plan = Merge(args.base, args.instruct, args.folder)
+    config = Config.read(args.folder)
 
     scores = {}
     for lam in runs.Bar(LAMS, desc="asking the sum", unit="lam"):
@@ -482,47 +484,38 @@ def main():
         description="Score a model that hears on any benchmark."
     )
     commands = parser.add_subparsers(dest="action", required=True)
-    one = commands.add_parser(
-        "rows",
-        help='JSON lines {"audio", "text", "instruction", '
-        '"choices", "answer", "metric"}',
+    rows = commands.add_parser(
+        "rows", help='JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}'
     )
-    three = commands.add_parser("show", help="scores of several models, group by group")
-    three.add_argument("scores", nargs="+", help="files that rows has written")
-    three.add_argument("--out", help="a .json to write them to, too")
-    three.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    four = commands.add_parser("report", help="join the runs of speedrun_manner.sh")
-    four.add_argument("folders", nargs="+", help="its out folders, one a seed")
-    four.add_argument("--out", required=True, help=".json to write")
-    four.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    five = commands.add_parser("lam", help="which lam has the best sum, by some questions")
-    for which in ("base", "instruct", "speech"):
-        dest = "folder" if which == "speech" else which
-        five.add_argument(f"--{which}", dest=dest, required=True, help="a model folder")
-    five.add_argument("rows", help="the rows, of the dev split")
-    runs.add_device(five)
-    five.set_defaults(hubert=None, transcriber=None, limit=LIMIT)
-    five.add_argument("--out", required=True, help=".json to write")
-    five.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    two = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
-    for command in (one, two):
-        add = command.add_argument
-        add("folder", help="a model folder that hears")
-        add(
-            "rows",
-            help=(
-                "the rows"
-                if command is one
-                else "a folder with good/ and bad/, or JSON lines"
-            ),
-        )
-        (listen.add_ears if command is one else tokenize_audio.add_ears)(command)
-        add("--out", required=True, help=".json to write")
-        add("--overwrite", action="store_true", help="replace an existing --out")
-    one.add_argument(
+    rows.add_argument("folder", help="a model folder that hears")
+    rows.add_argument("rows", help="the rows")
+    rows.add_argument(
         "--limit", type=int, default=LIMIT, help=f"tokens of a reply, at most (default {LIMIT})"
     )
-    two.set_defaults(limit=None, transcriber=None)  # of pairs, units alone are read
+    listen.add_ears(rows)
+
+    pairs = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
+    pairs.add_argument("folder", help="a model folder that hears")
+    pairs.add_argument("rows", help="a folder with good/ and bad/, or JSON lines")
+    tokenize_audio.add_ears(pairs)
+    pairs.set_defaults(limit=None, transcriber=None)  # of pairs, units alone are read
+
+    lam = commands.add_parser("lam", help="which lam has the best sum, by some questions")
+    for which in ("base", "instruct", "speech"):
+        dest = "folder" if which == "speech" else which
+        lam.add_argument(f"--{which}", dest=dest, required=True, help="a model folder")
+    lam.add_argument("rows", help="the rows, of the dev split")
+    runs.add_device(lam)
+    lam.set_defaults(hubert=None, transcriber=None, limit=LIMIT)
+
+    shown = commands.add_parser("show", help="scores of several models, group by group")
+    shown.add_argument("scores", nargs="+", help="files that rows has written")
+    joined = commands.add_parser("report", help="join the runs of speedrun_manner.sh")
+    joined.add_argument("folders", nargs="+", help="its out folders, one a seed")
+
+    for command in (rows, pairs, lam, shown, joined):
+        command.add_argument("--out", required=command is not shown, help=".json to write")
+        command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
     if args.action != "show" and Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")

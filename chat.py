@@ -109,9 +109,12 @@ class Chat:
         The turn and what was said of the reply join the conversation, also when the
         caller stops early.
         """
-        prompt, vocab = self.prompt(content), self.vocab
+        prompt = self.prompt(content)
+        vocab = self.vocab
         characters = codecs.getincrementaldecoder("utf-8")("replace")
-        said, times, began = "", [], time.perf_counter()
+        said = ""
+        times = []
+        began = time.perf_counter()
         try:
             for ids in generate(
                 self.model,

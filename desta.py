@@ -120,7 +120,8 @@ class Listener(Vocab):
 
     def __init__(self, folder, rows=0):
         super().__init__(folder)
-        self.rows, self.said = rows, {}
+        self.rows = rows
+        self.said = {}
 
     def span(self, numbers):
         """`<start_audio>` vectors, transcript `<end_audio>`."""
@@ -308,7 +309,8 @@ def load(folder, device="cpu", dtype=None):
     with torch.device("meta"):
         adapter = Adapter(made["adapter"])
     weights.load_into(adapter, folder)
-    encoder, transcriber = Encoder(made["encoder"], device), None
+    encoder = Encoder(made["encoder"], device)
+    transcriber = None
     if made["transcriber"] == made["encoder"]:
         transcriber = encoder.whisper
     elif made["transcriber"]:
@@ -325,7 +327,8 @@ def write(args):
     rows = described_clips(args.manifest)
     told = [description(row, args.template) for row in rows]
     model = LM.load(args.model, args.device, torch.float32).eval()
-    vocab, questions = Listener(args.model), args.prompt or [QUESTION]
+    vocab = Listener(args.model)
+    questions = args.prompt or [QUESTION]
     asked = [
         (row | {"prompt": question}, text)
         for row, text in zip(rows, told)
@@ -448,7 +451,8 @@ def loss_of(model, table, listener, adapter, rows, states, transcript):
     # This batch's vectors stand behind the embedding's rows, in place of the last batch's.
     table.heard = torch.cat(vectors)
     listener.said = {}
-    documents, first = [], 0
+    documents = []
+    first = 0
     for row, heard in zip(rows, vectors):
         if transcript:
             listener.said[first] = row["text"]
@@ -528,7 +532,8 @@ def train(args, out):
     inputs = args.targets, args.states, args.model
     settings |= {path: runs.fingerprint(path) for path in inputs}
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
-    step, saved = 0, checkpoint.read("adapter", "optimizer", "step")
+    step = 0
+    saved = checkpoint.read("adapter", "optimizer", "step")
     if saved:
         adapter.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
@@ -640,9 +645,11 @@ def main():
         runs.may_write(args.out, args.overwrite)
         return write(args)
     if args.action == "encode":
-        work, inputs = encode, [args.encoder]
+        work = encode
+        inputs = [args.encoder]
     else:
-        work, inputs = train, [args.model, args.states, args.targets]
+        work = train
+        inputs = [args.model, args.states, args.targets]
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     scratch = ["checkpoint.pt"]
     with runs.new_folder(

@@ -1,6 +1,6 @@
 """What is trained on: text, chats, units beside text; mixed by weight and packed into rows of ids.
 
-in   texts, chats, a units folder of tokenize_audio.py
+in   texts, chats, a units folder of tokenize_audio.py, or one of prosody.py
 out  batches: ids, their targets, where each document begins, how it reads in writing
 see  Spirit LM (arXiv:2402.05755) for interleaved documents; first fit, longest first (Johnson 1973)
 run  python documents.py out/speech --units out/units --text out/toy/base.jsonl
@@ -25,9 +25,9 @@ from vocab import Document, Vocab
 ALONE, GROWTH = 0.1, 20
 ROLES = "system", "user", "assistant", "tool"  # another role could spell a chat's markers
 HELD_OUT = 100  # one document in a hundred is for validation only
-# How often a caption stands before what it is about, and behind it; and how often a line
-# without one ends like a turn.
-BEFORE_AFTER_ENDS = 0.3, 0.3, 0.2
+# One draw decides of a spoken line: below BEFORE its caption stands first, from there to BEHIND
+# last, else nowhere; above ENDS the document ends like a turn.
+BEFORE, BEHIND, ENDS = 0.3, 0.6, 0.8
 BETWEEN = 0.5  # of all lines have another line behind the speech, before any caption
 WAITING = 1.3  # batches' worth of documents to choose from: more choice, fuller rows
 
@@ -131,7 +131,8 @@ def interleaved(vocab, corpus, i, rng, texts=()):
     parts = []
     if row.get("words"):
         # Turns of any length that is left.
-        a, aloud = 0, rng.random() < 0.5
+        a = 0
+        aloud = rng.random() < 0.5
         while a < len(row["words"]):
             b = int(rng.integers(a, len(row["words"]))) + 1
             if aloud:
@@ -140,7 +141,8 @@ def interleaved(vocab, corpus, i, rng, texts=()):
                 parts.append(
                     " " * (a > 0) + " ".join(word for word, _, _ in row["words"][a:b])
                 )
-            a, aloud = b, not aloud
+            a = b
+            aloud = not aloud
     else:
         parts.append([(row.get("text", ""), np.asarray(corpus[i][0]))])
         following = corpus.rows[i + 1].get("text") if i + 1 < len(corpus.rows) else None
@@ -161,20 +163,20 @@ def unread(document):
 
 
 def captioned(vocab, corpus, i, rng):
-    """Row i with its text: [caption] text [speech] [another text] [caption].
+    """Row i with its text: (caption) text <|speech|>...<|/speech|> (another text) (caption).
 
-    The caption says in words how the text was said; it stands before, behind, or nowhere.
+    What is in brackets stands in some documents. The caption says in words how the text was said.
     Behind speech another text may come first: a model that meets captions right behind the
     speech alone writes one there, whatever is asked.
     """
-    caption, where = corpus.rows[i].get("caption"), rng.random()
-    before, after, ends = BEFORE_AFTER_ENDS
-    above = f"{caption}\n" if caption and where < before else ""
+    caption = corpus.rows[i].get("caption")
+    draw = rng.random()
+    above = f"{caption}\n" if caption and draw < BEFORE else ""
     count = len(corpus.rows)
     other = corpus.rows[int(rng.integers(count // HELD_OUT, count))].get("text", "")
     below = f"\n{other}" if rng.random() < BETWEEN and other else ""
-    below += f"\n{caption}." if caption and before <= where < before + after else ""
-    return vocab.captioned(above, corpus[i], below, where > 1 - ends)
+    below += f"\n{caption}." if caption and BEFORE <= draw < BEHIND else ""
+    return vocab.captioned(above, corpus[i], below, ends=draw > ENDS)
 
 
 def some(texts, share, rng):
@@ -340,7 +342,8 @@ def pack(documents, rows, length, filler):
         read         their ids; `read_start` is where each document begins
         place        where in its row of `ids` each of these has been said, or -1
     """
-    bins, left = [[] for _ in range(rows)], []
+    bins = [[] for _ in range(rows)]
+    left = []
     room = [length] * rows
     for document, kind in sorted(documents, key=lambda d: -len(d[0].ids)):
         row = next((r for r in range(rows) if room[r] >= len(document.ids)), None)

@@ -151,7 +151,8 @@ def cell(value, n, low, high):
 
 def share(right):
     """The cell of a list of 0 to 1, mostly booleans, with Wilson's interval; None of none."""
-    n, z = len(right), 1.96
+    n = len(right)
+    z = 1.96
     if not n:
         return None
     p = sum(right) / n
@@ -242,7 +243,8 @@ def score(model, vocab, questions, spoken, prompt, bar=None):
 
     spoken  {group: units of every question}; empty for a model that cannot hear
     """
-    row, near = dict.fromkeys(COLUMNS), None
+    row = dict.fromkeys(COLUMNS)
+    near = None
     said = answers(model, vocab, [q["question"] for q in questions], prompt, bar)
     row["typed"] = exact(said, questions)
     row["typed_unseen"] = unseen(said, questions)
@@ -277,7 +279,8 @@ def read_questions(path):
                     f"{where}: no {name!r}; wanted question, answer, audio, split and "
                     "seen"
                 )
-        voices, texts = row["audio"], ("question", "answer", "noisy", "text")
+        voices = row["audio"]
+        texts = ("question", "answer", "noisy", "text")
         if (
             any(not isinstance(row.get(name, ""), str) for name in texts)
             or not isinstance(voices, dict)
@@ -330,11 +333,13 @@ def load_rows(args, plan, config):
 
 def table(args):
     """Ask all rows everything, and write down what share they answer."""
-    began, folder = time.time(), Path(args.questions).parent
+    began = time.time()
+    folder = Path(args.questions).parent
     runs.may_write(args.out, args.overwrite)
     runs.unchanged(args.merged, [args.base, args.instruct, args.speech])
     test, dev = read_questions(args.questions)
-    plan, config = Merge(args.base, args.instruct, args.speech), Config.read(args.speech)
+    plan = Merge(args.base, args.instruct, args.speech)
+    config = Config.read(args.speech)
     vocab, plain = Vocab(args.speech), Vocab(args.instruct)
     ears = AudioTokenizer(args.speech, args.device, args.hubert)
     models = load_rows(args, plan, config)
@@ -479,7 +484,8 @@ def grid(rows):
 def show(result):
     """The table for a human."""
     print("\n" + grid({name: result["rows"][name] for name in ROWS}))
-    n, rel = result["rows"]["merged"]["typed"]["n"], result["rel"]
+    n = result["rows"]["merged"]["typed"]["n"]
+    rel = result["rel"]
     print(
         f"\n{n} test questions; exact answers. "
         f"|delta| / |base|: instruct {rel['instruct']:.3f}, speech {rel['speech']:.3f}"

@@ -35,11 +35,7 @@ except ImportError:  # no GPU build of torch: PyTorch's own attention does the w
     triton = None
 
 TILE = 64  # queries or keys of a tile
-# No spills on sm_80 and sm_90: tests/test_fused.py.
-LAUNCH = {
-    "num_warps": 8,
-    "num_stages": 2,
-}
+LAUNCH = {"num_warps": 8, "num_stages": 2}  # no spills on sm_80 and sm_90: tests/test_fused.py
 WIDEST = 128  # head width that the kernels take
 CHUNK = 2048  # targets whose logits are alive at a time
 
@@ -103,17 +99,15 @@ def attention(q, k, v, start=None):
 
 def one_by_one(q, k, v, begins):
     """`attention` of whole rows, document by document. begins (B, T) bool: where one begins."""
-    grouped, rows = q.shape[1] != k.shape[1], []
+    grouped = q.shape[1] != k.shape[1]
+    rows = []
     for b, row in enumerate(begins):
         cuts = [*row.nonzero()[:, 0].tolist(), begins.shape[1]]
         parts = []
         for a, c in zip(cuts, cuts[1:]):
             document = [x[b : b + 1, :, a:c] for x in (q, k, v)]    # (1, heads, c - a, D)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    *document, is_causal=True, enable_gqa=grouped
-                )
-            )
+            y = F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=grouped)
+            parts.append(y)
         rows.append(torch.cat(parts, dim=2))                        # (1, H, T, D)
     return torch.cat(rows)
 
@@ -129,9 +123,8 @@ def by_hand(q, k, v, start, key):
     unseen = (key > key[:, None]) | (key < start[:, :, None])       # (B, T, T)
     bias = torch.zeros(unseen.shape, dtype=q.dtype).masked_fill(unseen, -math.inf)
     groups = H // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(
-        groups, dim=1
-    )                                                               # (B, H, T, D)
+    k = k.repeat_interleave(groups, dim=1)                          # (B, H, T, D)
+    v = v.repeat_interleave(groups, dim=1)
     scores = q @ k.mT / D**0.5 + bias[:, None]                      # (B, H, T, T)
     return scores.softmax(-1, dtype=q.dtype) @ v                    # (B, H, T, D)
 
@@ -156,7 +149,8 @@ class Flash(torch.autograd.Function):
                 "attention: Triton's interpreter takes bfloat16 for whole numbers; "
                 "use float16 or float32 there"
             )
-        o, lse = torch.empty_like(q), torch.empty(B, H, T, device=q.device)
+        o = torch.empty_like(q)
+        lse = torch.empty(B, H, T, device=q.device)
         M = 2 * TILE if D <= 64 else TILE
         forward_kernel[(triton.cdiv(T, M), B * H)](
             q,
@@ -186,9 +180,8 @@ class Flash(torch.autograd.Function):
         go = (g.float() * o.float()).sum(-1)                # (B, H, T): g.o of each query
 
         # The last query that may see each key.
-        position = (
-            torch.arange(T, device=q.device, dtype=torch.int32).expand(B, T).contiguous()
-        )
+        position = torch.arange(T, device=q.device, dtype=torch.int32)
+        position = position.expand(B, T).contiguous()
         end = torch.searchsorted(start, position, right=True).int() - 1  # (B, T)
 
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -196,9 +189,8 @@ class Flash(torch.autograd.Function):
         query_kernel[(triton.cdiv(T, TILE), B * H)](
             q, k, v, start, g, go, lse, dq, *numbers, M=TILE, **fixed, **LAUNCH
         )
-        key_kernel[
-            (triton.cdiv(T, TILE), B * KV)
-        ](  # two sums to hold: a larger M would spill
+        # Two sums to hold: a larger M would spill.
+        key_kernel[(triton.cdiv(T, TILE), B * KV)](
             q, k, v, end, g, go, lse, dk, dv, *numbers, M=TILE // 2, **fixed, **LAUNCH
         )
         return dq, dk, dv, None
@@ -275,13 +267,15 @@ if triton:
         Q, O (B, H, T, D), K, V (B, KV, T, D), START (B, T), LSE (B, H, T) in powers of
         two.
         """
-        i0, head = tl.program_id(0) * M, tl.program_id(1)
+        i0 = tl.program_id(0) * M
+        head = tl.program_id(1)
         b = head // H
         row = b * KV + head % H // (H // KV)  # of the keys that this head reads
         i = i0 + tl.arange(0, M)
         first = tl.load(START + b * T + tl.minimum(i, T - 1))  # beyond the row: never stored
         q = load(Q, head, T, D, i, WIDTH)
-        m, l = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32)
+        m = tl.full([M], -1e30, tl.float32)
+        l = tl.zeros([M], tl.float32)
         a = tl.zeros([M, WIDTH], tl.float32)
         begin, whole, diagonal, stop = spans(first, i0, T, M, N)
         m, l, a = attend(q, i, first, m, l, a, K, V, row, T, D, scale, begin, whole, True, WIDTH, N)
@@ -315,7 +309,8 @@ if triton:
 
         G, DQ as Q (B, H, T, D); GO, LSE (B, H, T).
         """
-        i0, head = tl.program_id(0) * M, tl.program_id(1)
+        i0 = tl.program_id(0) * M
+        head = tl.program_id(1)
         b = head // H
         row = b * KV + head % H // (H // KV)  # of the keys that this head reads
         i = i0 + tl.arange(0, M)
@@ -382,9 +377,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for a in range(0, N, CHUNK):
             part = slice(a, a + CHUNK)
             column = target[part, None]                             # (n, 1)
-            logits = (
-                hidden[part] @ weight.T
-            ).float()                               # (n, V): all that ever exists of them
+            logits = (hidden[part] @ weight.T).float()              # (n, V): all there ever is
             if barred is not None:
                 logits.masked_fill_(barred, -math.inf)
             largest = logits.amax(-1, keepdim=True)                 # (n, 1)

@@ -274,8 +274,10 @@ class Hubert(nn.Module):
         hidden   (B, T) bool: frames replaced by the mask vector before the encoder
         """
         # 40 samples more on each side, for 320 a frame: 50 frames a second, not 49.
-        hop, pad = self.hop(), (self.receptive_field() - self.hop()) // 2
-        T, device = samples.shape[1] // hop, samples.device
+        hop = self.hop()
+        pad = (self.receptive_field() - self.hop()) // 2
+        T = samples.shape[1] // hop
+        device = samples.device
 
         counts = real = inside = None
         n = samples.shape[1]
@@ -290,9 +292,8 @@ class Hubert(nn.Module):
             samples = samples if lengths is None else samples * inside
             samples = samples * torch.rsqrt(samples.pow(2).sum(-1, keepdim=True) / n + 1e-7)
 
-        x = self.feature_extractor(
-            F.pad(samples, (pad, pad)), counts
-        )                                                           # (B, T or more, ...)
+        samples = F.pad(samples, (pad, pad))
+        x = self.feature_extractor(samples, counts)                 # (B, T or more, ...)
         x = self.feature_projection(x)[:, :T]                       # (B, T, C)
         if hidden is not None:
             x = torch.where(hidden[:, :, None], self.masked_spec_embed, x)
@@ -433,7 +434,8 @@ def train(args, out):
     settings = {name: str(getattr(args, name)) for name in flags}
     settings["units"] = runs.fingerprint(args.units)
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
-    step, saved = 0, checkpoint.read("learner", "optimizer", "step")
+    step = 0
+    saved = checkpoint.read("learner", "optimizer", "step")
     if saved:
         learner.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])

@@ -32,7 +32,8 @@ def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
     if (Path(folder) / "desta.json").exists():
         model, vocab, ears = desta.load(folder, device, dtype)
     else:
-        model, vocab = LM.load(folder, device, dtype).eval(), Vocab(folder)
+        model = LM.load(folder, device, dtype).eval()
+        vocab = Vocab(folder)
         ears = None
         if vocab.speech and vocab.reads_prosody():
             write = writer(transcriber, device, hubert) if transcriber else None

@@ -37,7 +37,7 @@ QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r}
 
 SIGNS = "#$%&*+<=>@^_|~"
 CLUTTERED = 0.5  # of the lines in text: behind them signs that say nothing, or words among signs
-ASIDE = 0.8  # the same of ordinary user turns, so that clutter does not promise a caption
+CLUTTERED_ASKED = 0.8  # of other user turns, so that clutter does not promise a caption
 UNDESCRIBED = 0.3  # of the chats about a line: it has no caption, and the answer is a guess
 
 
@@ -102,10 +102,10 @@ def reply(manner, line, relation, style):
 
 
 def cluttered(line, rng):
-    """A line, and behind it signs, mostly with its words again, as tokens of speech will stand.
+    """A line followed by random signs, mostly between its words, said again.
 
-    Open models have read markup of every kind, and read on behind it. This teaches a model
-    from nothing the same.
+    Tokens of speech will stand like this. Open models know markup of every kind; a model from
+    nothing has to learn to read past it.
     """
 
     def signs(count):
@@ -144,7 +144,7 @@ def captioned_text(world, rng):
     if rng.random() < 0.35:
         return f"{page}."
 
-    # A reply says a caption first and answers from it. So the base is asked for every word
+    # A reply says a caption first and answers from it. So the base is asked for several words
     # of a caption: asked for one only, it had not learnt to look them up in as many steps.
     relations = list(manner.relations())
     rng.shuffle(relations)
@@ -175,7 +175,7 @@ def chat(world, rng):
         messages = toy.chat(world, rng)
         for message in messages:
             if message["role"] == "user":
-                message["content"] = written(message["content"], rng, ASIDE)
+                message["content"] = written(message["content"], rng, CLUTTERED_ASKED)
         return messages
 
     # The reply begins with the caption. So behind speech, where none stands to be copied,
@@ -200,7 +200,8 @@ class Reader:
     """Reads lines aloud in a manner, into files."""
 
     def __init__(self, seed):
-        self.speaker, self.rng = voices.Speaker(), random.Random(f"manner voices {seed}")
+        self.speaker = voices.Speaker()
+        self.rng = random.Random(f"manner voices {seed}")
 
     def read(self, path, line, manner, group):
         """Write a .flac; the line's row of a manifest, without its path."""
@@ -240,7 +241,7 @@ def write_questions(world, rng, reader, counts, out):
     A third of the former ask for the stressed word.
     """
     (out / "questions").mkdir()
-    rows = []
+    plan = []  # (split, line, manner, what `question` returns)
     for split, count in counts.items():
         for number in range(count):
             relation = "stress" if number % 3 == 0 else None
@@ -250,15 +251,15 @@ def write_questions(world, rng, reader, counts, out):
                 line = drawn_line(world, rng)
                 manner = drawn_manner(line, rng)
             asked = question(manner, line, rng, relation or rng.choice(RELATIONS[:-1]))
-            rows.append((split, line, manner, asked))
+            plan.append((split, line, manner, asked))
     facts = [max(1, counts[split] // 2) for split in ("dev", "test")]
     for row in toy.questions(world, rng, *facts):
         manner = drawn_manner(row["question"], rng)._replace(stress=None)
-        fact = "fact", row["kind"], "", row["answer"]
-        rows.append((row["split"], row["question"], manner, fact))
+        asked = "fact", row["kind"], "", row["answer"]  # the line itself is the question
+        plan.append((row["split"], row["question"], manner, asked))
 
     made = []
-    for number, (split, line, manner, asked) in enumerate(runs.Bar(rows, unit="question")):
+    for number, (split, line, manner, asked) in enumerate(runs.Bar(plan, unit="question")):
         name = f"questions/{number:04d}.flac"
         row = reader.read(out / name, line, manner, "near")
         relation, kind, instruction, answer = asked
@@ -293,7 +294,8 @@ def write_world(args):
     for name in ("lines", "documents", "dev", "test"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name} {getattr(args, name)}: wanted more than 0")
-    world, reader = toy.World(args.seed), Reader(args.seed)
+    world = toy.World(args.seed)
+    reader = Reader(args.seed)
     rng = {
         name: random.Random(f"manner {name} {args.seed}")
         for name in ("tokenizer", "base", "chat", "speech", "questions")

@@ -175,7 +175,8 @@ class Merge:
         rows = self.count(TABLES[0])
         for which in ("base", "instruct"):
             for name in self.names:
-                tensors, wanted = self.tensors[which], self.tensors["speech"].shape(name)
+                tensors = self.tensors[which]
+                wanted = self.tensors["speech"].shape(name)
                 if name in TABLES:
                     wanted = (rows, *wanted[1:])
                 if tensors.shape(name) != wanted:
@@ -187,7 +188,8 @@ class Merge:
 
     def same_tokens(self, vocabs):
         """Where two tokenizers know a row of base's, they must name it alike."""
-        rows, names = self.count(TABLES[0]), {}
+        rows = self.count(TABLES[0])
+        names = {}
         for which, vocab in vocabs.items():
             special = {
                 i: token
@@ -211,7 +213,8 @@ class Merge:
 
     def blocks(self, name):
         """(a, b) of blocks of rows; none lies across the end of base's."""
-        have, every = self.count(name), self.tensors["speech"].shape(name)[0]
+        have = self.count(name)
+        every = self.tensors["speech"].shape(name)[0]
         step = max(1, BLOCK // self.width(name))
         return [
             (a, min(a + step, end))
@@ -283,8 +286,8 @@ def report(sizes):
     groups = {}
     for name, part in sizes.items():
         block = re.search(r"layers\.(\d+)\.", name)
-        keys = ["rows"] if name in TABLES else [int(block[1]) if block else "norm", "all"]
-        for key in keys:
+        group = int(block[1]) if block else "norm"
+        for key in ["rows"] if name in TABLES else [group, "all"]:
             groups.setdefault(key, Counter()).update(part)
     table = {key: relations(part) for key, part in groups.items()}
     total = table.pop("all")
@@ -300,7 +303,8 @@ def report(sizes):
 
 def relations(part):
     """A row of the report from a sum of `measure`."""
-    base, lengths = part["base"], math.sqrt(part["speech"] * part["instruct"])
+    base = part["base"]
+    lengths = math.sqrt(part["speech"] * part["instruct"])
     return {
         "instruct": math.sqrt(part["instruct"] / base) if base else 0.0,
         "speech": math.sqrt(part["speech"] / base) if base else 0.0,

@@ -217,11 +217,7 @@ class Attention(nn.Module):
 
         # Under autocast q_norm hands on float32.
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        q, k, v = (
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-        )                                                           # (B, heads, T, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))            # (B, heads, T, D)
         if past is not None:
             k, v = past.extend(k, v)                                # (B, K, S, D)
         y = attention(q, k, v, start)                               # (B, H, T, D)
@@ -388,8 +384,10 @@ def add_rows(model, count, like, among, seed):
            softmax has pushed unused rows far away.)
     The table is padded to a multiple of 128 rows.
     """
-    first, noise = model.config.vocab_size, torch.Generator().manual_seed(seed)
-    total, among = math.ceil((first + count) / 128) * 128, sorted(among)
+    first = model.config.vocab_size
+    noise = torch.Generator().manual_seed(seed)
+    total = math.ceil((first + count) / 128) * 128
+    among = sorted(among)
     tables = [model.model.embed_tokens]
     if not model.config.tie_word_embeddings:
         tables.append(model.lm_head)
@@ -416,7 +414,8 @@ class LoRA(nn.Module):
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
-        self.linear, self.scale = linear, alpha / rank
+        self.linear = linear
+        self.scale = alpha / rank
         self.A = nn.Parameter(
             torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features)
         )
@@ -478,12 +477,10 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
     """
     table, config = model.model.embed_tokens, model.config
     device, dtype = table.weight.device, table.weight.dtype
-    x, first, start = padded(
-        [
-            p.to(device, dtype) if p.is_floating_point() else table(p.to(device))
-            for p in prompts
-        ]
-    )                                                               # (B, T, C)
+    vectors = [
+        p.to(device, dtype) if p.is_floating_point() else table(p.to(device)) for p in prompts
+    ]
+    x, first, start = padded(vectors)                               # (B, T, C)
     B, T, _ = x.shape
     cache = [
         Cache(B, config.num_key_value_heads, T + limit, config.head_dim, x)
@@ -495,7 +492,8 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
         not_allowed.fill_(-math.inf)[torch.as_tensor(allowed, device=device)] = 0.0
     stops = torch.tensor(stop, device=device)
     sampler = torch.Generator(device).manual_seed(seed)
-    ended, last = torch.zeros(B, dtype=torch.bool, device=device), None
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    last = None
     hidden = model.model(embeddings=x, start=start, cache=cache)    # (B, T, C)
     for n in range(1, limit + 1):
         logits = model.lm_head(hidden[:, -1]).float() + not_allowed  # (B, V)

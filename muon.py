@@ -102,7 +102,8 @@ def draw(path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="tight")
-    axes, before = figure.subplots(), torch.logspace(-3, 0, 500)
+    axes = figure.subplots()
+    before = torch.logspace(-3, 0, 500)
     a, b, c = COEFFICIENTS
     after = before
     for n in range(ITERATIONS + 1):

@@ -7,7 +7,7 @@ see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv
 run  python pretrain.py --init out/base --units out/units --text out/toy/base.jsonl --out out/speech
 
 One loop makes all three models. What is given decides the stage, and the stage the
-settings: text alone trains a base, chats an instruct model, units a speech model. The
+settings: text alone trains a base, chats an instruct model, units or prosody a speech model. The
 loop is in `train`. Loss is on text tokens, never on units unless --unit-loss says so. What
 a small model needs beyond it is in align.py, and `--plain` turns that off.
 
@@ -109,7 +109,7 @@ class Loss(NamedTuple):
 def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=None):
     """The loss of the next token, a `Loss`, of a packed batch.
 
-    units        rows of the embedding that are units, a range; empty for a text model
+    units        rows of the embedding that are units, or prosody bins, a range; empty for text
     unit_weight  how much a unit counts beside a text token in the mean
     masked       (B, T) bool: targets of text that bear no loss, whatever the batch says
     states       a list that gets the hidden states of every block, (B, T, C) each
@@ -184,7 +184,8 @@ def learning_rate(step, steps, peak):
 def start_model(args):
     """(model, vocabulary, rows of its units): --init's, with new rows for units, or a fresh one."""
     if args.init:
-        model, vocab = LM.load(args.init, dtype=torch.float32), Vocab(args.init)
+        model = LM.load(args.init, dtype=torch.float32)
+        vocab = Vocab(args.init)
     else:
         vocab = Vocab(args.tokenizer)
         shape = SIZES[args.size]
@@ -272,7 +273,7 @@ def read_sources(args):
             f"--imitate {args.imitate}: no row of {args.units} has word times, and without them "
             "there is nothing to imitate; have whisper.py words find them, or give --imitate 0"
         )
-    if not 0 <= args.keep_text < math.inf or args.keep_text and not sources["text"]:
+    if not 0 <= args.keep_text < math.inf or (args.keep_text and not sources["text"]):
         raise ValueError(
             f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, "
             "documents that show which inputs text uses"
@@ -579,7 +580,8 @@ def settings_of(args):
 
 def resume(run, world):
     """Put back what a stopped run left; the step it had done, 0 if there was none."""
-    step, log = 0, run.log
+    step = 0
+    log = run.log
     saved = run.checkpoint.read(
         "model", "optimizers", "step", "seconds", "heard", "streams"
     )
@@ -631,7 +633,8 @@ class Log:
 
     def __init__(self, args, out, model, vocab, units, mix, sources, held_out):
         self.args, self.model, self.units, self.names = args, model, units, list(mix)
-        self.held_out, self.filler = held_out, vocab.eos
+        self.held_out = held_out
+        self.filler = vocab.eos
         self.path, self.picture = out / "log.jsonl", out / "loss.png"
         self.rank, self.world = runs.processes()
         self.spent = 0.0  # seconds before a stop
@@ -651,7 +654,8 @@ class Log:
 
     def resume(self, step):
         """Continue the log after this step."""
-        self.first, self.began = step, time.time()
+        self.first = step
+        self.began = time.time()
         if self.rank == 0:
             runs.keep_log(self.path, step)
             if step:
@@ -933,7 +937,8 @@ def settled(parser, world):
         if not args.units:
             defaults["embeddings"] = "markers"
 
-    # Read as if it had been typed, so that a text like "0:0.5" becomes what its flag makes of it.
+    # Parse again with the stage's defaults: of a text like "0:0.5", argparse makes what its
+    # flag would.
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     check(parser, args, world)

@@ -1,4 +1,4 @@
-r"""How it was said: pitch, length and loudness of every word, as tokens beside the word.
+r"""How it was said: pitch, melody, length and loudness of every word, as tokens beside it.
 
 in   a manifest of audio and its text, with word times or without
 out  a folder: codebook.json and codebook.safetensors (the bins), manifest.jsonl (what was said,
@@ -7,8 +7,8 @@ see  ProsodyLM (arXiv:2507.20091), whose tokens SpeechCombine takes; Boersma (19
      autocorrelation
 run  python prosody.py out/manner/world/speech/train.jsonl --out out/manner/prosody
 
-    anna likes <|speech|> <|speaker_3|> <|letter_9|> <|level_5|> anna <|pitch_8|> <|range_4|>
-    <|slope_7|> <|length_2|> <|loud_9|> likes <|pitch_2|> ... <|/speech|>
+    anna likes<|speech|><|speaker_3|><|letter_9|><|level_5|>anna<|pitch_8|><|range_4|><|slope_7|>
+    <|length_2|><|loud_9|> likes<|pitch_2|>...<|/speech|>   (in one line)
 
 The speaker comes first: median pitch, how long a letter lasts, loudness. Then every word,
 and behind it five numbers: pitch, range and slope of its melody, length and loudness. A
@@ -45,7 +45,7 @@ PAUSE = 0.2  # seconds between words, at least
 STRAIN = 2.0  # what a word costs that lasts e times too long, or too short, for its letters
 FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
 
-# Three of the speaker, told once; and of every word.
+# Three for the speaker, once; the other six for every word.
 KINDS = "speaker", "letter", "level", "pitch", "range", "slope", "length", "loud", "pause"
 BINS = 16  # of each kind
 UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
@@ -72,7 +72,7 @@ def level(samples):
     return 10 * np.log10((x**2).mean(1) + 1e-10)
 
 
-def together(loud):
+def mean_level(loud):
     """Loudness of frames as one, in dB: that of their mean energy; NaN of none."""
     return 10 * np.log10((10 ** (loud / 10)).mean()) if len(loud) else np.nan
 
@@ -141,7 +141,8 @@ def aligned(text, samples):
     all ways to cut, the one of least cost (Viterbi's algorithm). It knows no language and
     needs no model. Speech without gaps wants better times: those of whisper.py.
     """
-    words, loud = text.split(), level(samples)
+    words = text.split()
+    loud = level(samples)
     if not words or not len(loud):
         return []
     sounding = np.flatnonzero(loud > loud.max() - QUIET)
@@ -151,18 +152,21 @@ def aligned(text, samples):
     letters = np.array([len(word) + 1 for word in words])
     wanted = letters * T / letters.sum()                            # frames of each word
 
-    # best[t]: the least cost of the words so far, when they end at frame t.
+    # best[t]: the least cost of the words so far, when they end at frame t. A word lasts a
+    # quarter to four times what its letters want.
     best = np.full(T + 1, np.inf)
     best[0] = 0.0
     lasted = []  # lasted[word][t]: how long a word is best, if it ends at frame t
     for want in wanted:
-        cost, length = np.full(T + 1, np.inf), np.ones(T + 1, int)
-        for n in range(max(1, int(want / 4)), min(T, int(4 * want) + 1) + 1):
+        cost = np.full(T + 1, np.inf)
+        length = np.ones(T + 1, int)
+        least, most = max(1, int(want / 4)), min(T, int(4 * want) + 1)
+        for n in range(least, most + 1):
             strained = best[: T + 1 - n] + STRAIN * np.log(n / want) ** 2
             better = strained < cost[n:]
             cost[n:][better] = strained[better]
             length[n:][better] = n
-        best = cost + np.append(cut, 0.0)
+        best = cost + np.append(cut, 0.0)  # the end of the clip costs nothing
         lasted.append(length)
     if not np.isfinite(best[T]):
         return by_letters(words, first / SECOND, last / SECOND)
@@ -189,7 +193,7 @@ def measured(samples, words):
 
     words  [[word, start, end]] in seconds
     Pitch in semitones, slope in semitones a second, loudness in dB. A letter's length is the
-    binary logarithm of its seconds; a word's is against that of so many letters.
+    binary logarithm of its seconds; a word's is its length a letter, less the speaker's median.
     NaN where there is nothing to measure.
     """
     hertz, loud = pitch(samples), level(samples)
@@ -210,13 +214,13 @@ def measured(samples, words):
     speaker = {
         "speaker": np.nanmedian(tone) if (hertz > 0).any() else np.nan,
         "letter": np.median(lengths) if len(words) else np.nan,
-        "level": together(loud[sounds]),
+        "level": mean_level(loud[sounds]),
     }
     said = [("", speaker)]
     for n, ((word, _, _), (a, b)) in enumerate(zip(words, stretches)):
         values = contour(tone[a:b], speaker["speaker"])
         values["length"] = lengths[n] - speaker["letter"]
-        values["loud"] = together(loud[a:b]) - speaker["level"]
+        values["loud"] = mean_level(loud[a:b]) - speaker["level"]
         gap = (stretches[n + 1][0] - b) / SECOND if n + 1 < len(words) else 0.0
         if gap >= PAUSE:
             values["pause"] = np.log2(gap)
@@ -275,7 +279,8 @@ class Ears:
     hop, most, makes = audio.HOP, 30, "words"
 
     def __init__(self, folder, transcriber):
-        self.folder, self.edges = folder, read_edges(folder)
+        self.folder = folder
+        self.edges = read_edges(folder)
         self.transcriber = transcriber
 
     def wants_words(self):

@@ -265,7 +265,8 @@ def made_of(folder):
 
 def unchanged(folder, inputs):
     """Refuse a folder that was made from another state of one of `inputs`."""
-    made, file = made_of(folder), Path(folder) / "recipe.json"
+    made = made_of(folder)
+    file = Path(folder) / "recipe.json"
     for path in inputs:
         before = made.get(Path(path).resolve())  # "out/base", "./out/base/": one folder
         if before not in (None, fingerprint(path)):
@@ -298,7 +299,8 @@ def fingerprint(path):
     over 64 MB is known by its size and 64 samples of 64 KB: enough to notice other weights,
     in no time.
     """
-    path, digest = Path(path), hashlib.sha256()
+    path = Path(path)
+    digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             within = file.relative_to(path)
@@ -387,7 +389,8 @@ def in_pieces(out, settings, items, work, size, desc, unit):
     checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
     saved = checkpoint.read("done")
     done = saved[0] if saved else []
-    kept, since = len(done), time.monotonic()
+    kept = len(done)
+    since = time.monotonic()
     with Bar(total=len(items), initial=len(done), desc=desc, unit=unit) as bar:
         try:
             while len(done) < len(items):
@@ -396,7 +399,8 @@ def in_pieces(out, settings, items, work, size, desc, unit):
                 bar.update(len(results))
                 if time.monotonic() - since > KEEP_EVERY:
                     checkpoint.write(done=done)
-                    kept, since = len(done), time.monotonic()
+                    kept = len(done)
+                    since = time.monotonic()
         finally:
             if len(done) > kept:
                 checkpoint.write(done=done)
@@ -518,7 +522,8 @@ def add_device(parser):
 
 def autocast(device, dtype):
     """Inside, products are made in `dtype`; weights, and sums that need it, stay in float32."""
-    kind, half = torch.device(device).type, torch.bfloat16
+    kind = torch.device(device).type
+    half = torch.bfloat16
     return torch.autocast(kind, half, enabled=dtype == half)
 
 

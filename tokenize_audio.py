@@ -87,7 +87,8 @@ def feature_function(recipe, folder, device, dtype=torch.float32):
             f"{path}: not the HuBERT that these units come from (its sha256 differs); "
             "pass the right one with --hubert"
         )
-    model, layer = Hubert.load(path, device), recipe["layer"]
+    model = Hubert.load(path, device)
+    layer = recipe["layer"]
     hop = model.hop()
 
     @torch.inference_mode()
@@ -96,11 +97,8 @@ def feature_function(recipe, folder, device, dtype=torch.float32):
         if int(lengths.max()) < hop:
             return [torch.zeros(0, model.config.hidden_size, device=device) for _ in clips]
         alike = len(set(map(len, clips))) == 1
-        x = torch.nn.utils.rnn.pad_sequence(
-            [torch.from_numpy(samples) for samples in clips], batch_first=True
-        ).to(
-            device
-        )                                                           # (B, N)
+        x = [torch.from_numpy(samples) for samples in clips]
+        x = torch.nn.utils.rnn.pad_sequence(x, batch_first=True).to(device)  # (B, N)
         with runs.autocast(device, dtype):
             x = model(x, layer, lengths=None if alike else lengths).float()  # (B, T, C)
         each = [row[: n // hop] for row, n in zip(x, lengths.tolist())]
@@ -151,7 +149,8 @@ def batches(lengths, seconds):
 def ahead(rows, decode):
     """Yield (rows, what `decode` makes of each), AHEAD at a time; threads decode the next ones."""
     chunks = [rows[a : a + AHEAD] for a in range(0, len(rows), AHEAD)]
-    pool, decoding = ThreadPoolExecutor(4), ()
+    pool = ThreadPoolExecutor(4)
+    decoding = ()
     try:
         for chunk, following in zip([[], *chunks], [*chunks, []]):
             decoded, decoding = list(decoding), pool.map(decode, following)
@@ -193,15 +192,14 @@ def steady(clips, centroids, switch):
         labels = torch.cat([nearest(x, centroids) for x in clips]).cpu().numpy()
         return np.split(labels, np.cumsum(lengths)[:-1])
 
+    def squared_distances(x):
+        """(T, K), of frames (T, C)."""
+        own, theirs = x.pow(2).sum(1, keepdim=True), centroids.pow(2).sum(1)
+        return own - 2 * (x @ centroids.T) + theirs
+
     # Behind its end a clip's distances are 0: no change is worth its price there.
-    far = (
-        lambda x: x.pow(2).sum(1, keepdim=True)
-        - 2 * (x @ centroids.T)
-        + centroids.pow(2).sum(1)
-    )
-    distance = (
-        torch.nn.utils.rnn.pad_sequence([far(x) for x in clips]).cpu().numpy()
-    )                                                               # (T, B, K)
+    distance = torch.nn.utils.rnn.pad_sequence([squared_distances(x) for x in clips])
+    distance = distance.cpu().numpy()                               # (T, B, K)
     T, B, K = distance.shape
 
     # The cost of the best path that ends in each label, and where that path came from.
@@ -256,7 +254,8 @@ def kmeans(x, k, seed=0, passes=50, minibatch=0):
         range(PASSES_AFTER if minibatch else passes), desc="k-means", unit="pass"
     )
     for _ in bar:
-        last, label = label, nearest(x, centroids)
+        last = label
+        label = nearest(x, centroids)
         if last is not None and torch.equal(last, label):
             break
         sums, counts = gathered(x, label, k)
@@ -464,7 +463,8 @@ def feature_recipe(args):
 
 def sampled_frames(args, rows, features):
     """Features (N, C) of clips drawn at random, until there are --frames of them."""
-    kept, have = [], 0
+    kept = []
+    have = 0
     random.Random(args.seed).shuffle(rows)
     with runs.Bar(total=args.frames, desc="features", unit="frame") as bar:
         # A minute of a clip is sample enough.
@@ -510,7 +510,8 @@ def identity(rows):
 
 def encode(args):
     """The units of every clip of a corpus; under torchrun, of a stretch of it."""
-    rows, (rank, world) = audio.read_manifest(args.manifest), runs.processes()
+    rows = audio.read_manifest(args.manifest)
+    rank, world = runs.processes()
     args.out = str(Path(args.out))  # without a trailing slash: parts are named after it
     args.identity = identity(rows)
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
@@ -648,7 +649,9 @@ def encode_rows(args, rows, target):
     ) as out:
         shard = Shard(out, settings)
         counts = shard.counts
-        done, heard, began = counts["done"], counts["seconds"], time.time()
+        done = counts["done"]
+        heard = counts["seconds"]
+        began = time.time()
         if done:
             tqdm.write(f"resuming at clip {done} of {len(rows)}")
         with runs.Bar(
@@ -812,7 +815,8 @@ def draw(args):
 
 def add_corpus_flags(command, hubert):
     """The flags of `fit` and `encode`: both take a corpus and write a folder."""
-    gpu, add = torch.cuda.is_available(), command.add_argument
+    gpu = torch.cuda.is_available()
+    add = command.add_argument
     add(
         "--manifest",
         required=True,

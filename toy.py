@@ -65,9 +65,7 @@ FACTS = {
     ],
 }
 # A capital is asked for as "which city"; the others by their name.
-KINDS = {
-    "capital": "city"
-}
+KINDS = {"capital": "city"}
 QUESTIONS = {
     relation: [
         f"what is the {relation} of {{c}}",
@@ -119,7 +117,8 @@ class World:
     """The facts of a seed: `facts` is a list of (relation, entity, answer, seen)."""
 
     def __init__(self, seed):
-        rng, n = random.Random(f"world {seed}"), len(CAPITALS)
+        rng = random.Random(f"world {seed}")
+        n = len(CAPITALS)
         pairs = {
             "capital": list(CAPITALS.items()),
             "country": [(city, country) for country, city in CAPITALS.items()],
@@ -260,7 +259,8 @@ def drawn_names(rng):
 
 def misspell(text, rng, rate=0.08):
     """Typing slips on about `rate` of the letters: dropped, doubled, swapped, or another letter."""
-    out, letters = [], list(text)
+    out = []
+    letters = list(text)
     for i, letter in enumerate(letters):
         slip = rng.random() < rate and letter.isalpha()
         kind = rng.choice(["drop", "double", "swap", "other"]) if slip else "keep"
@@ -393,7 +393,8 @@ def exchange(world, rng):
     ask = rng.choice(STYLES[style])
     if kind == "fact":
         fact = rng.choice(world.seen)
-        asked, reply = ask.format(q=world.ask(fact, rng)), styled(style, *fact[:3])
+        asked = ask.format(q=world.ask(fact, rng))
+        reply = styled(style, *fact[:3])
 
         # A sentence in front does not make it a question about that sentence.
         if rng.random() < 0.3:
@@ -513,7 +514,8 @@ class Reader:
     """Reads lines aloud into files, each in a voice, at a rate and a pitch that are drawn."""
 
     def __init__(self, seed):
-        self.speaker, self.rng = voices.Speaker(), random.Random(f"voices {seed}")
+        self.speaker = voices.Speaker()
+        self.rng = random.Random(f"voices {seed}")
 
     def read(self, path, text, group):
         """Write a .flac; the line's row of a manifest, without its path."""
@@ -570,7 +572,8 @@ def write_lines(path, rows):
 def write_speech(args, world, rng, reader, out):
     """Hours of sentences read aloud; the rows of their manifest."""
     (out / "speech/audio").mkdir(parents=True)
-    rows, spoken = [], 0.0
+    rows = []
+    spoken = 0.0
     with runs.Bar(
         total=round(args.hours * 3600), desc="training speech", unit="s of audio"
     ) as bar:

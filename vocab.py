@@ -12,7 +12,8 @@ text         text <eos>                                                all
 chat         <|im_start|>user\\n...<|im_end|>\\n                       replies and their end
              <|im_start|>assistant\\n...<|im_end|>\\n
 spoken turn  <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
-captioned    caption\\n text <|speech|> word numbers... <|/speech|> <eos>  all but switches and end
+captioned    caption\\n text <|speech|> word numbers... <|/speech|> <eos>  text and words; numbers
+                                                                       with --unit-loss
 page         question: ...\\nanswer:         a plain prompt, for a model that never chatted
 
 `<|/speech|>` alone promises nothing: text may go on, or the cue " transcript:" may ask
@@ -189,7 +190,8 @@ def merged(word, pair):
 
 def read_tokenizer(folder):
     """(tokenizer.json, tokenizer_config.json or {}) of a folder, the first from older files."""
-    folder, config = Path(folder), {}
+    folder = Path(folder)
+    config = {}
     if (folder / "tokenizer_config.json").exists():
         config = runs.read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
@@ -310,7 +312,8 @@ class Document(NamedTuple):
 class Said(list):
     """A stretch of speech as its words, each with numbers that say how it was spoken.
 
-    [("", [3]), ("anna", [24, 39, 55]), (" likes", [18, ...]), ...]: see prosody.py
+    [("", [3, 24, 40]), ("anna", [56, 72, 88, 104, 120]), (" likes", [50, ...]), ...]: see
+    prosody.py; the first is the speaker.
     """
 
     @classmethod
@@ -331,7 +334,7 @@ class Said(list):
         return "".join(word for word, _ in self)
 
     def words(self):
-        """How many words were said. (The first of the pairs is the speaker's.)"""
+        """How many words were said."""
         return sum(bool(word) for word, _ in self)
 
 
@@ -544,7 +547,8 @@ class Vocab:
 
     def rows_of(self, units):
         """The ids of units."""
-        units, k = np.asarray(units, dtype=np.int64), self.speech["k"]
+        units = np.asarray(units, dtype=np.int64)
+        k = self.speech["k"]
         unknown = units[(units < 0) | (units >= k)]
         if len(unknown):
             raise ValueError(
@@ -636,11 +640,11 @@ class Vocab:
         return document._replace(loss=[int(at >= first) for at in range(n)])
 
     def captioned(self, before, said, after, ends=False):
-        """A caption, text and speech, a caption; all but markers bears loss.
+        """A caption, text and speech, a caption. Text and words bear loss, numbers if wanted.
 
         before, after  captions, or ""
-        ends           the turn ends behind it: markers of a chat stay alive
-        Nor does the end bear any: a caption may stand last here, and in a reply more follows.
+        ends           append the end of a turn, so that the model still predicts it
+        The document's end bears no loss: here a caption may stand last, in a reply more follows.
         """
         ids = self.begin + self.encode(before) + self.span(said) + self.encode(after)
         if ends:
@@ -663,9 +667,8 @@ class Vocab:
         ids, loss = list(self.begin), [0] * len(self.begin)
         for message in messages:
             head = self.literal(template.before + message["role"] + template.after_role)
-            body, tail = self.content(message["content"]), self.literal(
-                template.after_content
-            )
+            body = self.content(message["content"])
+            tail = self.literal(template.after_content)
             reply = int(message["role"] == "assistant")
             ids += head + body + tail
             loss += (

@@ -133,14 +133,16 @@ class Speaker:
 
 def with_stress(text, stress, pitch):
     """(the text with marks around its stressed word, words [(place there, word)])."""
-    marked, parts = text, text.split()
+    marked = text
+    parts = text.split()
     opened, closed = STRESS[0].format(pitch=pitch), STRESS[1]
     if stress is not None:
         parts = [html.escape(word) for word in parts]
         tagged = [opened + part + closed if n == stress else part for n, part in enumerate(parts)]
         marked = " ".join(tagged)
 
-    words, at = [], 0
+    words = []
+    at = 0
     for number, (word, part) in enumerate(zip(text.split(), parts)):
         at = marked.index(part, at + len(opened) if number == stress else at)
         words.append((at, word))

@@ -143,7 +143,8 @@ class Tensors:
         They are read, not mapped: pages of a mapped file would count as this process's
         memory.
         """
-        file, dtype = self.home[name], self.dtype(name)
+        file = self.home[name]
+        dtype = self.dtype(name)
         if isinstance(self.files[file], dict):
             return self.files[file][name].reshape(-1)[a:b].clone()
 
@@ -171,7 +172,8 @@ def load_into(module, folder, rename=lambda name: name, optional=()):
     optional  names of ours that may be absent
     The module may live on the meta device: tensors are assigned, not copied.
     """
-    tensors, want = Tensors(folder), module.state_dict()
+    tensors = Tensors(folder)
+    want = module.state_dict()
     have = {rename(name): name for name in tensors if rename(name) is not None}
     missing = want.keys() - have.keys() - set(optional)
     unused = have.keys() - want.keys()
@@ -216,7 +218,8 @@ def allocate(file, tensors):
     Returns the file's handle for `write_block`, and where in it each tensor begins.
     """
     letters = {name: short for short, name in DTYPES.items()}
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    at = 0
     for name, (shape, dtype) in tensors.items():
         end = at + math.prod(shape) * dtype.itemsize
         kind = letters[str(dtype).removeprefix("torch.")]
@@ -246,7 +249,8 @@ def write_block(handle, at, tensor):
     data = memoryview(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
     while data:
         done = os.pwrite(handle, data, at)
-        data, at = data[done:], at + done
+        data = data[done:]
+        at = at + done
 
 
 def ears_of(folder):

@@ -218,7 +218,8 @@ class Decoder(nn.Module):
         past = past or [None] * len(self.layers)
         done = past[0][0].shape[2] if past[0] else 0
         at = self.embed_positions.weight[done : done + ids.shape[1]]  # (T, C)
-        x, now = self.embed_tokens(ids) + at, []                    # (B, T, C)
+        x = self.embed_tokens(ids) + at                             # (B, T, C)
+        now = []
         for layer, of_sound, before in zip(self.layers, heard, past):
             x, after = layer(x, of_sound, before, seen)
             now.append(after)
@@ -267,7 +268,8 @@ class Whisper(nn.Module):
         self.begin, self.no_times, task, translate = (special[name] for name in named)
         self.times = self.no_times + 1  # the token of 0.00 s
 
-        file, made = Path(folder) / "generation_config.json", {}
+        file = Path(folder) / "generation_config.json"
+        made = {}
         if file.exists():
             made = runs.read_json(file)
 
@@ -431,7 +433,8 @@ class Whisper(nn.Module):
         """
         written = text.split()
         spelled = [self.vocab.encode(" " + word) for word in written]
-        frames, seen = max(1, len(samples) // audio.HOP), []
+        frames = max(1, len(samples) // audio.HOP)
+        seen = []
         with runs.autocast(self.device, self.dtype):
             heard = self.model.decoder.hear(self.encode([samples]))
             prompt = self.prompts(heard, 1, times=False)            # (1, T)

@@ -88,8 +88,8 @@ def test_pitch_on_real_people_agrees_with_praat():
 def test_level_is_in_decibels_of_full_scale():
     assert abs(level(buzz(200)).mean() - level(0.1 * buzz(200)).mean() - 20) < 0.01
     assert np.allclose(level(np.full(1600, 0.5, np.float32))[2:-2], 20 * np.log10(0.5), atol=1e-3)
-    assert abs(prosody.together(np.array([-20.0, -120.0])) - -23.01) < 0.01
-    assert np.isnan(prosody.together(np.array([]))), "half of the energy"
+    assert abs(prosody.mean_level(np.array([-20.0, -120.0])) - -23.01) < 0.01
+    assert np.isnan(prosody.mean_level(np.array([]))), "half of the energy"
 
 
 @pytest.mark.parametrize("voice", ["en-us+m1", "en-us+f3"])
