@@ -38,10 +38,10 @@ from evaluate import (
     edit_distance,
     model_at,
     normal,
-    of_seeds,
     ratio,
     replies,
     share,
+    where_made,
 )
 from merge import Merge
 from model import Config
@@ -373,9 +373,9 @@ def table(made):
 
 def report(args):
     """Join what speedrun_manner.sh left of several seeds, and print the README's table."""
-    made = of_seeds([of_run(Path(folder)) for folder in args.folders])
-    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
-    print(markdown(made["seeds"]))
+    seeds = [of_run(Path(folder)) for folder in args.folders]
+    runs.write_file(args.out, json.dumps({"seeds": seeds}, indent=1) + "\n", args.overwrite)
+    print(markdown(seeds))
 
 
 def of_run(folder):
@@ -398,7 +398,7 @@ def of_run(folder):
         "rel": merged["rel"],
         "seconds": seconds,
         "rows": {name: scores_by_group(folder / f"{name}.json") for name in ROWS},
-    }
+    } | where_made(runs.read_json(folder / "speech/recipe.json"))
 
 
 def markdown(seeds):

@@ -30,7 +30,6 @@ import functools
 import io
 import json
 import math
-import platform
 import random
 import re
 import time
@@ -438,7 +437,7 @@ def swept_at(model, vocab, dev, dev_near, prompt, bar):
 
 def read_table(path):
     """A table.json, found to have every cell that is shown."""
-    keys = ["seed", "rows", "lam_sweep", "rel", "seconds", "dtype", "examples"]
+    keys = ["seed", "rows", "lam_sweep", "rel", "seconds", "dtype", "examples", "made"]
     result = runs.read_json(path, keys)
     rows = result["rows"].values() if isinstance(result["rows"], dict) else [None]
     if not all(isinstance(row, dict) and set(COLUMNS) <= row.keys() for row in rows):
@@ -588,19 +587,17 @@ def report(args):
     """Join the tables of several seeds, and print the README's."""
     results = [read_table(path) for path in args.tables]
     kept = "seed", "rows", "lam_sweep", "rel", "seconds", "dtype"
-    made = of_seeds([{name: result[name] for name in kept} for result in results])
-    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    seeds = [
+        {name: result[name] for name in kept} | where_made(result["made"]) for result in results
+    ]
+    runs.write_file(args.out, json.dumps({"seeds": seeds}, indent=1) + "\n", args.overwrite)
     draw(results, Path(args.out).with_suffix(".png"))
-    print(markdown(made["seeds"]))
+    print(markdown(seeds))
 
 
-def of_seeds(results):
-    """The results of several seeds, and the machine and versions that made them."""
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.get_device_name()}"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"seeds": results, "machine": machine, "versions": versions}
+def where_made(recipe):
+    """The machine, with its threads, and the versions that a recipe names."""
+    return {name: recipe.get(name) for name in ("machine", "versions")}
 
 
 def markdown(seeds):

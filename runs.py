@@ -248,9 +248,13 @@ def owned(folder):
 
 
 def recipe(inputs=()):
-    """What made an output: the command, the versions, a fingerprint of each input."""
+    """What made an output: the command, machine and versions, a fingerprint of each input."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "inputs": {str(path): fingerprint(path) for path in inputs if path},
     }

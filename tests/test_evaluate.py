@@ -137,6 +137,9 @@ def test_a_report_joins_seeds_and_refuses_what_is_no_table(speedrun, tmp_path, m
     made = json.loads((tmp_path / "toy.json").read_text())
     assert len(made["seeds"]) == 2
     assert {"seed", "rows", "lam_sweep", "rel", "seconds"} <= made["seeds"][0].keys()
+    recipe = json.loads((speedrun / "table.json").read_text())["made"]
+    assert made["seeds"][0]["machine"] == recipe["machine"], "of the table, not of the joining"
+    assert " threads" in recipe["machine"]
     assert "| merged |" in capsys.readouterr().out
     with pytest.raises(FileExistsError):
         call(["evaluate.py", "report", *tables, "--out", str(tmp_path / "toy.json")], monkeypatch)
