@@ -163,6 +163,15 @@ def score_rows(args):
     tell_cut(args, vocab, said)
     finish(args, scores_of_rows(rows, said), said)
 
+    # Scores are not enough to believe: the first row of each group, as it was asked and answered.
+    shown = set()
+    for row, text in zip(rows, said):
+        group = row.get("group")
+        if group not in shown:
+            asked = [row[name] for name in ("audio", "text", "instruction") if row.get(name)]
+            print(f"{group or 'for example'}: {' | '.join(asked)}\n    {text or '(no end)'}")
+        shown.add(group)
+
 
 def answering(args, model, vocab, ears):
     """A function from some rows to what the model replies to each."""

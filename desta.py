@@ -1,6 +1,7 @@
 r"""DeSTA2: an adapter lets a frozen instruct model hear; the model writes its own training answers.
 
-in   a manifest with "text" and "style"; a frozen instruct model; a frozen Whisper or HuBERT
+in   a manifest with "text", "seconds" and "style"; a frozen instruct model; a frozen Whisper or
+     HuBERT
 out  targets.jsonl; a folder of encoder states; a folder that chat.py takes like a model's
 see  DeSTA2 (arXiv:2409.20007), DeSTA2.5-Audio (arXiv:2507.02768); Q-Former (arXiv:2301.12597)
 run  python desta.py train targets.jsonl --model weights/SmolLM2-135M-Instruct \
@@ -33,7 +34,6 @@ import weights
 from fused import linear_cross_entropy
 from hubert import Hubert
 from model import LM, generate
-from tokenize_audio import identity
 from vocab import Vocab
 from whisper import SECONDS, Whisper
 
@@ -63,7 +63,8 @@ def described_clips(path):
         style = row.get("style")
         named = isinstance(style, dict) and style and {*style} == {*rows[0]["style"]}
         words = named and all(isinstance(value, str) for value in style.values())
-        timed = isinstance(row.get("seconds"), (int, float))
+        seconds = row.get("seconds")
+        timed = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
         if not (words and timed and row.get("text")):
             raise ValueError(
                 f"{path}, row {number}: wanted text, seconds, and a style of the same "
@@ -150,7 +151,7 @@ class Encoder:
     """A frozen Whisper or HuBERT: the states of clips behind TAPS of its blocks."""
 
     def __init__(self, folder, device="cpu", dtype=torch.float32):
-        self.device = device
+        self.device, self.dtype = device, dtype
         kind = runs.read_json(Path(folder) / "config.json", ["model_type"])["model_type"]
         self.whisper = Whisper(folder, device, dtype) if kind == "whisper" else None
         if self.whisper:
@@ -173,7 +174,9 @@ class Encoder:
         out = []
         for clip in clips:
             samples = torch.as_tensor(clip)[None].to(self.device)   # (1, N)
-            out.append(torch.cat([self.hubert(samples, tap + 1) for tap in self.taps]))
+            with runs.autocast(self.device, self.dtype):
+                states = [self.hubert(samples, tap + 1) for tap in self.taps]
+            out.append(torch.cat(states).float())
         return out
 
 
@@ -269,6 +272,8 @@ class Ears:
     def __call__(self, samples):
         if len(samples) > SECONDS * audio.SAMPLE_RATE:
             raise ValueError(f"more than {SECONDS} seconds; give a part of it")
+        if len(samples) < audio.HOP:
+            raise ValueError(f"{len(samples)} samples are under one frame ({audio.HOP})")
         states = [x.to(self.table.weight.device) for x in self.encoder.states([samples])]
         first = len(self.table.heard)
         self.table.heard = torch.cat([self.table.heard, *self.adapter(states)])
@@ -306,8 +311,11 @@ def load(folder, device="cpu", dtype=None):
             f"{folder}/desta.json: got the adapter {made['adapter'].get('kind')!r}, wanted "
             f"{' or '.join(ADAPTERS)}"
         )
-    with torch.device("meta"):
-        adapter = Adapter(made["adapter"])
+    try:
+        with torch.device("meta"):
+            adapter = Adapter(made["adapter"])
+    except KeyError as lacking:
+        raise ValueError(f"{folder}/desta.json: its adapter has no {lacking}") from None
     weights.load_into(adapter, folder)
     encoder = Encoder(made["encoder"], device)
     transcriber = None
@@ -364,11 +372,17 @@ def write(args):
 def encode(args, out):
     """A folder of states: states.bin (float16), index.npy (first frame of each clip)."""
     rows = audio.read_manifest(args.manifest)
+    if not rows:
+        raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
     encoder = Encoder(args.encoder, args.device, runs.DTYPES[args.dtype])
     for row, samples in zip(rows, audio.lengths(rows)):
         if samples > SECONDS * audio.SAMPLE_RATE:
             raise ValueError(f"{row['audio']}: longer than {SECONDS} s; cut it first")
-    settings = {"audio": identity(rows), "dtype": args.dtype}
+        if samples < audio.HOP:
+            raise ValueError(
+                f"{row['audio']}: {samples} samples are under one frame ({audio.HOP}); take it out"
+            )
+    settings = {"audio": audio.identity(rows), "dtype": args.dtype}
     settings["encoder"] = runs.fingerprint(args.encoder)
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
     saved = checkpoint.read("counts")
@@ -408,7 +422,10 @@ class States:
         self.meta = runs.read_json(
             folder / "meta.json", ["encoder", "taps", "width", "heads", "sha256"]
         )
-        self.at = np.load(folder / "index.npy")
+        try:
+            self.at = np.load(folder / "index.npy")
+        except (EOFError, ValueError):
+            raise ValueError(f"{folder}/index.npy: cut; encode again") from None
         rows = runs.read_lines(folder / "manifest.jsonl")
         self.number = {row["audio"]: n for n, row in enumerate(rows)}
         self.per_frame = len(self.meta["taps"]) * self.meta["width"]
@@ -418,8 +435,6 @@ class States:
         self.data = np.memmap(file, dtype=np.float16, mode="r")
 
     def __getitem__(self, path):
-        if path not in self.number:
-            raise ValueError(f"{path}: has no encoder states; encode the manifest it is in")
         n = self.number[path]
         a, b = self.at[n] * self.per_frame, self.at[n + 1] * self.per_frame
         x = torch.from_numpy(self.data[a:b].astype(np.float32))
@@ -492,6 +507,7 @@ def provenance(args, meta):
                 f"{transcriber}: not a Whisper folder, so no transcript comes from it; give "
                 "one as --transcriber, or --no-transcript"
             )
+        Whisper(transcriber)  # an error now if a file of it is missing
     made["transcriber"] = transcriber and str(Path(transcriber).resolve())
     made["sha256"] = {name: runs.fingerprint(path) for name, path in made.items() if path}
     if made["sha256"]["encoder"] != meta["sha256"]:
@@ -520,6 +536,9 @@ def train(args, out):
     """An adapter, into the folder `out`."""
     torch.manual_seed(args.seed)
     rows, states = read_targets(args.targets), States(args.states)
+    for path in (row["audio"] for row in rows):
+        if path not in states.number:
+            raise ValueError(f"{path}: has no encoder states; encode the manifest it is in")
     made = provenance(args, states.meta)
     model, table, listener = frozen(args.model, args.device, torch.float32)
     adapter = Adapter(shape_of(args, states.meta, table)).to(args.device)
@@ -623,7 +642,7 @@ def add_training_flags(add):
     add("targets", help="what desta.py write made")
     add("--states", required=True, help="what desta.py encode made")
     add("--adapter", choices=ADAPTERS, default="qformer", help="(default qformer)")
-    add("--queries", type=int, default=64, help="of a qformer (default 64)")
+    add("--queries", type=int, help="of a qformer (default 64)")
     add("--no-transcript", action="store_true", help="vectors alone, no words beside them")
     add("--transcriber", help="the Whisper that writes those words (default: the encoder)")
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
@@ -634,6 +653,12 @@ def add_training_flags(add):
 
 def main():
     args = arguments().parse_args()
+    if args.action == "train":
+        if args.queries and args.adapter != "qformer":
+            raise ValueError(f"--queries {args.queries}: {args.adapter} has none; leave it out")
+        args.queries = 64 if args.queries is None else args.queries
+        if not 0 <= args.seed < 1 << 31:
+            raise ValueError(f"--seed {args.seed}: wanted 0 to {(1 << 31) - 1}")
     if args.action == "train" and min(args.steps, args.batch, args.queries) < 1:
         raise ValueError(
             f"--steps {args.steps} --batch {args.batch} --queries {args.queries}: wanted at "
@@ -644,17 +669,17 @@ def main():
     if args.action == "write":
         runs.may_write(args.out, args.overwrite)
         return write(args)
+    notes = {}
     if args.action == "encode":
         work = encode
         inputs = [args.encoder]
+        notes["audio"] = audio.identity(audio.read_manifest(args.manifest))
     else:
         work = train
         inputs = [args.model, args.states, args.targets]
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     scratch = ["checkpoint.pt"]
-    with runs.new_folder(
-        args.out, inputs, args.overwrite, scratch=scratch
-    ) as out:
+    with runs.new_folder(args.out, inputs, args.overwrite, notes, scratch) as out:
         work(args, out)
 
 

@@ -29,7 +29,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import audio
-from tokenize_audio import identity
 from vocab import Said
 
 STEP = 160  # samples between frames: 10 ms
@@ -373,7 +372,7 @@ def encode(args):
             out.append((round(seconds, 3), measured(samples, words)))
         return out
 
-    settings = {"audio": identity(rows)}
+    settings = {"audio": audio.identity(rows)}
     about = {"desc": f"measuring {args.manifest}", "unit": "clip"}
     corpus = runs.in_pieces(args.out, settings, rows, work, PIECE, **about)
     if edges is None:

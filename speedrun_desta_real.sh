@@ -10,6 +10,7 @@
 # CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman", "accent":
 #          "American", "rate": "fast", "loudness": "quiet"}
 # A third of the speakers is kept for the test: another third for the seeds 0, 1 and 2.
+# STEPS=600 of training, unless another number is given.
 # QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -28,6 +29,16 @@ prompt="Describe the speaker in one sentence."
 # A second prompt, about the words: without it the adapter forgets that there are others.
 answer="Answer it."
 
+[ -f "$clips" ] || { echo "$clips: no such file; wanted CLIPS, a manifest" >&2; exit 1; }
+
+same() {        # same FILE WORDS...: note what an output is made of; stop if it was something else
+  if [ -e "$1" ] && [ "$(cat "$1")" != "${*:2}" ]; then
+    echo "$(dirname "$1"): made with another $(basename "$1"); remove it, or give another OUT" >&2
+    exit 1
+  fi
+  echo "${*:2}" > "$1"
+}
+
 step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
   local result=${*: -1}
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
@@ -36,16 +47,24 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
 # The corpus with adverbs, as the template wants; and the voices of the test, which are in no
 # target.
 mkdir -p "$of"
+same "$out/CLIPS" "$(cksum < "$clips")"
+same "$of/STEPS" "${STEPS:-600}"
 python - "$clips" "$out" "$of" "$seed" <<'END'
 import json, sys
 from pathlib import Path
 
 clips, out, of, seed = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-adverbs = {"slow": "slowly", "normal": "at a normal rate", "quiet": "quietly", "loud": "loudly"}
+adverbs = {
+    "rate": {"slow": "slowly", "normal": "at a normal rate"},
+    "loudness": {"quiet": "quietly", "normal": "at a normal volume", "loud": "loudly"},
+}
 rows = [json.loads(line) for line in open(clips)]
-for row in rows:
+for number, row in enumerate(rows, 1):
+    if not all(row.get(name) for name in ("audio", "speaker", "style")):
+        sys.exit(f"{clips}, row {number}: wanted audio, speaker and style")
     row["audio"] = str((clips.parent / row["audio"]).resolve())
-    row["style"] = {name: adverbs.get(value, value) for name, value in row["style"].items()}
+    for name, value in row["style"].items():
+        row["style"][name] = adverbs.get(name, {}).get(value, value)
 unheard = set(sorted({row["speaker"] for row in rows})[seed % 3 :: 3])
 test = [row for row in rows if row["speaker"] in unheard]
 for path, lines in ((out / "clips.jsonl", rows), (of / "test.jsonl", test)):
@@ -77,6 +96,7 @@ step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$templa
 
 # Spoken questions, beside the same ones typed.
 if [ -n "${QUESTIONS:-}" ]; then
+  same "$of/QUESTIONS" "$(cksum < "$QUESTIONS")"
   python - "$QUESTIONS" "$out" "$answer" <<'END'
 import json, sys
 from pathlib import Path

@@ -22,7 +22,6 @@ MB, that HuBERT as hubert/: it needs nothing else.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -402,7 +401,7 @@ def fit(args):
     if not rows:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip to fit on")
     with runs.new_folder(
-        args.out, [args.hubert], args.overwrite, notes={"audio": identity(rows)}
+        args.out, [args.hubert], args.overwrite, notes={"audio": audio.identity(rows)}
     ) as out:
         x = sampled_frames(args, rows, features)
         centroids = kmeans(x, args.k, args.seed, minibatch=args.minibatch)
@@ -496,15 +495,6 @@ def opening(path, skip_bad):
         return []
 
 
-def identity(rows):
-    """A hash of which clips a corpus has and how long their files are: content would take hours."""
-    sizes = []
-    for row in rows:
-        path = row["audio"]
-        sizes.append(os.path.getsize(path) if os.path.exists(path) else -1)
-    return hashlib.sha256(json.dumps([rows, sizes]).encode()).hexdigest()
-
-
 # --- encode -------------------------------------------------------------------
 
 
@@ -513,7 +503,7 @@ def encode(args):
     rows = audio.read_manifest(args.manifest)
     rank, world = runs.processes()
     args.out = str(Path(args.out))  # without a trailing slash: parts are named after it
-    args.identity = identity(rows)
+    args.identity = audio.identity(rows)
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if world > max(1, len(rows)):
         raise ValueError(
@@ -534,9 +524,7 @@ def encode(args):
         a, b = len(rows) * rank // world, len(rows) * (rank + 1) // world
         encode_rows(args, rows[a:b], parts[rank])
     if rank == 0:
-        while not all(
-            Path(part).exists() for part in parts
-        ):  # torchrun ends all if one fails
+        while not all(Path(part).exists() for part in parts):  # torchrun ends all if one fails
             time.sleep(1)
         join(args, parts)
 

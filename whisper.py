@@ -383,6 +383,8 @@ class Whisper(nn.Module):
         out, at, rate = [], 0, audio.SAMPLE_RATE
         while at < len(samples):
             window = samples[at : at + SECONDS * rate]
+            if not len(window):  # the header of an MP3 promised more
+                break
             last = at + len(window) == len(samples)
             reached = len(window)  # samples that need no second reading
             begin, text = 0.0, []
@@ -404,7 +406,7 @@ class Whisper(nn.Module):
                 out.append(
                     (at / rate + begin, (at + reached) / rate, self.vocab.decode(text))
                 )
-            at += max(reached, rate)
+            at += reached or rate
         return out
 
     def transcripts(self, clips):
@@ -514,6 +516,7 @@ def write_words(args, whisper):
         for row, clip in zip(part, clips):
             short = len(clip) <= SECONDS * audio.SAMPLE_RATE
             words = whisper.words(clip[:], row["text"]) if short else None
+            row.pop("words", None)  # of another text, perhaps
             if words:
                 row["words"] = words
         return part
@@ -522,7 +525,7 @@ def write_words(args, whisper):
     if not rows:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
     audio.lengths(rows)  # all can be opened
-    settings = runs.recipe([args.manifest, args.whisper])["inputs"]
+    settings = {"audio": audio.identity(rows), "whisper": runs.fingerprint(args.whisper)}
     settings["dtype"] = runs.name_of(whisper.dtype)
     rows = runs.in_pieces(args.out, settings, rows, work, 2 * BATCH, "words", "clip")
     lines = "".join(json.dumps(row) + "\n" for row in rows)

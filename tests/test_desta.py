@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import audio
@@ -45,10 +46,12 @@ def encode(clips, speedrun, out):
 
 
 def train(clips, speedrun, out, *flags):
+    if "concat" not in flags:
+        flags = ("--queries", "5", *flags)
     return [
         "desta.py", "train", str(clips / "targets.jsonl"),
         "--model", str(speedrun / "instruct"), "--states", str(clips / "states"),
-        "--queries", "5", "--steps", "6", "--batch", "4", "--dtype", "float32",
+        "--steps", "6", "--batch", "4", "--dtype", "float32",
         "--device", "cpu", "--no-transcript", *flags, "--out", str(out),
     ]
 
@@ -356,6 +359,12 @@ def test_what_cannot_go_well_is_refused_before_the_work(
         call(words, monkeypatch)
     with pytest.raises(ValueError, match="wanted at least 1 of each"):
         call(train(clips, speedrun, tmp_path / "x", "--steps", "0"), monkeypatch)
+    for flags, said in (
+        (("--adapter", "concat", "--queries", "5"), "--queries 5: concat has none"),
+        (("--seed", "-1"), "--seed -1: wanted 0 to 2147483647"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call(train(clips, speedrun, tmp_path / "x", *flags), monkeypatch)
     meta = (clips / "states/meta.json").read_text()
     (clips / "states/meta.json").write_text(meta.replace(json.loads(meta)["sha256"], "0"))
     with pytest.raises(ValueError, match="encode again"):
@@ -368,6 +377,65 @@ def test_what_cannot_go_well_is_refused_before_the_work(
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="row 2: wanted text, seconds, and a style"):
         desta.described_clips(tmp_path / "m.jsonl")
+    rows[1] = rows[0] | {"seconds": float("inf")}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="row 2: wanted text, seconds, and a style"):
+        desta.described_clips(tmp_path / "m.jsonl")
+
+
+def test_a_clip_that_cannot_be_heard_is_told_before_the_first_is_encoded(
+    clips, speedrun, trained, tmp_path, monkeypatch
+):
+    rows = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
+    for count, said in ((0, "odd.wav: no samples in it"), (300, "300 samples are under one frame")):
+        soundfile.write(tmp_path / "odd.wav", np.zeros(count, np.float32), 16_000)
+        lines = [*rows, {"audio": str(tmp_path / "odd.wav")}]
+        (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        with pytest.raises(ValueError, match=said):
+            call(encode(tmp_path, speedrun, tmp_path / "s"), monkeypatch)
+        assert not (tmp_path / "s.partial/states.bin").exists()
+    with pytest.raises(ValueError, match="300 samples are under one frame"):
+        desta.load(trained["concat"])[2](np.zeros(300, np.float32))
+    (tmp_path / "clips.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="clips.jsonl: empty"):
+        call(encode(tmp_path, speedrun, tmp_path / "s"), monkeypatch)
+    recipe = json.loads((clips / "states/recipe.json").read_text())
+    assert recipe["audio"] == audio.identity(rows), "which sound the states are of"
+
+
+def test_a_hubert_encodes_in_the_arithmetic_that_was_asked_for(clips, speedrun):
+    path = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"]
+    full, half = (
+        desta.Encoder(speedrun / "hubert", dtype=dtype).states([audio.load(path)])[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert full.dtype == half.dtype == torch.float32
+    assert 0 < (full - half).norm() < 0.1 * full.norm()
+
+
+def test_a_target_without_states_is_told_before_the_first_step(
+    clips, speedrun, trained, tmp_path, monkeypatch
+):
+    lines = (clips / "targets.jsonl").read_text().splitlines()
+    lines.append(json.dumps(json.loads(lines[0]) | {"audio": "gone.wav"}))
+    (tmp_path / "targets.jsonl").write_text("\n".join(lines) + "\n")
+    words = train(clips, speedrun, tmp_path / "x")
+    words[2] = str(tmp_path / "targets.jsonl")
+    monkeypatch.setattr(desta, "loss_of", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match="gone.wav: has no encoder states"):
+        call(words, monkeypatch)
+
+
+def test_a_transcriber_that_lacks_files_is_told_before_training(
+    clips, speedrun, trained, tmp_path, monkeypatch
+):
+    folder, _ = folder_of(tmp_path / "w", many=False)
+    (folder / "tokenizer.json").unlink()
+    words = train(clips, speedrun, tmp_path / "x", "--transcriber", str(folder))
+    words.remove("--no-transcript")
+    monkeypatch.setattr(desta, "loss_of", lambda *_: pytest.fail("it trains"))
+    with pytest.raises((ValueError, FileNotFoundError), match=str(folder)):
+        call(words, monkeypatch)
 
 
 def test_a_new_conversation_frees_what_was_heard(clips, trained):
@@ -393,6 +461,7 @@ def test_a_new_conversation_frees_what_was_heard(clips, trained):
         ("targets", lambda row: row | {"target": 7}, "got target = 7, wanted text"),
         ("targets", lambda row: row | {"prompt": None}, "got prompt = None, wanted text"),
         ("shape", lambda made: made | {"adapter": {"kind": "lstm"}}, "got the adapter 'lstm'"),
+        ("shape", lambda made: made | {"adapter": {"kind": "qformer"}}, "adapter has no 'taps'"),
         ("shape", lambda made: made | {"model": "/gone"}, "/gone: the model of .* is not there"),
     ],
 )
@@ -416,4 +485,7 @@ def test_states_that_are_cut_are_refused(clips, trained, tmp_path):
     with open(tmp_path / "s/states.bin", "ab") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match="cut, or of another encoding"):
+        desta.States(tmp_path / "s")
+    (tmp_path / "s/index.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="index.npy: cut; encode again"):
         desta.States(tmp_path / "s")

@@ -276,7 +276,7 @@ def test_scores_go_on_only_with_what_they_were_begun_with(change, speedrun, tmp_
 
 
 def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(
-    speedrun, tmp_path, monkeypatch
+    speedrun, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "rows.jsonl").write_text(
         "".join(
@@ -301,6 +301,8 @@ def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(
     )
     made = json.loads((tmp_path / "o.json").read_text())
     assert made["rows"] == ["B", "B"] and made["choice"]["value"] == 0.5
+    shown = capsys.readouterr().out
+    assert shown.endswith("}\nfor example: which\n    B\n"), "the first row of each group"
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,38 @@ def test_a_manifest_gets_words_and_resumes_after_a_kill(tmp_path, monkeypatch):
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
     assert len(calls) == 2 and not list(tmp_path.glob("again.jsonl.*"))
 
+    # What is kept beside the sound is not a part of it; other sound under the same names is.
+    (tmp_path / "m.jsonl").unlink()
+    command[2], inside = str(tmp_path), ["--out", str(tmp_path / "inside.jsonl")]
+    for change in (False, True):
+        calls.clear()
+        monkeypatch.setattr(whisper.Whisper, "words", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call([*command, *inside], monkeypatch)
+        monkeypatch.setattr(whisper.Whisper, "words", real)
+        if change:
+            soundfile.write(tmp_path / "0.wav", clips_of(0.5)[0], 16_000)
+            with pytest.raises(ValueError, match="of a run with another audio"):
+                call([*command, *inside], monkeypatch)
+        else:
+            call([*command, *inside], monkeypatch)
+            (tmp_path / "inside.jsonl").unlink()
+
+
+def test_words_of_another_text_do_not_stay(tmp_path, monkeypatch):
+    folder, _ = folder_of(tmp_path / "w", many=False)
+    soundfile.write(tmp_path / "long.wav", clips_of(31.0)[0], 16_000)
+    row = {"audio": "long.wav", "text": "hello", "words": [["world", 0.0, 1.0]]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    call(
+        [
+            "whisper.py", "words", str(tmp_path / "m.jsonl"), "--whisper", str(folder),
+            "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path / "o.jsonl"),
+        ],
+        monkeypatch,
+    )
+    assert "words" not in json.loads((tmp_path / "o.jsonl").read_text())
+
 
 def test_what_is_no_whisper_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "hubert"}')
@@ -228,3 +260,9 @@ def test_a_long_recording_is_written_down_window_by_window(tmp_path, monkeypatch
     assert seen == [30.0, 30.0, 5.0]
     assert [(round(a, 2), round(b, 2)) for a, b, _ in said[:3]] == [(0, 12), (12.5, 20), (21, 49)]
     assert len(said) == 4 and said[3][:2] == (50, 55)
+
+    # A segment that ends within the first second: what is behind it is read, too.
+    seen.clear()
+    script[:] = [[tick(0), *hello, tick(0.4), tick(0.5), *hello], [tick(0), *hello, tick(5)]]
+    ours.segments(np.zeros(int(16_000 * 30.3), np.float32))
+    assert seen == [30.0, 29.9]
