@@ -625,7 +625,7 @@ def test_the_pages_tell_what_the_results_hold():
     without = {"no_text": "speech", "no_captions": "captions", "from_instruct": "learns to hear"}
     for name, what in without.items():
         scores = [value(paper, f"paper/{name}", group) for group in ("fact", "manner", "stress")]
-        assert f"{what}: {', '.join(scores)}" in readme
+        assert f"{what} {', '.join(scores)}" in readme
     for table in (reuse, paper):
         assert " ".join(benchmark.table(table).split()) in page
 
