@@ -39,6 +39,7 @@ SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
 QUOTED = r"""(?<!\S)(?:"[^"]+"|'[^']+')(?!\S)"""
 WORD = rf"{QUOTED}|(?:\\.|\S)+"
 HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces)
+clip.wav "its words" TEXT     for a model of prosody, if nobody else writes the words down
 :rec           speak; Enter ends it           :why     the conversation as tokens
 :system TEXT   how it should behave           :reset   forget the conversation
 :help          this                           :quit    or Ctrl-D: end. Ctrl-C stops a reply"""
@@ -60,8 +61,13 @@ class Chat:
         self.draw = random.SystemRandom()  # at a temperature no two replies are alike
         self.room = self.model.config.max_position_embeddings - LIMIT  # tokens of a prompt
 
-    def hear(self, sound, name):
-        """(units, seconds) of samples, or of an audio.Recording."""
+    def is_told_words(self):
+        """Does it hear how words are said, and nobody but the user writes them down?"""
+        prosody = self.vocab.speech and self.vocab.reads_prosody()
+        return bool(prosody and not self.ears.transcriber)
+
+    def hear(self, sound, name, words=None):
+        """(units, seconds) of samples, or of an audio.Recording. words: what is said, if told."""
         if not self.ears:
             raise ValueError(
                 f"{self.folder} cannot hear (no speech.json); chat with a merged "
@@ -82,7 +88,7 @@ class Chat:
                 f"{name}: {seconds:.0f} s of sound, more than the model's context of "
                 f"{self.room} tokens can hold; give a part of it"
             )
-        units, _ = self.ears(sound[:])
+        units, _ = self.ears(sound[:]) if words is None else self.ears(sound[:], words)
         return units, seconds
 
     def prompt(self, content):
@@ -222,18 +228,29 @@ def record():
     return np.concatenate(blocks)
 
 
+def told_words(part):
+    """(what stands in quotes where a text begins, or None; the rest of the part)."""
+    quoted = isinstance(part, str) and re.match(r'"\s*([^"\s][^"]*)"\s*', part)
+    return (quoted[1], part[quoted.end() :]) if quoted else (None, part)
+
+
 def take(chat, parts, transcribe):
     """(content, notes) of a turn's parts: text, paths, or samples.
 
     Notes: seconds, units, and what was heard if `transcribe`.
     """
     content, notes = [], {"seconds": 0.0, "units": 0, "heard": []}
-    for part in parts:
+    parts = list(parts)
+    for n, part in enumerate(parts):
         if isinstance(part, str):
-            content.append(f" {part}" if content else part)
+            if part:
+                content.append(f" {part}" if content else part)
             continue
         if isinstance(part, Path):
-            units, seconds = chat.hear(audio.Recording(part), part)
+            words = None
+            if chat.is_told_words() and n + 1 < len(parts):
+                words, parts[n + 1] = told_words(parts[n + 1])
+            units, seconds = chat.hear(audio.Recording(part), part, words)
         else:
             units, seconds = chat.hear(part, "the recording")
         content.append(units)

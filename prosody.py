@@ -287,12 +287,14 @@ class Ears:
         if not self.transcriber:
             raise ValueError(
                 f"{self.folder}: hears how words are said, and no one writes them down; chat.py "
-                "and benchmark.py rows take --transcriber, a Whisper folder or a model of units"
+                "and benchmark.py rows take --transcriber, a Whisper folder or a model of units; "
+                'in a chat they may stand behind the path, in "quotes"'
             )
 
-    def __call__(self, samples):
-        self.wants_words()
-        text = self.transcriber(samples)
+    def __call__(self, samples, text=None):
+        if text is None:
+            self.wants_words()
+            text = self.transcriber(samples)
         return numbered(measured(samples, aligned(text, samples)), self.edges), None
 
     def forget(self):

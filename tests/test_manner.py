@@ -17,7 +17,7 @@ import manner
 import pretrain
 import prosody
 import toy
-from chat import Chat
+from chat import Chat, parts_of, take
 from conftest import ROOT, call, shrink, speedrun_commands
 from merge import Merge
 from vocab import Vocab
@@ -244,12 +244,24 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
         match="no one writes them down; chat.py and benchmark.py rows take --transcriber",
     ):
         chat.hear(audio.load(clip), clip)
+    # Unless the user writes them, in quotes.
+    line = f'{clip} "anna likes rice" what is the pace of it'
+    content, notes = take(chat, parts_of(line), transcribe=True)
+    assert notes["heard"] == ["anna likes rice"] and notes["units"] == 3
+    assert content[1:] == [" what is the pace of it"]
+    assert [word for word, _ in content[0]] == ["", "anna", " likes", " rice"]
+    assert take(chat, parts_of(f'{clip} "anna"'), True)[0][1:] == []
+    for wrong in (f'{clip} "" what', f"{clip} what", str(clip), f'{clip} what is "anna"'):
+        with pytest.raises(ValueError, match='behind the path, in "quotes"'):
+            take(chat, parts_of(wrong), True)
     ears, units = str(speedrun / "speech"), Chat(speedrun / "speech")
     wanted = units.heard(units.hear(audio.load(clip), clip)[0])
     chat = Chat(world / "merged", transcriber=ears)
     said, seconds = chat.hear(audio.load(clip), clip)
     assert seconds > 0.5 and chat.heard(said) == said.text() == wanted
     assert said[0][0] == "" and len(chat.vocab.content([said])) > len(said)
+    content, notes = take(chat, parts_of(line), transcribe=True)
+    assert notes["heard"] == [wanted] and '"anna likes rice"' in content[1], "then it is text"
     with pytest.raises(SystemExit) as end:
         call(
             [
