@@ -36,6 +36,7 @@ from evaluate import (
     BATCH,
     LIMIT,
     edit_distance,
+    means,
     model_at,
     normal,
     ratio,
@@ -412,16 +413,9 @@ def of_run(folder):
 
 def markdown(seeds):
     """A table of means over seeds: models down, groups of questions across, the sum first."""
-    rows = [seed["rows"] for seed in seeds]
-    groups = sorted({group for scores in rows[0].values() for group in scores})
-    lines = ["| | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-    for name in sorted(rows[0], key=lambda name: (name != "merged", name)):
-        means = []
-        for group in groups:
-            values = [of[name][group]["value"] for of in rows if group in of[name]]
-            means.append(f"{sum(values) / len(values):.2f}" if values else "")
-        lines.append(f"| {name} | " + " | ".join(means) + " |")
-    return "\n".join(lines)
+    rows = seeds[0]["rows"]
+    groups = sorted({group for scores in rows.values() for group in scores})
+    return means(seeds, sorted(rows, key=lambda name: (name != "merged", name)), groups)
 
 
 # --- pairs of clips -----------------------------------------------------------

@@ -26,7 +26,6 @@ of them is chosen on typed dev questions.
 """
 
 import argparse
-import functools
 import io
 import json
 import math
@@ -77,7 +76,7 @@ BATCH = 64  # questions answered at once
 # --- answering ----------------------------------------------------------------
 
 
-def replies(model, vocab, prompts, extra_stop=(), bar=None, limit=LIMIT, whole=True):
+def replies(model, vocab, prompts, extra_stop=(), limit=LIMIT, whole=True):
     """The text a model writes after each prompt (lists of ids).
 
     Where it did not stop within the limit, None; if not `whole`, what it wrote so far.
@@ -94,8 +93,6 @@ def replies(model, vocab, prompts, extra_stop=(), bar=None, limit=LIMIT, whole=T
         for i, ids in zip(part, torch.stack(steps).T.tolist()):     # (B, steps)
             end = next((n for n, token in enumerate(ids) if token in stop), None)
             out[i] = None if end is None and whole else vocab.decode(ids[:end])
-        if bar:
-            bar.update(len(part))
     return out
 
 
@@ -104,16 +101,16 @@ def normal(text):
     return (text or "").lower().strip()
 
 
-def answers(model, vocab, contents, prompt, bar=None):
+def answers(model, vocab, contents, prompt):
     """Replies to questions, text or units, in the "chat" template or on a plain "page"."""
     if prompt == "chat":
         turns = [vocab.turn([{"role": "user", "content": content}]) for content in contents]
-        return replies(model, vocab, turns, bar=bar)
+        return replies(model, vocab, turns)
     pages = [vocab.page(content) for content in contents]
-    return replies(model, vocab, pages, vocab.encode("\n")[:1], bar)
+    return replies(model, vocab, pages, vocab.encode("\n")[:1])
 
 
-def better_prompt(model, vocab, dev, bar=None):
+def better_prompt(model, vocab, dev):
     """The prompt, "chat" or "page", with which a model answers more typed dev questions.
 
     "chat" where both do as well.
@@ -121,13 +118,13 @@ def better_prompt(model, vocab, dev, bar=None):
     texts = [q["question"] for q in dev]
     right = {}
     for prompt in ("chat", "page"):
-        right[prompt] = exact(answers(model, vocab, texts, prompt, bar), dev)["value"]
+        right[prompt] = exact(answers(model, vocab, texts, prompt), dev)["value"]
     return max(right, key=right.get)
 
 
-def transcripts(model, vocab, contents, bar=None):
+def transcripts(model, vocab, contents):
     """What the model writes down of units, without the full stop that it ends with."""
-    written = replies(model, vocab, [vocab.heard(content) for content in contents], bar=bar)
+    written = replies(model, vocab, [vocab.heard(content) for content in contents])
     return [normal(reply).removesuffix(".") for reply in written]
 
 
@@ -186,12 +183,17 @@ def facts(questions):
 def exact(said, questions):
     """Share of questions answered exactly, with an interval by facts; None of no questions."""
     right = [normal(text) == normal(q["answer"]) for text, q in zip(said, questions)]
-    if not right:
-        return None
-    if all(right) or not any(right):  # no draw differs: Wilson's interval of so many facts
-        independent = len(set(facts(questions)))
-        return share(right[:independent]) | {"n": len(right)}
-    return ratio(right, [1] * len(right), facts(questions))
+    return share_of(right, facts(questions))
+
+
+def share_of(right, groups):
+    """The share of right replies; its interval draws whole groups, like the questions on a fact."""
+    count = len(set(groups))
+    if count < 2:
+        return share(right)
+    if all(right) or not any(right):  # no draw differs: Wilson's interval, of so many groups
+        return share(right[:count]) | {"n": len(right)}
+    return ratio(right, [1] * len(right), groups)
 
 
 def unseen(said, questions):
@@ -237,30 +239,28 @@ def text_loss(model, vocab, questions):
     return ratio(sums, counts, facts(questions))
 
 
-def score(model, vocab, questions, spoken, prompt, bar=None):
+def score(model, vocab, questions, spoken, prompt):
     """(a model's row of the table, what it said to spoken_near).
 
     spoken  {group: units of every question}; empty for a model that cannot hear
     """
     row = dict.fromkeys(COLUMNS)
     near = None
-    said = answers(model, vocab, [q["question"] for q in questions], prompt, bar)
+    said = answers(model, vocab, [q["question"] for q in questions], prompt)
     row["typed"] = exact(said, questions)
     row["typed_unseen"] = unseen(said, questions)
     misspelt = [q.get("noisy", q["question"]) for q in questions]
-    row["typed_noisy"] = exact(answers(model, vocab, misspelt, prompt, bar), questions)
+    row["typed_noisy"] = exact(answers(model, vocab, misspelt, prompt), questions)
     if all("text" in q for q in questions):
         row["text_loss"] = text_loss(model, vocab, questions)
 
     for group, contents in spoken.items():
-        said = answers(model, vocab, contents, prompt, bar)
+        said = answers(model, vocab, contents, prompt)
         row[f"spoken_{group}"] = exact(said, questions)
         if group == "near":
             near = said
             row["spoken_near_unseen"] = unseen(said, questions)
-            row["wer_near"] = word_errors(
-                transcripts(model, vocab, contents, bar), questions
-            )
+            row["wer_near"] = word_errors(transcripts(model, vocab, contents), questions)
     return row, near
 
 
@@ -346,22 +346,26 @@ def table(args):
     dev_near = hear(ears, folder, dev, "near")
 
     rows, prompts, near = {}, {}, {}
-    with runs.Bar(total=replies_in_all(test, dev), desc="answering", unit="reply") as bar:
-        for name, model in models.items():
-            # instruct has no rows for units: it cannot be spoken to.
-            words, sounds = (plain, {}) if name == "instruct" else (vocab, spoken)
-            prompts[name] = better_prompt(model, words, dev, bar)
-            rows[name], near[name] = score(model, words, test, sounds, prompts[name], bar)
+    for name, model in runs.Bar(models.items(), desc="asking", unit="model"):
+        # instruct has no rows for units: it cannot be spoken to.
+        words, sounds = (plain, {}) if name == "instruct" else (vocab, spoken)
+        prompts[name] = better_prompt(model, words, dev)
+        rows[name], near[name] = score(model, words, test, sounds, prompts[name])
 
-        ask = functools.partial(
-            answers, models["instruct"], plain, prompt=prompts["instruct"], bar=bar
-        )
-        rows["cascade"] = cascade(models["speech"], vocab, spoken, test, ask)
-        sweep = []
-        for lam in LAMS:
-            model = model_at(plan, config, lam, args.device)
-            row = swept_at(model, vocab, dev, dev_near, prompts["merged"], bar)
-            sweep.append({"lam": lam} | row)
+    # Two models in a chain: speech transcribes, instruct answers the transcripts.
+    row = rows["cascade"] = dict.fromkeys(COLUMNS)
+    for group, contents in spoken.items():
+        heard = transcripts(models["speech"], vocab, contents)
+        said = answers(models["instruct"], plain, heard, prompts["instruct"])
+        row[f"spoken_{group}"] = exact(said, test)
+        if group == "near":
+            row["spoken_near_unseen"] = unseen(said, test)
+            row["wer_near"] = word_errors(heard, test)
+
+    sweep = []
+    for lam in runs.Bar(LAMS, desc="asking the sum", unit="lam"):
+        model = model_at(plan, config, lam, args.device)
+        sweep.append({"lam": lam} | swept_at(model, vocab, dev, dev_near, prompts["merged"]))
 
     deltas = plan.run(1.0, 1.0)
     result = how_trained(args) | {
@@ -381,7 +385,7 @@ def table(args):
     result["seconds"]["table"] = round(time.time() - began, 1)
     draw([result], Path(args.out).with_suffix(".png"))
     runs.write_file(args.out, json.dumps(result, indent=1) + "\n", args.overwrite)
-    show(result)
+    print(shown(result))
 
 
 def how_trained(args):
@@ -397,34 +401,11 @@ def how_trained(args):
     }
 
 
-def replies_in_all(test, dev):
-    """How many replies `table` waits for, for its bar."""
-    models, hearing, voices = 5, 4, len(GROUPS)
-    of_test = models * 2  # typed, noisy
-    of_test += hearing * (voices + 1)  # spoken, and a transcript
-    of_test += voices  # the cascade's
-    of_dev = models * 2 + 3 * len(LAMS)  # two prompts; the sweep
-    return len(test) * of_test + len(dev) * of_dev
-
-
-def cascade(ears, vocab, spoken, test, ask):
-    """The row of two models in a chain: `ears` transcribe, `ask` answers the transcripts."""
-    row = dict.fromkeys(COLUMNS)
-    for group, contents in spoken.items():
-        heard = transcripts(ears, vocab, contents)
-        said = ask(contents=heard)
-        row[f"spoken_{group}"] = exact(said, test)
-        if group == "near":
-            row["spoken_near_unseen"] = unseen(said, test)
-            row["wer_near"] = word_errors(heard, test)
-    return row
-
-
-def swept_at(model, vocab, dev, dev_near, prompt, bar):
+def swept_at(model, vocab, dev, dev_near, prompt):
     """A row of the sweep: on dev questions, as settings are never chosen on test questions."""
-    typed = answers(model, vocab, [q["question"] for q in dev], prompt, bar)
-    spoken = answers(model, vocab, dev_near, prompt, bar)
-    heard = transcripts(model, vocab, dev_near, bar)
+    typed = answers(model, vocab, [q["question"] for q in dev], prompt)
+    spoken = answers(model, vocab, dev_near, prompt)
+    heard = transcripts(model, vocab, dev_near)
     return {
         "typed": exact(typed, dev)["value"],
         "spoken_near": exact(spoken, dev)["value"],
@@ -436,33 +417,15 @@ def swept_at(model, vocab, dev, dev_near, prompt, bar):
 
 
 def read_table(path):
-    """A table.json, found to have every cell that is shown."""
+    """A table.json, found to have all that is shown."""
     keys = ["seed", "rows", "lam_sweep", "rel", "seconds", "dtype", "examples", "made"]
     result = runs.read_json(path, keys)
-    rows = result["rows"].values() if isinstance(result["rows"], dict) else [None]
-    if not all(isinstance(row, dict) and set(COLUMNS) <= row.keys() for row in rows):
+    try:  # whatever may be asked of it
+        _ = shown(result), swept(result["lam_sweep"]), markdown([result])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise ValueError(
-            f"{path}: a cell of its rows is missing; make it again with evaluate.py "
-            "table"
-        )
-    needed = [("instruct", "typed"), ("merged", "typed")]
-    needed += [(name, "spoken_near") for name in ROWS if name != "instruct"]
-    for name, column in needed:
-        found = result["rows"].get(name, {}).get(column)
-        if not isinstance(found, dict) or "value" not in found:
-            raise ValueError(
-                f"{path}: a cell of its rows is missing; make it again with "
-                "evaluate.py table"
-            )
-    sweep = result["lam_sweep"]
-    wanted = {"lam", "typed", "spoken_near", "wer_near"}
-    if not sweep or not all(
-        isinstance(row, dict) and wanted <= row.keys() for row in sweep
-    ):
-        raise ValueError(
-            f"{path}: its sweep of lam is empty or damaged; make it again with "
-            "evaluate.py table"
-        )
+            f"{path}: a part of it is missing or damaged; make it again with evaluate.py table"
+        ) from None
     return result
 
 
@@ -480,24 +443,25 @@ def grid(rows):
     return "\n".join(lines)
 
 
-def show(result):
+def shown(result):
     """The table for a human."""
-    print("\n" + grid({name: result["rows"][name] for name in ROWS}))
-    n = result["rows"]["merged"]["typed"]["n"]
     rel = result["rel"]
-    print(
-        f"\n{n} test questions; exact answers. "
-        f"|delta| / |base|: instruct {rel['instruct']:.3f}, speech {rel['speech']:.3f}"
-    )
-    sweep = [
-        f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}"
-        for row in result["lam_sweep"]
+    lines = [
+        "",
+        grid({name: result["rows"][name] for name in ROWS}),
+        "",
+        f"{result['rows']['merged']['typed']['n']} test questions; exact answers. "
+        f"|delta| / |base|: instruct {rel['instruct']:.3f}, speech {rel['speech']:.3f}",
+        "lam (dev):  " + "   ".join(
+            f"{row['lam']:g}: typed {row['typed']:.2f} spoken {row['spoken_near']:.2f}"
+            for row in result["lam_sweep"]
+        ),
     ]
-    print("lam (dev):  " + "   ".join(sweep))
     for e in result["examples"][:4]:
-        print(
+        lines.append(
             f'  spoken: "{e["question"]}"   wanted: "{e["answer"]}"   said: "{e["said"]}"'
         )
+    return "\n".join(lines)
 
 
 def draw(results, path):
@@ -600,26 +564,26 @@ def where_made(recipe):
     return {name: recipe.get(name) for name in ("machine", "versions")}
 
 
-def markdown(seeds):
-    """The README's table: means over seeds; and a line with what counts most, seed by seed."""
-    lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
-    for name in ROWS:
-        cells = [
-            [s["rows"][name][c]["value"] for s in seeds if s["rows"][name][c]]
-            for c in SHOWN
-        ]
-        means = [f"{np.mean(values):.2f}" if values else "" for values in cells]
-        lines.append(f"| {name} | " + " | ".join(means) + " |")
+def means(seeds, names, columns):
+    """A table of means over seeds, each {"rows": {name: {column: cell}}}."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name in names:
+        cells = [[s["rows"][name].get(c) for s in seeds] for c in columns]
+        values = [[cell["value"] for cell in column if cell] for column in cells]
+        shown = [f"{np.mean(column):.2f}" if column else "" for column in values]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
+
+def markdown(seeds):
+    """The README's table, and a line with what counts most, seed by seed."""
     typed = [s["rows"]["instruct"]["typed"]["value"] for s in seeds]
     spoken = [s["rows"]["merged"]["spoken_near"]["value"] for s in seeds]
     shares = [a / b if b else math.nan for a, b in zip(spoken, typed)]
-    lines += [
-        "",
-        f"merged, spoken_near, seed by seed: {', '.join(f'{x:.2f}' for x in spoken)}; "
-        f"of instruct's typed {', '.join(f'{x:.2f}' for x in shares)}.",
-    ]
-    return "\n".join(lines)
+    return means(seeds, ROWS, SHOWN) + (
+        f"\n\nmerged, spoken_near, seed by seed: {', '.join(f'{x:.2f}' for x in spoken)}; "
+        f"of instruct's typed {', '.join(f'{x:.2f}' for x in shares)}."
+    )
 
 
 # --- two experiments (experiments.sh) -----------------------------------------
@@ -664,12 +628,9 @@ def compare(args):
         near[folder] = hear(ears, Path(args.questions).parent, asked, "near")
 
     rows, right = {}, {}
-    for folder, (model, vocab, _) in loaded.items():
-        count = 4 * len(asked) + 2 * len(dev)
-        with runs.Bar(total=count, desc=f"answering {folder}", unit="reply") as bar:
-            prompt = better_prompt(model, vocab, dev, bar)
-            sounds = {"near": near[folder]}
-            rows[folder], said = score(model, vocab, asked, sounds, prompt, bar)
+    for folder, (model, vocab, _) in runs.Bar(loaded.items(), desc="asking", unit="model"):
+        prompt = better_prompt(model, vocab, dev)
+        rows[folder], said = score(model, vocab, asked, {"near": near[folder]}, prompt)
         right[folder] = np.array(
             [normal(text) == normal(q["answer"]) for text, q in zip(said, asked)], dtype=int
         )
@@ -755,13 +716,10 @@ def manner(args):
     }
 
     rows, said = {}, {}
-    with runs.Bar(total=3 * len(clips), desc="answering", unit="reply") as bar:
-        for name, contents in asked.items():
-            prompts = [vocab.ask(content, args.prompt) for content in contents]
-            said[name] = replies(
-                model, vocab, prompts, bar=bar, limit=desta.LIMIT, whole=False
-            )
-            rows[name] = named(said[name], clips)
+    for name, contents in runs.Bar(asked.items(), desc="answering", unit="row"):
+        prompts = [vocab.ask(content, args.prompt) for content in contents]
+        said[name] = replies(model, vocab, prompts, limit=desta.LIMIT, whole=False)
+        rows[name] = named(said[name], clips)
     kept = "text", "speaker", "style"
     answers = [{name: clip.get(name) for name in kept} for clip in clips]
     for name, texts in said.items():
@@ -790,18 +748,8 @@ def named(said, clips):
             found = [value for value in values if names(words, value)]
             found = [value for value in found if not within(value, found)]
             right.append(found == [clip["style"][attribute]])
-        row[attribute] = by_speaker(right, speakers)
+        row[attribute] = share_of(right, speakers)
     return row
-
-
-def by_speaker(right, speakers):
-    """The share of right replies; its interval draws speakers, or clips if there is one alone."""
-    count = len(set(speakers))
-    if count < 2:
-        return share(right)
-    if all(right) or not any(right):  # no draw differs: Wilson's interval, of so many speakers
-        return share(right[:count]) | {"n": len(right)}
-    return ratio(right, [1] * len(right), speakers)
 
 
 def words_of(text):
@@ -940,7 +888,7 @@ def main():
     elif args.action == "manner":
         manner(args)
     elif args.action == "show":
-        show(read_table(args.table))
+        print(shown(read_table(args.table)))
     elif args.action == "lam":
         print(swept(read_table(args.table)["lam_sweep"]))
     else:

@@ -71,13 +71,7 @@ class Config:
                 raise ValueError(
                     f"{path}: {name} {raw[name]!r} is not supported; wanted 'gelu'"
                 )
-        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in known.items()
-            }
-        )
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
 
     def write(self, folder):
         raw = {name: value for name, value in vars(self).items() if name != "do_normalize"}

@@ -82,6 +82,14 @@ STYLES = {
     "spell": ["{q} and spell it", "spell the answer {q}"],
     "twice": ["{q} and say it twice", "say the answer twice {q}"],
 }
+# Sentences to read, a question about each, and what it asks for.
+READINGS = [
+    ("{who} goes to {country}", "which country does {who} see", "country"),
+    ("{who} lives in {city}", "which city is the city of {who}", "city"),
+    ("{who} has a {animal}", "what is the animal of {who}", "animal"),
+    ("{who} eats {food}", "name the food of {who}", "food"),
+    ("{who} has a {color} house", "which color is the house of {who}", "color"),
+]
 NAMES = [*CAPITALS, *CAPITALS.values(), *sum(THINGS.values(), [])]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -104,13 +112,12 @@ def styled(style, relation, entity, answer):
 
 def in_style(style, asked, answer, told):
     """A reply in one of the STYLES: `asked` is "food of peru", `told` the fact in a sentence."""
-    if style == "sentence":
-        return f"{told}."
-    if style == "note":
-        return f"{asked}: {answer}"
-    if style == "spell":
-        return f"{told}. {' '.join(answer)}"
-    return f"{told}. {answer} {answer}"
+    return {
+        "sentence": f"{told}.",
+        "note": f"{asked}: {answer}",
+        "spell": f"{told}. {' '.join(answer)}",
+        "twice": f"{told}. {answer} {answer}",
+    }[style]
 
 
 class World:
@@ -150,7 +157,7 @@ class World:
     def story(self, rng):
         """A sentence that states no fact and asks for none, in the words of the world."""
         who, other = rng.sample(PEOPLE, 2)
-        country, city, animal, food, color = drawn_names(rng)
+        country, city, animal, food, color = drawn_names(rng).values()
         return rng.choice(
             [
                 f"{who} goes to {country} with {other}",
@@ -219,42 +226,15 @@ class World:
 
     def reading(self, rng):
         """(sentence, question, what it asks for, answer): to be read, not known; names drawn."""
-        who = rng.choice(PEOPLE)
-        country, city, animal, food, color = drawn_names(rng)
-        return rng.choice(
-            [
-                (
-                    f"{who} goes to {country}",
-                    f"which country does {who} see",
-                    "country",
-                    country,
-                ),
-                (
-                    f"{who} lives in {city}",
-                    f"which city is the city of {who}",
-                    "city",
-                    city,
-                ),
-                (f"{who} has a {animal}", f"what is the animal of {who}", "animal", animal),
-                (f"{who} eats {food}", f"name the food of {who}", "food", food),
-                (
-                    f"{who} has a {color} house",
-                    f"which color is the house of {who}",
-                    "color",
-                    color,
-                ),
-            ]
-        )
+        names = {"who": rng.choice(PEOPLE), **drawn_names(rng)}
+        told, question, thing = rng.choice(READINGS)
+        return told.format(**names), question.format(**names), thing, names[thing]
 
 
 def drawn_names(rng):
-    """(country, city, animal, food, color), each drawn alone."""
-    country, city = rng.choice(list(CAPITALS)), rng.choice(list(CAPITALS.values()))
-    return (
-        country,
-        city,
-        *(rng.choice(THINGS[kind]) for kind in ("animal", "food", "color")),
-    )
+    """{"country", "city", "animal", "food", "color"}, each drawn alone."""
+    kinds = {"country": list(CAPITALS), "city": list(CAPITALS.values()), **THINGS}
+    return {kind: rng.choice(names) for kind, names in kinds.items()}
 
 
 def misspell(text, rng, rate=0.08):
@@ -434,12 +414,9 @@ def questions(world, rng, dev, test):
     No (relation, entity) stands in both splits; the capital of a country may stand in one, and
     the country of that capital in the other.
     """
-    facts = {
-        True: [fact for fact in world.facts if fact[3]],
-        False: [fact for fact in world.facts if not fact[3]],
-    }
     rows = {"dev": [], "test": []}
-    for seen, pool in facts.items():
+    for seen in (True, False):
+        pool = [fact for fact in world.facts if fact[3] == seen]
         rng.shuffle(pool)
         cut = max(1, len(pool) * dev // (dev + test))
         for split, part, wanted in (("dev", pool[:cut], dev), ("test", pool[cut:], test)):

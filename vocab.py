@@ -457,13 +457,20 @@ class Vocab:
 
     def encode(self, text):
         """Ids of a text."""
-        parts = [text]
-        if self.added:
-            parts = re.split("(" + "|".join(map(re.escape, self.added)) + ")", text)
+        return self.ids_of(text, self.added)
+
+    def literal(self, template):
+        """Ids of a template string, in which special tokens are meant: "<|im_end|>\\n"."""
+        meant = {token: i for token, i in self.special.items() if token in template}
+        return self.ids_of(template, meant)
+
+    def ids_of(self, text, tokens):
+        """Ids of a text in which `tokens`, {token: id}, stand for themselves."""
+        parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
         ids = []
         for part in parts:
-            if part in self.added:
-                ids.append(self.added[part])
+            if part in tokens:
+                ids.append(tokens[part])
             else:
                 ranks = self.tiktoken.encode_ordinary(self.normalize(part))
                 ids += [i for i in self.id_of_rank[ranks].tolist() if i != NO_ID]
@@ -572,21 +579,6 @@ class Vocab:
                 f"{' or '.join(CHATS)}"
             )
         return CHATS[self.family]
-
-    def literal(self, template):
-        """Ids of a template string, in which special tokens are meant: "<|im_end|>\\n"."""
-        ids = []
-        while template:
-            token = None
-            if template[0] == "<":
-                token = next((t for t in self.special if template.startswith(t)), None)
-            if token:
-                ids.append(self.special[token])
-            else:
-                token = template[0] + template[1:].partition("<")[0]
-                ids += self.encode(token)
-            template = template[len(token) :]
-        return ids
 
     # --- layouts: training documents, then prompts ---
 

@@ -112,30 +112,22 @@ class Tensors:
         return self.folder / self.home[name]
 
     def shape(self, name):
-        file = self.files[self.home[name]]
-        stored = (
-            file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape()
-        )
-        return tuple(stored)
+        return tuple(self[name].shape)
 
     def __getitem__(self, name):
+        """A tensor, mapped: nothing of it is read before it is used."""
         file = self.files[self.home[name]]
         return file[name] if isinstance(file, dict) else file.get_tensor(name)
 
     def dtype(self, name):
         """The torch dtype of a tensor; ValueError for one that is no float of 16 to 64 bits."""
-        file = self.files[self.home[name]]
-        if isinstance(file, dict):
-            dtype = str(file[name].dtype).removeprefix("torch.")
-        else:
-            dtype = file.get_slice(name).get_dtype()
-        dtype = DTYPES.get(dtype, dtype)
-        if dtype not in DTYPES.values():
+        dtype = self[name].dtype
+        if runs.name_of(dtype) not in DTYPES.values():
             raise ValueError(
-                f"{self.path(name)}: {name} is {dtype}; "
+                f"{self.path(name)}: {name} is {runs.name_of(dtype)}; "
                 f"wanted {', '.join(DTYPES.values())}"
             )
-        return getattr(torch, dtype)
+        return dtype
 
     def block(self, name, a, b):
         """Elements a to b of a tensor, flat.
@@ -183,20 +175,16 @@ def load_into(module, folder, rename=lambda name: name, optional=()):
             f"missing {sorted(missing)[:3]}, unused {sorted(unused)[:3]} "
             f"({len(missing)} and {len(unused)} in all)"
         )
+    state = {}
     for ours, name in have.items():
         if tuple(want[ours].shape) != tensors.shape(name):
             raise ValueError(
                 f"{tensors.path(name)}: {name} has shape {tensors.shape(name)}, "
                 f"the config wants {tuple(want[ours].shape)}"
             )
-
-    # A copy: no tensor stays tied to a file that may change.
-    state = {ours: tensors[name].clone() for ours, name in have.items()}
-    for ours, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{tensors.path(have[ours])}: {have[ours]} holds NaN or infinity"
-            )
+        state[ours] = tensors[name].clone()  # no tensor stays tied to a file that may change
+        if not torch.isfinite(state[ours]).all():
+            raise ValueError(f"{tensors.path(name)}: {name} holds NaN or infinity")
     module.load_state_dict(state, strict=False, assign=True)
 
 

@@ -311,9 +311,9 @@ def test_a_value_that_is_a_part_of_another_is_told_from_it():
 
 
 def test_intervals_of_how_it_was_said_are_of_as_many_speakers_as_there_are():
-    two = evaluate.by_speaker([True] * 100, [0, 1] * 50)
+    two = evaluate.share_of([True] * 100, [0, 1] * 50)
     assert (two["low"], two["n"]) == (evaluate.share([True] * 2)["low"], 100)
-    alone = evaluate.by_speaker([True] * 7 + [False] * 3, ["anna"] * 10)
+    alone = evaluate.share_of([True] * 7 + [False] * 3, ["anna"] * 10)
     assert alone["low"] < 0.5 < alone["value"] < alone["high"]
 
 

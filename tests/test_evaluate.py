@@ -42,7 +42,7 @@ def test_an_answer_counts_only_whole_and_only_if_the_model_stopped():
 def test_the_better_prompt_is_chosen_by_the_typed_dev_questions(monkeypatch, chat, page, better):
     monkeypatch.setattr(
         evaluate, "answers",
-        lambda model, vocab, contents, prompt, bar: list({"chat": chat, "page": page}[prompt]),
+        lambda model, vocab, contents, prompt: list({"chat": chat, "page": page}[prompt]),
     )
     assert evaluate.better_prompt(None, None, [{"question": "?", "answer": "a"}] * 2) == better
 
@@ -51,7 +51,7 @@ def test_the_prompt_decides_how_a_question_is_asked(speedrun, monkeypatch):
     vocab = evaluate.Vocab(speedrun / "merged")
     asked = []
 
-    def replies(model, vocab, prompts, extra_stop=(), bar=None):
+    def replies(model, vocab, prompts, extra_stop=()):
         asked.append((prompts[0], list(extra_stop)))
         return ["x"]
 
@@ -110,9 +110,9 @@ def table_of(speedrun):
 def test_the_lam_sweep_never_sees_a_test_question(speedrun, tmp_path, monkeypatch):
     asked, real = [], evaluate.answers
 
-    def spy(model, vocab, contents, prompt, bar=None):
+    def spy(model, vocab, contents, prompt):
         asked.append([c for c in contents if isinstance(c, str)])
-        return real(model, vocab, contents, prompt, bar)
+        return real(model, vocab, contents, prompt)
 
     monkeypatch.setattr(evaluate, "answers", spy)
     call([*table_of(speedrun), "--out", str(tmp_path / "t.json")], monkeypatch)
@@ -147,7 +147,7 @@ def test_a_report_joins_seeds_and_refuses_what_is_no_table(speedrun, tmp_path, m
         table = json.loads((speedrun / "table.json").read_text())
         table["rows"][row][cell] = None
         (tmp_path / "less.json").write_text(json.dumps(table))
-        with pytest.raises(ValueError, match="less.json: a cell of its rows is missing"):
+        with pytest.raises(ValueError, match="less.json: a part of it is missing"):
             call(
                 [
                     "evaluate.py", "report", str(tmp_path / "less.json"),
@@ -406,7 +406,7 @@ def test_a_table_with_a_damaged_sweep_gets_its_line(sweep, tmp_path, speedrun, m
     (tmp_path / "table.json").write_text(
         json.dumps(json.loads((speedrun / "table.json").read_text()) | {"lam_sweep": sweep})
     )
-    with pytest.raises(ValueError, match="sweep of lam is empty or damaged"):
+    with pytest.raises(ValueError, match="a part of it is missing or damaged"):
         call(["evaluate.py", "lam", str(tmp_path / "table.json")], monkeypatch)
 
 
@@ -763,7 +763,7 @@ def stubbed(speedrun, tmp_path, monkeypatch):
             return tuple(content.split("|"))
         return ("typed", content) if content in of else ("noisy", noisy[content]["question"])
 
-    def answers(model, vocab, contents, prompt, bar=None):
+    def answers(model, vocab, contents, prompt):
         return [
             of[q]["answer"] if knows(model.name, model.lam, prompt, kind, q) else "wrong"
             for kind, q in map(kind_of, contents)
@@ -792,7 +792,7 @@ def stubbed(speedrun, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "answers", answers)
     monkeypatch.setattr(
         evaluate, "transcripts",
-        lambda model, vocab, contents, bar=None: [
+        lambda model, vocab, contents: [
             f"{group}|{q}" if model.name == "speech" else f"{model.name} {model.lam} {group}"
             for group, q in contents
         ],
@@ -863,7 +863,7 @@ def test_every_cell_is_the_answers_of_its_own_model_voice_lam_and_prompt(stubbed
 def test_a_misspelt_question_is_scored_by_the_answer_of_the_right_one(monkeypatch):
     asked = []
 
-    def answers(model, vocab, contents, prompt, bar=None):
+    def answers(model, vocab, contents, prompt):
         asked.append(contents)
         return ["a" if content == "n1" else "x" for content in contents]
 
