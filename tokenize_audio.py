@@ -307,19 +307,12 @@ def gathered(x, label, k):
 
 def collapse(labels):
     """Runs made one: [7, 7, 7, 2, 2, 7] -> units [7, 2, 7], durations [3, 2, 1], in frames."""
-    labels = np.asarray(labels)
-    if not len(labels):
-        return np.zeros(0, np.uint16), np.zeros(0, np.uint16)
-    starts = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]]))
-    lengths = np.diff(np.append(starts, len(labels)))
-
-    # Over twenty minutes of one unit, as digital silence gives, are several runs of it.
-    if lengths.max() > MOST:
-        starts = np.concatenate(
-            [np.arange(a, a + n, MOST) for a, n in zip(starts, lengths)]
-        )
-        lengths = np.diff(np.append(starts, len(labels)))
-    return labels[starts].astype(np.uint16), lengths.astype(np.uint16)
+    labels = np.asarray(labels, dtype=np.uint16)
+    begins = np.ones(len(labels), dtype=bool)
+    begins[1:] = labels[1:] != labels[:-1]
+    begins[::MOST] = True  # over twenty minutes of one unit, as of silence, are several runs
+    starts = np.flatnonzero(begins)
+    return labels[starts], np.diff(np.append(starts, len(labels))).astype(np.uint16)
 
 
 class AudioTokenizer:
