@@ -21,7 +21,6 @@ for a transcript.
 """
 
 import argparse
-import base64
 import functools
 import json
 import re
@@ -67,14 +66,6 @@ CHATS = {
     "llama3": Template(
         "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"
     ),
-}
-# Of Llama-3's 256 special tokens, those with a name.
-LLAMA3_SPECIAL = {
-    0: BEGIN,
-    1: "<|end_of_text|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    9: "<|eot_id|>",
 }
 
 
@@ -196,12 +187,9 @@ def read_tokenizer(folder):
         config = runs.read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
         return runs.read_json(folder / "tokenizer.json"), config
-    if (folder / "tokenizer.model").exists():
-        return read_tiktoken(folder / "tokenizer.model", config), config
     if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
         raise FileNotFoundError(
-            f"{folder}: no text tokenizer; wanted tokenizer.json, vocab.json "
-            "with merges.txt, or Llama-3's tokenizer.model"
+            f"{folder}: no text tokenizer; wanted tokenizer.json, or vocab.json with merges.txt"
         )
 
     # GPT-2's vocab.json lists the end-of-document token among ordinary ones.
@@ -218,47 +206,6 @@ def read_tokenizer(folder):
     for token in made["added_tokens"]:
         token["special"] = added.get(str(token["id"]), {}).get("special", True)
     return made, config
-
-
-def read_tiktoken(path, config):
-    """Llama-3's tokenizer.model, lines of "base64-of-the-token rank", as a tokenizer.json."""
-    ranks = {}
-    try:
-        for line in filter(None, path.read_bytes().splitlines()):
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except ValueError:  # sentencepiece keeps a protobuf under the same name
-        raise ValueError(
-            f"{path}: a sentencepiece tokenizer is not supported; wanted byte-level "
-            "BPE, lines of base64 and rank"
-        ) from None
-
-    # Of each token: all pairs of earlier ones that it is made of.
-    merges = []
-    for token, rank in ranks.items():
-        for n in range(1, len(token)):
-            left, right = token[:n], token[n:]
-            if left in ranks and right in ranks:
-                merges.append((rank, ranks[left], ranks[right], left, right))
-
-    def spelled(token):
-        return "".join(LETTERS[byte] for byte in token)
-
-    added = config.get("added_tokens_decoder", {})
-    special = {token["content"]: int(i) for i, token in added.items()}
-    if not special:
-        names = [
-            LLAMA3_SPECIAL.get(n, f"<|reserved_special_token_{n}|>") for n in range(256)
-        ]
-        special = {name: len(ranks) + n for n, name in enumerate(names)}
-    made = tokenizer_json(
-        {spelled(token): rank for token, rank in ranks.items()},
-        [[spelled(left), spelled(right)] for *_, left, right in sorted(merges)],
-        special,
-        LLAMA3,
-    )
-    made["model"]["ignore_merges"] = True  # tiktoken takes a known word whole
-    return made
 
 
 def pattern_of(json_, folder):
