@@ -507,6 +507,8 @@ def test_a_value_with_a_hyphen_can_be_named_and_a_speaker_without_a_name_is_one(
     ]
     row = evaluate.named(["a non-native speaker", "a native speaker"], clips)
     assert row["accent"]["value"] == 1.0
+    mixed = evaluate.named(["a native speaker"] * 2, clips)
+    assert mixed["accent"]["value"] == 0.5, "None beside a name"
     row = evaluate.named(["a native speaker", "a non-native speaker"], clips)
     assert row["accent"]["value"] == 0.0
 
