@@ -164,12 +164,13 @@ def score_rows(args):
     tell_cut(args, vocab, said)
     finish(args, scores_of_rows(rows, said), said)
 
-    # Scores are not enough to believe: the first row of each group, as it was asked and answered.
+    # To see what the scores are of: the first row of each group, and what was answered.
     shown = set()
     for row, text in zip(rows, said):
         group = row.get("group")
         if group not in shown:
-            asked = [row[name] for name in ("audio", "text", "instruction") if row.get(name)]
+            names = "audio", "text", "instruction"
+            asked = [row[name] for name in names if row.get(name)]
             print(f"{group or 'for example'}: {' | '.join(asked)}\n    {text or '(no end)'}")
         shown.add(group)
 
@@ -220,7 +221,7 @@ def answering(args, model, vocab, ears):
 
 
 def can_hear(args, rows, ears):
-    """A ValueError if a model cannot hear what is in the rows: now, not when their turn comes."""
+    """A ValueError now, not when its turn comes, if a model cannot hear what is in a row."""
     if any(row.get("audio") or row.get("said") for row in rows) and not ears:
         raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
     if any(row.get("said") for row in rows) and not isinstance(ears, prosody.Ears):
@@ -235,7 +236,7 @@ def can_hear(args, rows, ears):
 
 
 def can_open(names, folder, ears):
-    """An error for the first file that cannot be opened, or is longer than can be heard at once."""
+    """An error for the first file that cannot be opened, or that is too long to be heard."""
     paths = [str(folder / name) for name in names]
     for path, samples in zip(paths, audio.lengths([{"audio": path} for path in paths])):
         if samples > ears.most * audio.SAMPLE_RATE:
@@ -330,7 +331,7 @@ def cells_of(groups, where):
 
 
 def choose_lam(args):
-    """Ask the sums at several lam the same rows; the best has the highest mean of the groups."""
+    """Ask the sums at several lam the same rows; the best has the highest mean of groups."""
     runs.may_write(args.out, args.overwrite)
     rows = read_rows(args.rows)
     if any(row["metric"] == "wer" for row in rows):
@@ -412,7 +413,7 @@ def of_run(folder):
 
 
 def markdown(seeds):
-    """A table of means over seeds: models down, groups of questions across, the sum first."""
+    """A table of means over seeds: models down, the sum first; groups of questions across."""
     rows = seeds[0]["rows"]
     groups = sorted({group for scores in rows.values() for group in scores})
     return means(seeds, sorted(rows, key=lambda name: (name != "merged", name)), groups)

@@ -35,7 +35,7 @@ except ImportError:  # no GPU build of torch: PyTorch's own attention does the w
     triton = None
 
 TILE = 64  # queries or keys of a tile
-LAUNCH = {"num_warps": 8, "num_stages": 2}  # no spills on sm_80 and sm_90: tests/test_fused.py
+LAUNCH = {"num_warps": 8, "num_stages": 2}  # no spills on sm_80, sm_90: tests/test_fused.py
 WIDEST = 128  # head width that the kernels take
 CHUNK = 2048  # targets whose logits are alive at a time
 
@@ -98,7 +98,7 @@ def attention(q, k, v, start=None):
 
 
 def one_by_one(q, k, v, begins):
-    """`attention` of whole rows, document by document. begins (B, T) bool: where one begins."""
+    """`attention` of whole rows, one document at a time. begins (B, T) bool: its first id."""
     grouped = q.shape[1] != k.shape[1]
     rows = []
     for b, row in enumerate(begins):
@@ -106,8 +106,8 @@ def one_by_one(q, k, v, begins):
         parts = []
         for a, c in zip(cuts, cuts[1:]):
             document = [x[b : b + 1, :, a:c] for x in (q, k, v)]    # (1, heads, c - a, D)
-            y = F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=grouped)
-            parts.append(y)
+            flags = {"is_causal": True, "enable_gqa": grouped}
+            parts.append(F.scaled_dot_product_attention(*document, **flags))
         rows.append(torch.cat(parts, dim=2))                        # (1, H, T, D)
     return torch.cat(rows)
 
@@ -202,7 +202,7 @@ LOG2E = math.log2(math.e)
 
 
 def width(D):
-    """A tile's width: a power of two that holds a head, at least what a tensor core multiplies."""
+    """A tile's width: a power of two that holds a head, and that a tensor core multiplies."""
     return max(16, 1 << (D - 1).bit_length())
 
 
@@ -211,7 +211,7 @@ if triton:
 
     @triton.jit
     def load(X, row, T, D, i, WIDTH: tl.constexpr):
-        """Positions i (n,) of head `row` of X (rows, T, D), a tile (n, WIDTH); zeros outside."""
+        """Positions i (n,) of head `row` of X (rows, T, D): (n, WIDTH), zeros outside."""
         d = tl.arange(0, WIDTH)
         X = X + row.to(tl.int64) * T * D   # a large batch has more than 2 ** 31 numbers
         inside = (i[:, None] < T) & (d[None, :] < D)
@@ -289,7 +289,7 @@ if triton:
     @triton.jit
     def query_gradient(q, g, go, lse, i, first, dq, K, V, row, T, D, scale, begin, stop,
                        MASKED: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):
-        """What the keys from begin to stop add to dq (M, WIDTH): the sum of p * (g.v - g.o) * k."""
+        """dq (M, WIDTH) with what keys begin to stop add: the sum of p * (g.v - g.o) * k."""
         for j0 in range(begin, stop, N):
             j = j0 + tl.arange(0, N)
             k, v = load(K, row, T, D, j, WIDTH), load(V, row, T, D, j, WIDTH)
