@@ -192,7 +192,8 @@ def answering(args, model, vocab, ears):
         if row.get("said") and not heard:  # its text is in it
             units = Said.read(row["said"], args.rows)
         elif row.get("audio"):
-            units, _ = ears(audio.load(folder / row["audio"]))
+            words = [row["text"]] if ears.lacks_words else []
+            units, _ = ears(audio.load(folder / row["audio"]), *words)
         else:
             return [text]
         return [units] + ([" " + text] if text else [])
@@ -230,8 +231,8 @@ def can_hear(args, rows, ears):
             "does not read such; give a model that was trained on prosody"
         )
     heard = [row for row in rows if row.get("audio") and (args.transcriber or not row.get("said"))]
-    if heard and isinstance(ears, prosody.Ears):
-        ears.wants_words()
+    if not all(row.get("words") and row.get("text") for row in heard):
+        listen.wants_words(args.folder, ears)
     can_open([row["audio"] for row in heard], Path(args.rows).parent, ears)
 
 

@@ -25,7 +25,7 @@ import torch
 
 import audio
 from desta import Listener
-from listen import add_ears, load, written_down
+from listen import add_ears, load, wants_words, written_down
 from model import generate
 from vocab import Said
 
@@ -39,7 +39,7 @@ SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
 QUOTED = r"""(?<!\S)(?:"[^"]+"|'[^']+')(?!\S)"""
 WORD = rf"{QUOTED}|(?:\\.|\S)+"
 HELP = """a line is a typed turn; a path to audio in it is spoken (quote one with spaces)
-clip.wav "its words" TEXT     for a model of prosody, if nobody else writes the words down
+clip.wav "its words" TEXT     for a model that wants words, if nobody else writes them down
 :rec           speak; Enter ends it           :why     the conversation as tokens
 :system TEXT   how it should behave           :reset   forget the conversation
 :help          this                           :quit    or Ctrl-D: end. Ctrl-C stops a reply"""
@@ -60,11 +60,6 @@ class Chat:
         self.messages, self.took, self.forgotten = [], {}, 0
         self.draw = random.SystemRandom()  # at a temperature no two replies are alike
         self.room = self.model.config.max_position_embeddings - LIMIT  # tokens of a prompt
-
-    def is_told_words(self):
-        """Does it hear how words are said, and nobody but the user writes them down?"""
-        prosody = self.vocab.speech and self.vocab.reads_prosody()
-        return bool(prosody and not self.ears.transcriber)
 
     def hear(self, sound, name, words=None):
         """(units, seconds) of samples, or of an audio.Recording. words: what is said, if told."""
@@ -88,6 +83,8 @@ class Chat:
                 f"{name}: {seconds:.0f} s of sound, more than the model's context of "
                 f"{self.room} tokens can hold; give a part of it"
             )
+        if words is None:
+            wants_words(self.folder, self.ears)
         units, _ = self.ears(sound[:]) if words is None else self.ears(sound[:], words)
         return units, seconds
 
@@ -248,7 +245,7 @@ def take(chat, parts, transcribe):
             continue
         if isinstance(part, Path):
             words = None
-            if chat.is_told_words() and n + 1 < len(parts):
+            if chat.ears and chat.ears.lacks_words and n + 1 < len(parts):
                 words, parts[n + 1] = told_words(parts[n + 1])
             units, seconds = chat.hear(audio.Recording(part), part, words)
         else:

@@ -74,7 +74,7 @@ def described_clips(path):
 
 
 def description(row, template):
-    """A clip in words. Names in the template: text, end, style, and what the style has.
+    """A clip in words. Names in the template: text, end, style, what the style has, a caption.
 
     [00:00-{end}] {text} ({style}) is [00:00-00:03] hello there (Gender: woman, Rate: fast)
     """
@@ -85,6 +85,8 @@ def description(row, template):
         "end": f"{seconds // 60:02d}:{seconds % 60:02d}",
         "style": ", ".join(style),
     }
+    if row.get("caption"):
+        names["caption"] = row["caption"]
     try:
         said = template.format(**row["style"] | names)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
@@ -147,13 +149,18 @@ class Listener(Vocab):
 # --- what hears: a frozen encoder, and the adapter ----------------------------
 
 
+def is_whisper(folder):
+    """Is it a folder of a Whisper?"""
+    file = Path(folder) / "config.json"
+    return file.exists() and runs.read_json(file).get("model_type") == "whisper"
+
+
 class Encoder:
     """A frozen Whisper or HuBERT: the states of clips behind TAPS of its blocks."""
 
     def __init__(self, folder, device="cpu", dtype=torch.float32):
         self.device, self.dtype = device, dtype
-        kind = runs.read_json(Path(folder) / "config.json", ["model_type"])["model_type"]
-        self.whisper = Whisper(folder, device, dtype) if kind == "whisper" else None
+        self.whisper = Whisper(folder, device, dtype) if is_whisper(folder) else None
         if self.whisper:
             config = self.whisper.config
             blocks, self.width = config.encoder_layers, config.d_model
@@ -260,16 +267,26 @@ class Adapter(nn.Module):
 
 
 class Ears:
-    """Sound -> (numbers of its vectors, None), for the model and the listener that share them."""
+    """Sound -> (numbers of its vectors, None), for the model and the listener that share them.
+
+    has_words    does a transcript stand beside the vectors?
+    transcriber  samples -> text; None if there is none, or who calls it says the words
+    """
 
     hop, most, makes = audio.HOP, SECONDS, "vectors"
 
-    def __init__(self, encoder, adapter, transcriber, table, listener):
-        self.encoder, self.adapter, self.transcriber = encoder, adapter, transcriber
+    def __init__(self, encoder, adapter, table, listener, has_words, transcriber=None):
+        self.encoder, self.adapter = encoder, adapter
         self.table, self.listener = table, listener
+        self.has_words, self.transcriber = has_words, transcriber
+
+    @property
+    def lacks_words(self):
+        """Must who calls it say the words?"""
+        return self.has_words and not self.transcriber
 
     @torch.inference_mode()
-    def __call__(self, samples):
+    def __call__(self, samples, text=None):
         if len(samples) > SECONDS * audio.SAMPLE_RATE:
             raise ValueError(f"more than {SECONDS} seconds; give a part of it")
         if len(samples) < audio.HOP:
@@ -278,8 +295,8 @@ class Ears:
         first = len(self.table.heard)
         self.table.heard = torch.cat([self.table.heard, *self.adapter(states)])
         numbers = np.arange(first, len(self.table.heard))
-        if self.transcriber:
-            self.listener.said[first] = self.transcriber.transcripts([samples])[0]
+        if self.has_words:
+            self.listener.said[first] = self.transcriber(samples) if text is None else text
         return numbers, None
 
     def forget(self):
@@ -300,7 +317,7 @@ def load(folder, device="cpu", dtype=None):
     """(model, vocabulary, ears) of a folder of `train`."""
     made = runs.read_json(
         Path(folder) / "desta.json",
-        ["model", "encoder", "transcriber", "sha256", "adapter"],
+        ["model", "encoder", "has_words", "transcriber", "sha256", "adapter"],
     )
     for name in ("model", "encoder", "transcriber"):
         if made[name]:
@@ -318,12 +335,11 @@ def load(folder, device="cpu", dtype=None):
         raise ValueError(f"{folder}/desta.json: its adapter has no {lacking}") from None
     weights.load_into(adapter, folder)
     encoder = Encoder(made["encoder"], device)
-    transcriber = None
-    if made["transcriber"] == made["encoder"]:
-        transcriber = encoder.whisper
-    elif made["transcriber"]:
-        transcriber = Whisper(made["transcriber"], device)
-    ears = Ears(encoder, adapter.to(device).eval(), transcriber, table, listener)
+    ears = Ears(encoder, adapter.to(device).eval(), table, listener, made["has_words"])
+    if made["transcriber"]:
+        same = made["transcriber"] == made["encoder"]
+        whisper = encoder.whisper if same else Whisper(made["transcriber"], device)
+        ears.transcriber = lambda samples: whisper.transcripts([samples])[0]
     return model, listener, ears
 
 
@@ -498,14 +514,15 @@ def provenance(args, meta):
     made = {"model": str(Path(args.model).resolve()), "encoder": meta["encoder"]}
     if args.no_transcript and args.transcriber:
         raise ValueError("--no-transcript with --transcriber: give one of the two")
-    transcriber = None if args.no_transcript else args.transcriber or meta["encoder"]
+    transcriber = args.transcriber
+    if not (transcriber or args.no_transcript) and is_whisper(meta["encoder"]):
+        transcriber = meta["encoder"]
     if transcriber:
-        file = Path(transcriber) / "config.json"
-        kind = runs.read_json(file).get("model_type") if file.exists() else None
-        if kind != "whisper":
+        if not is_whisper(transcriber):
             raise ValueError(
                 f"{transcriber}: not a Whisper folder, so no transcript comes from it; give "
-                "one as --transcriber, or --no-transcript"
+                "one as --transcriber, or leave the flag out, and say who writes the words when "
+                "someone listens"
             )
         Whisper(transcriber)  # an error now if a file of it is missing
     made["transcriber"] = transcriber and str(Path(transcriber).resolve())
@@ -514,7 +531,7 @@ def provenance(args, meta):
         raise ValueError(
             f"{meta['encoder']} has changed since {args.states} was made with it; encode again"
         )
-    return made
+    return made | {"has_words": not args.no_transcript}
 
 
 def shape_of(args, meta, table):
@@ -644,7 +661,11 @@ def add_training_flags(add):
     add("--adapter", choices=ADAPTERS, default="qformer", help="(default qformer)")
     add("--queries", type=int, help="of a qformer (default 64)")
     add("--no-transcript", action="store_true", help="vectors alone, no words beside them")
-    add("--transcriber", help="the Whisper that writes those words (default: the encoder)")
+    add(
+        "--transcriber",
+        help="the Whisper that writes those words (default: the encoder; if that is a HuBERT, who "
+        "listens says them)",
+    )
     add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=int, default=8, help="targets in a step (default 8)")
     add("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")

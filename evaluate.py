@@ -625,6 +625,7 @@ def compare(args):
     for folder, (_, _, ears) in loaded.items():
         if not ears:
             raise ValueError(f"{folder}: cannot hear; wanted a model that does")
+        listen.wants_words(folder, ears)
         near[folder] = hear(ears, Path(args.questions).parent, asked, "near")
 
     rows, right = {}, {}
@@ -697,7 +698,7 @@ def manner(args):
 
     heard    the sound
     read     its description in words: the ceiling, what the model says when it is told
-    cascade  the transcript alone, as the model's own ears wrote it
+    cascade  the transcript alone, as the model's own ears wrote it; if they lack one, the clip's
     A reply names an attribute if it has the right value's word and no other value's.
     """
     runs.may_write(args.out, args.overwrite)
@@ -707,7 +708,10 @@ def manner(args):
     if not isinstance(vocab, desta.Listener):
         raise ValueError(f"{args.folder}: wanted a folder of desta.py train")
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
-    heard = [ears(audio.load(clip["audio"]))[0] for clip in bar]
+    heard = []
+    for clip in bar:
+        words = [clip["text"]] if ears.lacks_words else []
+        heard.append(ears(audio.load(clip["audio"]), *words)[0])
     written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
     asked = {
         "heard": heard,

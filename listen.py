@@ -27,7 +27,7 @@ WORDS = 256  # tokens of a transcript
 def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
     """(model, vocabulary, ears or None) of a folder.
 
-    transcriber  the folder that writes down the words for a model of prosody
+    transcriber  the folder that writes down the words, for ears that lack them
     """
     if (Path(folder) / "desta.json").exists():
         model, vocab, ears = desta.load(folder, device, dtype)
@@ -36,20 +36,31 @@ def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
         vocab = Vocab(folder)
         ears = None
         if vocab.speech and vocab.reads_prosody():
-            write = writer(transcriber, device, hubert) if transcriber else None
-            ears = prosody.Ears(folder, write)
+            ears = prosody.Ears(folder)
         elif vocab.speech:
             ears = AudioTokenizer(folder, device, hubert)
 
     # A flag that nothing reads is a mistake of who gave it.
-    if transcriber and not isinstance(ears, prosody.Ears):
+    if transcriber and not (ears and ears.lacks_words):
         raise ValueError(
-            f"--transcriber {transcriber}: {folder} does not hear how words are said "
-            "(prosody.py), so no one has to write them down for it; leave the flag out"
+            f"--transcriber {transcriber}: no one has to write down the words for {folder}; "
+            "leave the flag out"
         )
     if hubert and not transcriber and not isinstance(ears, AudioTokenizer):
         raise ValueError(f"--hubert {hubert}: {folder} hears no units; leave the flag out")
+    if transcriber:
+        ears.transcriber = writer(transcriber, device, hubert)
     return model, vocab, ears
+
+
+def wants_words(folder, ears):
+    """A ValueError if these ears of a folder lack the words, and no one writes them down."""
+    if ears.lacks_words:
+        raise ValueError(
+            f"{folder}: hears how words are said, and no one writes them down; chat.py and "
+            "benchmark.py rows take --transcriber, a Whisper folder or a model of units; in a "
+            'chat they may stand behind the path, in "quotes"'
+        )
 
 
 def writer(folder, device, hubert):
@@ -61,7 +72,7 @@ def writer(folder, device, hubert):
         return lambda samples: whisper.transcripts([samples])[0].strip()
 
     model, vocab, ears = load(folder, device, hubert)
-    if isinstance(ears, prosody.Ears):
+    if ears.lacks_words:
         raise ValueError(
             f"{folder}: hears how words are said, not which; wanted a Whisper folder, or a model "
             "that hears units"
@@ -81,8 +92,8 @@ def add_ears(parser):
     tokenize_audio.add_ears(parser)
     parser.add_argument(
         "--transcriber",
-        help="for a model that hears how words are said: who writes them down, a Whisper "
-        "folder or a model that hears units",
+        help="for a model that hears how words are said, not which: who writes them down, a "
+        "Whisper folder or a model that hears units",
     )
 
 
@@ -97,6 +108,7 @@ def main():
     _, vocab, ears = load(args.folder, args.device, args.hubert, None, args.transcriber)
     if not ears:
         raise ValueError(f"{args.folder}: cannot hear; wanted a model that does")
+    wants_words(args.folder, ears)
     heard, _ = ears(audio.load(args.audio))
     print(vocab.spelled(vocab.turn([{"role": "user", "content": [heard]}])))
 

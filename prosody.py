@@ -277,23 +277,17 @@ class Ears:
 
     hop, most, makes = audio.HOP, 30, "words"
 
-    def __init__(self, folder, transcriber):
-        self.folder = folder
+    def __init__(self, folder, transcriber=None):
         self.edges = read_edges(folder)
         self.transcriber = transcriber
 
-    def wants_words(self):
-        """A ValueError if no one writes down the words."""
-        if not self.transcriber:
-            raise ValueError(
-                f"{self.folder}: hears how words are said, and no one writes them down; chat.py "
-                "and benchmark.py rows take --transcriber, a Whisper folder or a model of units; "
-                'in a chat they may stand behind the path, in "quotes"'
-            )
+    @property
+    def lacks_words(self):
+        """Must who calls it say the words?"""
+        return not self.transcriber
 
     def __call__(self, samples, text=None):
         if text is None:
-            self.wants_words()
             text = self.transcriber(samples)
         return numbered(measured(samples, aligned(text, samples)), self.edges), None
 

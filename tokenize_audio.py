@@ -319,6 +319,7 @@ class AudioTokenizer:
     """Samples -> (units, durations), with the codebook of a folder. `recipe` is codebook.json."""
 
     makes, most = "units", math.inf  # seconds of a clip
+    lacks_words = False  # they come from the sound
 
     def __init__(self, folder, device="cpu", hubert=None, dtype=torch.float32):
         folder = Path(folder)

@@ -14,7 +14,7 @@ import audio
 import desta
 import evaluate
 import runs
-from chat import Chat
+from chat import Chat, parts_of, take
 from conftest import call
 from model import LM
 from test_whisper import folder_of
@@ -53,6 +53,14 @@ def train(clips, speedrun, out, *flags):
         "--model", str(speedrun / "instruct"), "--states", str(clips / "states"),
         "--steps", "6", "--batch", "4", "--dtype", "float32",
         "--device", "cpu", "--no-transcript", *flags, "--out", str(out),
+    ]
+
+
+def manner(folder, clips, out):
+    return [
+        "evaluate.py", "manner", str(folder), "--clips", str(clips / "clips.jsonl"),
+        "--prompt", "who says it", "--template", "a {gender}: {text}",
+        "--device", "cpu", "--out", str(out),
     ]
 
 
@@ -207,7 +215,7 @@ def test_a_chat_hears_and_says_what_the_turn_was(clips, trained, tmp_path, speed
     assert "<|heard_5|>" not in spelled
 
 
-def test_a_transcript_stands_beside_the_vectors(clips, speedrun, tmp_path, monkeypatch):
+def test_a_transcript_stands_beside_the_vectors(clips, speedrun, trained, tmp_path, monkeypatch):
     """In training the true one, in a chat the one that a Whisper writes."""
     whisper, _ = folder_of(tmp_path / "w", many=False)
     words = train(clips, speedrun, tmp_path / "with", "--transcriber", str(whisper))
@@ -216,9 +224,51 @@ def test_a_transcript_stands_beside_the_vectors(clips, speedrun, tmp_path, monke
     model, vocab, ears = desta.load(tmp_path / "with")
     samples = audio.load(json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"])
     numbers, _ = ears(samples)
-    said = ears.transcriber.transcripts([samples])[0]
+    said = ears.transcriber(samples)
     assert vocab.said[0] == said
     assert vocab.decode(vocab.span(numbers)) == f"<start_audio>{said}<end_audio>\n\n"
+
+
+def test_beside_a_hubert_who_listens_says_the_words(
+    clips, speedrun, trained, tmp_path, monkeypatch
+):
+    """In a chat behind the path, in a benchmark the row does; else a model that hears units."""
+    words = train(clips, speedrun, tmp_path / "with")
+    words.remove("--no-transcript")
+    call(words, monkeypatch)
+    made = json.loads((tmp_path / "with/desta.json").read_text())
+    assert made["has_words"] and not made["transcriber"]
+    row = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])
+    chat = Chat(tmp_path / "with")
+    content, notes = take(chat, parts_of(f'{row["audio"]} "anna likes rice" who'), transcribe=True)
+    assert notes["heard"] == ["anna likes rice"] and content[1:] == [" who"]
+    assert chat.vocab.said == {0: "anna likes rice"}
+    with pytest.raises(ValueError, match='behind the path, in "quotes"'):
+        take(chat, parts_of(f"{row['audio']} who"), transcribe=True)
+
+    # A row tells its own, and so does a clip of the questions on how it was said.
+    asked = row | {"instruction": "who says it", "answer": "anna"}
+    heard = []
+    monkeypatch.setattr(desta.Listener, "span", lambda vocab, _: heard.append({**vocab.said}) or [1])
+    for change in ({}, {"words": None}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(asked | change) + "\n")
+        score = [
+            "benchmark.py", "rows", str(tmp_path / "with"), str(tmp_path / "rows.jsonl"),
+            "--device", "cpu", "--out", str(tmp_path / "x.json"),
+        ]
+        if change:
+            with pytest.raises(ValueError, match="no one writes them down"):
+                call([*score, "--overwrite"], monkeypatch)
+        else:
+            call(score, monkeypatch)
+    call(manner(tmp_path / "with", clips, tmp_path / "m.json"), monkeypatch)
+    assert heard[0] == {0: row["text"]} and heard[1][0] == row["text"]
+
+    # Without words in the row, our own ear writes them down.
+    call([*score, "--overwrite", "--transcriber", str(speedrun / "speech")], monkeypatch)
+    units = Chat(speedrun / "speech")
+    wanted = units.heard(units.hear(audio.load(row["audio"]), "")[0])
+    assert heard[-1] == {0: wanted} != {0: row["text"]}
 
 
 def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
@@ -327,15 +377,7 @@ def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcrip
         return ["a man", "a woman"] * 3 if len(seen) < 3 else ["a man"] * 6
 
     monkeypatch.setattr(evaluate, "replies", replies)
-    call(
-        [
-            "evaluate.py", "manner", str(trained["qformer"]),
-            "--clips", str(clips / "clips.jsonl"), "--prompt", "who says it",
-            "--template", "a {gender}: {text}", "--device", "cpu",
-            "--out", str(tmp_path / "m.json"),
-        ],
-        monkeypatch,
-    )
+    call(manner(trained["qformer"], clips, tmp_path / "m.json"), monkeypatch)
     made = json.loads((tmp_path / "m.json").read_text())
     assert [made["rows"][name]["gender"]["value"] for name in ("heard", "read", "cascade")] == [
         1.0, 1.0, 0.5,

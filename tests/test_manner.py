@@ -337,7 +337,7 @@ def test_the_transcript_of_a_row_of_a_manifest_is_not_written_beside_its_sound(
     "change, flags, said",
     [
         ({"audio": "gone.flac", "said": None}, ["--transcriber", "{ears}"], "gone.flac"),
-        ({"said": None}, [], "no one writes them down"),
+        ({"said": None, "words": None}, [], "no one writes them down"),
     ],
 )
 def test_a_row_that_cannot_be_heard_is_told_before_the_first_is_asked(

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# DeSTA2 on the toy world: the instruct model of speedrun_manner.sh stays as it is, and learns,
+# through the HuBERT of speedrun.sh, to hear how a line was said. Run those two first.
+#   bash speedrun_desta.sh [SEED]      run again after a stop, it goes on at the step it was in
+set -euo pipefail
+cd "$(dirname "$0")"
+seed=${1:-0}
+out=out; [ "$seed" = 0 ] || out=out/seed$seed
+world=$out/manner/world
+instruct=$out/manner/instruct
+to=$out/desta
+
+for made in "$out/hubert" "$instruct" "$out/manner/cascade.json"; do
+  [ -e "$made" ] || {
+    echo "$made: not there; run speedrun.sh and speedrun_manner.sh first" >&2
+    exit 1
+  }
+done
+
+step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+  local words="$*"
+  local result=${words##*--out }
+  if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
+}
+
+# Lines read aloud. The instruct model reads each with its caption, and answers about it; the last
+# prompt is about something else, or the adapter learns that every question wants a caption.
+lines=$world/speech/described.jsonl
+head -n 2000 $world/speech/train.jsonl > $lines
+step desta.py write $lines --model $instruct --template $'{caption}\n{text}' \
+  --prompt "what is the gender of it in a note" --prompt "in a sentence name the pitch of it" \
+  --prompt "which pace is the pace of it and say it twice" \
+  --prompt "what is the stress of it in a note" --prompt "what is the capital of france in a note" \
+  --out $to/targets.jsonl
+
+# What the HuBERT makes of the sound, once.
+step desta.py encode $lines --encoder $out/hubert --out $to/states
+
+# The adapter: on hearing a line, with its words, the model is to say what it said on reading it.
+step desta.py train $to/targets.jsonl --model $instruct --states $to/states --queries 16 \
+  --steps 600 --batch 16 --seed $seed --out $to/adapter
+
+# Unheard voices, the words told. "read": the caption stands there, which bounds what hearing can
+# do. Beside them the cascade, and what addition made of the same instruct model.
+python - $world/test.jsonl $to/described.jsonl <<'END'
+import json, sys
+
+with open(sys.argv[1]) as rows, open(sys.argv[2], "w") as out:
+    for row in map(json.loads, rows):
+        kept = {name: row[name] for name in ("instruction", "answer", "metric", "group")}
+        out.write(json.dumps(kept | {"text": f"{row['caption']}\n{row['text']}"}) + "\n")
+END
+step benchmark.py rows $to/adapter $world/test.jsonl --out $to/heard.json
+step benchmark.py rows $instruct $to/described.jsonl --out $to/read.json
+cd $to
+python "$OLDPWD/benchmark.py" show {heard,read}.json ../manner/{cascade,merged}.json
