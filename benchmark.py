@@ -495,7 +495,10 @@ def main():
     rows.add_argument("folder", help="a model folder that hears")
     rows.add_argument("rows", help="the rows")
     rows.add_argument(
-        "--limit", type=int, default=LIMIT, help=f"tokens of a reply, at most (default {LIMIT})"
+        "--limit",
+        type=runs.count,
+        default=LIMIT,
+        help=f"tokens of a reply, at most (default {LIMIT})",
     )
     listen.add_ears(rows)
 
@@ -524,8 +527,6 @@ def main():
     args = parser.parse_args()
     if args.action != "show" and Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
-    if args.action == "rows" and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: wanted at least 1 token")
     actions = {"rows": score_rows, "pairs": score_pairs, "lam": choose_lam}
     actions |= {"show": show, "report": report}
     actions[args.action](args)

@@ -11,7 +11,6 @@ run  python chat.py out/merged out/question.wav     # answers and exits
 import argparse
 import codecs
 import json
-import math
 import os
 import random
 import re
@@ -405,16 +404,13 @@ def main():
     )
     add(
         "--temperature",
-        type=float,
+        type=runs.not_negative,
         default=0.0,
         help="0 always gives the likeliest reply (default); 0.7 varies it",
     )
     add_ears(parser)
     # Flags may stand between the folder and the audio.
     args = parser.parse_intermixed_args()
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature {args.temperature}: wanted 0 or more")
-
     chat = Chat(args.folder, args.device, args.hubert, args.temperature, args.transcriber)
     if args.json:
         lines = [json.dumps({"audio": path}) for path in args.audio]

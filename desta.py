@@ -659,17 +659,17 @@ def add_training_flags(add):
     add("targets", help="what desta.py write made")
     add("--states", required=True, help="what desta.py encode made")
     add("--adapter", choices=ADAPTERS, default="qformer", help="(default qformer)")
-    add("--queries", type=int, help="of a qformer (default 64)")
+    add("--queries", type=runs.count, help="of a qformer (default 64)")
     add("--no-transcript", action="store_true", help="vectors alone, no words beside them")
     add(
         "--transcriber",
         help="the Whisper that writes those words (default: the encoder; if that is a HuBERT, who "
         "listens says them)",
     )
-    add("--steps", type=int, default=1000, help="optimizer steps (default 1000)")
-    add("--batch", type=int, default=8, help="targets in a step (default 8)")
-    add("--lr", type=float, default=5e-4, help="peak learning rate (default 5e-4)")
-    add("--seed", type=int, default=0, help="of weights and data order (default 0)")
+    add("--steps", type=runs.count, default=1000, help="optimizer steps (default 1000)")
+    add("--batch", type=runs.count, default=8, help="targets in a step (default 8)")
+    add("--lr", type=runs.positive, default=5e-4, help="peak learning rate (default 5e-4)")
+    add("--seed", type=runs.seed, default=0, help="of weights and data order (default 0)")
 
 
 def main():
@@ -678,15 +678,6 @@ def main():
         if args.queries and args.adapter != "qformer":
             raise ValueError(f"--queries {args.queries}: {args.adapter} has none; leave it out")
         args.queries = 64 if args.queries is None else args.queries
-        if not 0 <= args.seed < 1 << 31:
-            raise ValueError(f"--seed {args.seed}: wanted 0 to {(1 << 31) - 1}")
-    if args.action == "train" and min(args.steps, args.batch, args.queries) < 1:
-        raise ValueError(
-            f"--steps {args.steps} --batch {args.batch} --queries {args.queries}: wanted at "
-            "least 1 of each"
-        )
-    if args.action == "train" and not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr {args.lr}: wanted a number above 0")
     if args.action == "write":
         runs.may_write(args.out, args.overwrite)
         return write(args)

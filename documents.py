@@ -395,7 +395,7 @@ def main():
         "--units", help="a folder of tokenize_audio.py encode, or of prosody.py"
     )
     parser.add_argument(
-        "--length", type=int, default=256, help="tokens in a row (default 256)"
+        "--length", type=runs.number(int, 2), default=256, help="tokens in a row (default 256)"
     )
     args = parser.parse_args()
 
@@ -410,8 +410,6 @@ def main():
             raise ValueError(
                 f"{args.units} was encoded with another codebook than {args.folder} learnt"
             )
-    if args.length < 2:
-        raise ValueError(f"--length {args.length}: wanted at least 2")
     sources = {
         "text": args.text and read_text(args.text),
         "chat": args.chat and read_chats(args.chat),

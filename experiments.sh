@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Five experiments for a class, on what speedrun.sh left in out/ (or in OUT); each ends with its
-# table. TEACHING.md says how long each takes.
+# Six experiments for a class, each with its table at the end. TEACHING.md says how long each takes.
+# On what speedrun.sh left in out/ (or in OUT):
 #   bash experiments.sh lam    [OUT]   how much hearing to add to how much behaviour: it prints the
 #                                      sweep of the run's table
 #   bash experiments.sh start  [OUT]   hearing learnt by the instruct model itself, instead of by
 #                                      its base and added
 #   bash experiments.sh ablate [OUT]   the recipe without each of its ingredients, and the plain
 #                                      recipe with some of them
-# And two on what speedrun_manner.sh left in OUT/manner:
+# On what speedrun_manner.sh left in OUT/manner:
 #   bash experiments.sh reuse  [OUT]   one hearing, many behaviours: two more instruct models are
 #                                      added to the same speech model
 #   bash experiments.sh paper  [OUT]   the paper's ablations: no captions, no words beside the
 #                                      speech, hearing learnt by instruct itself
+# On what speedrun_desta.sh left in OUT/desta:
+#   bash experiments.sh desta  [OUT]   no words beside the vectors; and right answers in place of
+#                                      the model's own
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -20,7 +23,8 @@ out=${2:-out}
 case ${1:-} in
   lam | start | ablate) script=speedrun.sh needs=table.json ;;
   reuse | paper) script=speedrun_manner.sh needs=manner/instruct_rows.json ;;
-  *) sed -n 2,15p experiments.sh; exit 2 ;;
+  desta) script=speedrun_desta.sh needs=desta/read.json ;;
+  *) sed -n 2,18p experiments.sh; exit 2 ;;
 esac
 if [ ! -e "$out/$needs" ]; then
   echo "$out: no $needs, so no finished run; run bash $script first, or name its folder" >&2
@@ -96,6 +100,13 @@ with open(f"{folder}/manifest.jsonl") as lines, open(f"{made}.partial/manifest.j
         out.write(json.dumps(row) + "\n")
 os.rename(f"{made}.partial", made)
 PY
+}
+
+# adapter TARGETS OUT FLAGS...: one of DeSTA2, trained as speedrun_desta.sh trains it.
+adapter() {
+  [ -e "$2" ] ||
+    python "$home/desta.py" train "$1" --model ../manner/instruct --states states --queries 16 \
+      --steps 600 --batch 16 --seed "$seed" "${@:3}" --out "$2"
 }
 
 # ask MODEL TEST OUT: what a model answers to some questions, unless that is known.
@@ -183,4 +194,25 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
     ask paper/from_instruct test/manifest.jsonl paper/from_instruct.json
     python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json \
       --out paper.json --overwrite ;;
+
+  # The transcript dropped; or targets that are right answers, without the caption that the model
+  # itself would say first.
+  desta)
+    cd "$out/manner"
+    seed=$(seed)
+    cd ../desta
+    [ -e answers.jsonl ] || python - targets.jsonl answers.jsonl <<'PY'
+import json, os, sys
+with open(sys.argv[1]) as targets, open(f"{sys.argv[2]}.partial", "w") as out:
+    for row in map(json.loads, targets):
+        row["target"] = row["target"].removeprefix(f"{row['caption']}. ")
+        out.write(json.dumps(row) + "\n")
+os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
+PY
+    adapter targets.jsonl no_transcript --no-transcript
+    adapter answers.jsonl answers
+    for model in no_transcript answers; do
+      ask $model ../manner/world/test.jsonl $model.json
+    done
+    python "$home/benchmark.py" show {heard,no_transcript,answers,read}.json ;;
 esac

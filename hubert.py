@@ -500,10 +500,10 @@ def main():
         help="a units folder (tokenize_audio.py encode): the targets",
     )
     add("--out", required=True, help="HuBERT folder to write")
-    add("--steps", type=int, default=600, help="optimizer steps (default 600)")
-    add("--batch", type=int, default=16, help="two-second clips in a batch (default 16)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
-    add("--seed", type=int, default=0, help="of weights, clips and masks (default 0)")
+    add("--steps", type=runs.count, default=600, help="optimizer steps (default 600)")
+    add("--batch", type=runs.count, default=16, help="two-second clips in a batch (default 16)")
+    add("--lr", type=runs.positive, default=2e-3, help="peak learning rate (default 2e-3)")
+    add("--seed", type=runs.seed, default=0, help="of weights, clips and masks (default 0)")
     runs.add_device(parser)
     runs.add_dtype(parser)
     add(
@@ -512,12 +512,6 @@ def main():
         help="replace an existing --out when the run ends well",
     )
     args = parser.parse_args()
-    if min(args.steps, args.batch) < 1 or not 0 < args.lr < math.inf:
-        parser.error(
-            f"--steps {args.steps} --batch {args.batch} --lr {args.lr}: wanted at least one step "
-            "and one clip, and a rate above 0"
-        )
-
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     with runs.new_folder(
         args.out, [args.units], args.overwrite, scratch=["checkpoint.pt"]

@@ -291,9 +291,6 @@ def word_counts(world, rng):
 
 def write_world(args):
     """All of it, as a folder."""
-    for name in ("lines", "documents", "dev", "test"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: wanted more than 0")
     world = toy.World(args.seed)
     reader = Reader(args.seed)
     rng = {
@@ -321,18 +318,18 @@ def main():
         description="The toy world again, with captions of how its lines are said."
     )
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="facts, lines and voices (default 0)")
+    add("--seed", type=runs.seed, default=0, help="facts, lines and voices (default 0)")
     add("--out", required=True, help="folder to write")
-    add("--lines", type=int, default=6000, help="lines of training speech (default 6000)")
-    add("--documents", type=int, default=40_000, help="and chats (default 40000)")
+    add("--lines", type=runs.count, default=6000, help="lines of training speech (default 6000)")
+    add("--documents", type=runs.count, default=40_000, help="and chats (default 40000)")
     add(
         "--dev",
-        type=int,
+        type=runs.count,
         default=120,
         help="questions on how lines are said, to choose settings on (default 120); half as many "
         "spoken ones on facts are added",
     )
-    add("--test", type=int, default=240, help="the same, to report on (default 240)")
+    add("--test", type=runs.count, default=240, help="the same, to report on (default 240)")
     add("--overwrite", action="store_true", help="replace an existing world")
     write_world(parser.parse_args())
 

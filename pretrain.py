@@ -273,42 +273,27 @@ def read_sources(args):
             f"--imitate {args.imitate}: no row of {args.units} has word times, and without them "
             "there is nothing to imitate; have whisper.py words find them, or give --imitate 0"
         )
-    if not 0 <= args.keep_text < math.inf or (args.keep_text and not sources["text"]):
+    if args.keep_text and not sources["text"]:
         raise ValueError(
-            f"--keep-text {args.keep_text}: wanted 0 or more, and above 0 --text, "
-            "documents that show which inputs text uses"
+            f"--keep-text {args.keep_text}: wants --text, documents that show which inputs text "
+            "uses"
         )
     return sources, mix
 
 
-def warn_of_cuts(sources, vocab, args):
-    """Say how many chats and utterances, with all their text, are longer than a row and are cut.
-
-    Text that may stand beside speech is not counted.
-    """
-    chats = sources["chat"] or []
-    lengths = [len(vocab.chat(messages).ids) for messages in chats[:1000]]
-    tell_cut(args.chat, "chats", lengths, "its question", args.length)
-
-    lengths = []
-    corpus = sources.get("captioned") or sources.get("transcribe")
-    for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
-        if "captioned" in sources:
-            document = vocab.captioned("", corpus[i], "\n" + row.get("caption", ""))
-        else:
-            document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
-        lengths.append(len(document.ids))
-    tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
-
-
-def tell_cut(path, what, lengths, lost, length):
-    long = [n for n in lengths if n > length]
-    if long:
-        tqdm.write(
-            f"{path}: {len(long)} of the first {len(lengths)} {what} are longer than a row of "
-            f"{length} ids and are cut: what comes later is learnt without {lost}. --length "
-            f"{max(long)} would hold them"
-        )
+def warn_of_cuts(vocab, sources, mix, args):
+    """Say how many documents are longer than a row and are cut. (Of text that is no loss.)"""
+    for name in [name for name in mix if name not in ("text", "interleave")]:
+        documents = Documents(vocab, sources, {name: 1.0}, args.seed)
+        first = range(min(1000, documents.count(name)))
+        lengths = [len(documents.next()[0].ids) for _ in first]
+        long = [n for n in lengths if n > args.length]
+        if long:
+            tqdm.write(
+                f"{len(long)} of the first {len(lengths)} {name} documents are longer than a row "
+                f"of {args.length} ids and are cut: what comes later is learnt without what "
+                f"comes before. --length {max(long)} would hold them"
+            )
 
 
 # --- what is trained ----------------------------------------------------------
@@ -420,7 +405,7 @@ def set_up(args, out, rank, world):
     if vocab.speech:
         weights.ears_of(args.units or args.init)  # `save` wants them, after the last step
     if rank == 0:
-        warn_of_cuts(sources, vocab, args)
+        warn_of_cuts(vocab, sources, mix, args)
     streams = {
         part: Documents(vocab, sources, mix, args.seed, part, args.accumulate)
         for part in range(rank, args.accumulate, world)
@@ -818,7 +803,7 @@ def arguments():
     )
     runs.add_dtype(parser)
     add("--compile", action="store_true", help="torch.compile every block")
-    add("--seed", type=int, default=0, help="of weights, data order and spans (default 0)")
+    add("--seed", type=runs.seed, default=0, help="of weights, data order and spans (default 0)")
     runs.add_device(parser)
     add(
         "--overwrite",
@@ -831,25 +816,25 @@ def arguments():
 def add_recipe_flags(add, default):
     """The flags of the plain recipe."""
     add("--mix", type=layout_weights, help=f"shares of layouts ({default('mix')})")
-    add("--steps", type=int, help=f"optimizer steps ({default('steps')})")
-    add("--lr", type=float, help=f"peak learning rate ({default('lr')})")
-    add("--rows", type=int, help=f"packed rows in a batch ({default('rows')})")
-    add("--length", type=int, help=f"tokens in a row ({default('length')})")
+    add("--steps", type=runs.count, help=f"optimizer steps ({default('steps')})")
+    add("--lr", type=runs.positive, help=f"peak learning rate ({default('lr')})")
+    add("--rows", type=runs.count, help=f"packed rows in a batch ({default('rows')})")
+    add("--length", type=runs.number(int, 2), help=f"tokens in a row ({default('length')})")
     add(
         "--accumulate",
-        type=int,
+        type=runs.count,
         help="batches in a step, shared among the processes of torchrun "
         "(default: one each)",
     )
     add(
         "--unit-loss",
-        type=float,
+        type=runs.not_negative,
         default=0.0,
         help="weight of a unit's loss beside a text token's (default 0)",
     )
     add(
         "--lora",
-        type=int,
+        type=runs.number(int, 0),
         default=0,
         metavar="RANK",
         help="train changes of this rank beside "
@@ -857,7 +842,7 @@ def add_recipe_flags(add, default):
     )
     add(
         "--lora-alpha",
-        type=float,
+        type=runs.not_negative,
         default=0.0,
         help="scale of those changes, over the rank (default: twice the rank)",
     )
@@ -873,26 +858,26 @@ def add_align_flags(add, default):
     )
     add(
         "--pace",
-        type=float,
+        type=runs.number(float, 1.0),
         help="stretch positions by random gaps, whose mean is 1 to this, as words are "
         f"apart in speech; 1: none ({default('pace')})",
     )
     add(
         "--imitate",
-        type=float,
+        type=runs.not_negative,
         help="weight of the distance to the hidden states of the starting "
         "model as it reads the transcript; 0: none, then interleaved text bears a loss instead "
         f"({default('imitate')})",
     )
     add(
         "--keep-text",
-        type=float,
+        type=runs.not_negative,
         help="strength of the filter that keeps changes of weights out "
         f"of what text uses; 0: none ({default('keep_text')})",
     )
     add(
         "--rows-first",
-        type=float,
+        type=runs.number(float, 0.0, 1.0),
         help="share of the steps in which only embedding rows are trained "
         f"({default('rows_first')})",
     )
@@ -947,39 +932,19 @@ def settled(parser, world):
 
 def check(parser, args, world):
     """An error for settings that make no sense."""
-    if not (0 <= args.imitate < math.inf and (args.units or not args.imitate)):
-        parser.error(
-            f"--imitate {args.imitate}: wanted 0 or more, and above 0 --units: only "
-            "speech can be like its text"
-        )
+    if args.imitate and not args.units:
+        parser.error(f"--imitate {args.imitate}: wants --units: only speech can be like its text")
     if args.imitate and args.units and is_prosody(args.units):
         parser.error(
             f"--imitate {args.imitate}: in {args.units} the text stands beside the speech, so "
             "there is nothing to imitate; leave the flag out"
         )
-    if not 0 <= args.rows_first <= 1:
-        parser.error(f"--rows-first {args.rows_first}: wanted a share of the steps, 0 to 1")
-    if min(args.steps, args.rows, args.length - 1) < 1:
+    if args.lora and args.keep_text:
+        parser.error(f"--lora {args.lora}: it freezes what --keep-text holds; give one of the two")
+    if args.accumulate % world:
         parser.error(
-            f"--steps {args.steps} --rows {args.rows} --length {args.length}: wanted at "
-            "least one step, one row and two tokens"
+            f"--accumulate {args.accumulate}: wanted as many for each of {world} processes"
         )
-    if args.lora and args.keep_text or args.lora < 0 or not 0 <= args.lora_alpha < math.inf:
-        parser.error(
-            f"--lora {args.lora} --lora-alpha {args.lora_alpha}: wanted 0 or more, and "
-            "with it no --keep-text, which holds matrices that it freezes"
-        )
-    if args.accumulate < 1 or args.accumulate % world:
-        parser.error(
-            f"--accumulate {args.accumulate}: wanted at least 1, and as many for each of "
-            f"{world} processes"
-        )
-    if not 0 <= args.seed < 1 << 31:
-        parser.error(f"--seed {args.seed}: wanted 0 to 2147483647")
-    if not 0 <= args.unit_loss < math.inf:
-        parser.error(f"--unit-loss {args.unit_loss}: wanted 0 or more")
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr {args.lr}: wanted a number above 0")
     if args.unit_loss and not args.units:
         parser.error(f"--unit-loss {args.unit_loss}: no --units are given; leave it out")
     if args.lora_alpha and not args.lora:
@@ -997,8 +962,6 @@ def check(parser, args, world):
             "--size starts from noise, and these settings leave a part of it as it is, or learn "
             "from it; give --init, or --plain"
         )
-    if not 1 <= args.pace < math.inf:
-        parser.error(f"--pace {args.pace}: wanted 1 (one position a token) or more")
     if args.embeddings == "new" and not args.units:
         parser.error(
             "--embeddings new: only units are new tokens; give --units, or train others"

@@ -24,6 +24,7 @@ import fcntl  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import pickle  # noqa: E402
 import platform  # noqa: E402
 import shlex  # noqa: E402
@@ -435,21 +436,16 @@ def keep_log(path, step):
 # --- arithmetic ---------------------------------------------------------------
 
 
-def product_rate(dtype, shape=(256, 256, 256), enough=0.0):
-    """Operations a second of the CPU's product (m, k) @ (k, n) in `dtype`, the best of TRIES.
-
-    Stops early where the rate is below a tenth of `enough`: the rest would take seconds.
-    """
+def product_rate(dtype, shape=(256, 256, 256)):
+    """Operations a second of the CPU's product (m, k) @ (k, n) in `dtype`, the best of TRIES."""
     m, k, n = shape
     a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
     a @ b  # the library prepares a product when it first meets it
     best = 0.0
-    for tried in range(1, TRIES + 1):
+    for _ in range(TRIES):
         begin = time.perf_counter()
         a @ b
         best = max(best, 2 * m * k * n / (time.perf_counter() - begin))
-        if tried > 2 and best < enough / 10:  # once may have been chance
-            break
     return best
 
 
@@ -466,7 +462,7 @@ def fast_dtype(kind):
     if kind == "cuda":
         return torch.float32, "this GPU does not multiply bfloat16"
     full = product_rate(torch.float32)
-    half = product_rate(torch.bfloat16, enough=full)
+    half = product_rate(torch.bfloat16)
     why = f"here a product in bfloat16 runs at {half / full:.2g} times the rate of float32"
     return torch.bfloat16 if half > WORTH_IT * full else torch.float32, why
 
@@ -501,6 +497,33 @@ def add_dtype(parser):
         help="what products are made in; weights stay float32 "
         "(default: auto, what this machine is fast at)",
     )
+
+
+def number(kind, least, most=math.inf):
+    """The type of a flag: an int or a float from `least` to `most`; infinity and nan are none."""
+
+    def read(text):
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            to = "or more" if most == math.inf else f"to {most}"
+            raise argparse.ArgumentTypeError(f"got {text}, wanted {least} {to}")
+        return value
+
+    read.__name__ = kind.__name__  # of "abc" argparse says: invalid int value
+    return read
+
+
+count = number(int, 1)
+not_negative = number(float, 0.0)
+seed = number(int, 0, (1 << 31) - 1)
+
+
+def positive(text):
+    """The type of a flag: a float above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted a number above 0")
+    return value
 
 
 def device(text):

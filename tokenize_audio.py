@@ -430,17 +430,6 @@ def feature_recipe(args):
         raise ValueError(
             "give --hubert FOLDER --layer N for HuBERT features, or --features mfcc"
         )
-    if args.switch is not None and not 0 <= args.switch < float("inf"):
-        raise ValueError(f"--switch {args.switch}: wanted 0 or more")
-    if args.minibatch < 0 or args.frames < 1:
-        raise ValueError(
-            f"--minibatch {args.minibatch} --frames {args.frames}: wanted 0 or more "
-            "for the first, 1 or more for the second"
-        )
-    if not 1 <= args.k <= 1 << 16:
-        raise ValueError(
-            f"--k {args.k}: wanted 1 to {1 << 16}, what a uint16 in units.bin can name"
-        )
     if not args.hubert:
         return {"kind": "mfcc"}
     depth = Config.read(args.hubert).num_hidden_layers
@@ -808,7 +797,7 @@ def add_corpus_flags(command, hubert):
     add("--out", required=True, help="folder to write")
     add(
         "--batch",
-        type=float,
+        type=runs.positive,
         default=150 if gpu else 40,
         help="seconds of sound in a batch "
         "(default 40; on a GPU 150, where the first convolution of a base HuBERT takes 1 GB)",
@@ -838,28 +827,28 @@ def add_fit_flags(command):
         default=9,
         help="HuBERT layer: 9 is the stream after nine blocks (default 9)",
     )
-    add("--k", type=int, default=500, help="centroids (default 500)")
+    add("--k", type=runs.number(int, 1, 1 << 16), default=500, help="centroids (default 500)")
     add(
         "--switch",
-        type=float,
+        type=runs.not_negative,
         help="price of a change of unit, in mean squared distances of a "
         f"frame to its centroid (default {STEADY} for HuBERT features, 0 for MFCC: every frame for "
         "itself)",
     )
     add(
         "--frames",
-        type=int,
+        type=runs.count,
         default=200_000,
         help="frames to fit on, from clips drawn at random (default 200000: 1.1 h)",
     )
     add(
         "--minibatch",
-        type=int,
+        type=runs.number(int, 0),
         default=0,
         help="begin k-means with steps on so many frames: "
         "quicker for large --frames (default 0: whole passes only)",
     )
-    add("--seed", type=int, default=0, help="of the clips and the start (default 0)")
+    add("--seed", type=runs.seed, default=0, help="of the clips and the start (default 0)")
 
 
 def add_encode_flags(command):
@@ -893,8 +882,6 @@ def main():
         commands.add_parser("draw", help="a picture of how a sound becomes units")
     )
     args = parser.parse_args()
-    if args.action != "draw" and not 0 < args.batch < math.inf:
-        parser.error(f"--batch {args.batch}: wanted more than 0 seconds")
     if args.action == "fit":
         fit(args)
     elif args.action == "encode":

@@ -15,7 +15,6 @@ no question about a fact.
 
 import argparse
 import json
-import math
 import random
 import re
 from collections import Counter
@@ -511,9 +510,6 @@ class Reader:
 
 def write_world(args):
     """The whole world of a seed, as a folder."""
-    for name in ("hours", "documents", "dev", "test"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name)}: wanted more than 0")
     world, reader = World(args.seed), Reader(args.seed)
     rng = {
         name: random.Random(f"{name} {args.seed}")
@@ -587,20 +583,20 @@ def main():
     add = one.add_argument
     add(
         "--seed",
-        type=int,
+        type=runs.seed,
         default=0,
         help="which facts are true, who reads what (default 0)",
     )
     add("--out", required=True, help="folder to write")
-    add("--hours", type=float, default=3.0, help="hours of training speech (default 3)")
+    add("--hours", type=runs.positive, default=3.0, help="hours of training speech (default 3)")
     add(
         "--documents",
-        type=int,
+        type=runs.count,
         default=40_000,
         help="base documents, and chats (default 40000)",
     )
-    add("--dev", type=int, default=60, help="questions to choose settings on (default 60)")
-    add("--test", type=int, default=240, help="questions to report on (default 240)")
+    add("--dev", type=runs.count, default=60, help="questions to choose settings on (default 60)")
+    add("--test", type=runs.count, default=240, help="questions to report on (default 240)")
     add("--overwrite", action="store_true", help="replace an existing world")
     voices.add_flags(commands.add_parser("say", help="speak a line to a file"))
     args = parser.parse_args()

@@ -93,45 +93,18 @@ def tokenizer_json(vocab, merges, special, pattern=GPT2, normalizer=None):
 
     vocab {token: id}, merges [(left, right)], special {token: id}
     """
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    to_letters = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": vocab,
-        "merges": merges,
-    }
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "normalizer": normalizer,
         "added_tokens": [added_token(token, i) for token, i in special.items()],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_letters]},
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, letters | {"use_regex": False}],
         },
-        "model": model,
+        "decoder": letters | {"use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
 
 

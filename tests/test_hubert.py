@@ -160,15 +160,6 @@ def test_a_batch_in_which_nothing_is_hidden_has_a_loss_all_the_same():
         assert torch.isclose(masked_loss(logits, targets, hidden)[0], torch.tensor(4.0).log())
 
 
-@pytest.mark.parametrize(
-    "flags", [["--steps", "0"], ["--batch", "0"], ["--lr", "0"], ["--lr", "inf"]]
-)
-def test_a_hubert_is_not_trained_for_nothing(flags, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        call(["hubert.py", "train", "--units", "u", "--out", "o", *flags], monkeypatch)
-    assert "wanted at least one step and one clip" in capsys.readouterr().err
-
-
 def test_a_model_that_normalizes_hears_loud_and_soft_alike(tmp_path):
     theirs_of("large", tmp_path)
     config = tmp_path / "preprocessor_config.json"

@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -168,8 +169,6 @@ def test_the_same_seed_makes_the_same_world(tmp_path, monkeypatch):
         (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
         for file in files
     )
-    with pytest.raises(ValueError, match="--lines 0: wanted more than 0"):
-        call(["manner.py", "--lines", "0", "--out", str(tmp_path / "none")], monkeypatch)
 
 
 def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
@@ -447,6 +446,70 @@ def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_agai
     before = rows_of(world / "test/manifest.jsonl")
     assert [row["answer"] for row in rows] == [row["answer"] + " over" for row in before]
     assert [row["said"] for row in rows] == [row["said"] for row in before]
+
+
+def test_desta_learns_from_what_the_same_instruct_model_says_of_captions(
+    asked, world, speedrun, tmp_path
+):
+    """speedrun_desta.sh behind the other two, with two steps, and its experiment."""
+    home, bin = tmp_path / "home", tmp_path / "two_steps"
+    for folder in (home / "out", bin):
+        folder.mkdir(parents=True)
+    for file in (*ROOT.glob("*.py"), ROOT / "speedrun_desta.sh"):
+        shutil.copy(file, home)
+    (bin / "python").write_text(f"""#!/bin/bash
+[ "$1 $2" = "desta.py train" ] && fewer="--steps 2 --batch 2"
+exec {sys.executable} "$@" $fewer
+""")
+    (bin / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"}
+
+    def run():
+        words = ["bash", str(home / "speedrun_desta.sh")]
+        return subprocess.run(words, capture_output=True, text=True, env=env)
+
+    (home / "out/hubert").symlink_to(speedrun / "hubert")
+    first = run()
+    assert first.returncode == 1
+    assert "out/manner/instruct: not there; run speedrun.sh and speedrun_manner.sh first" in (
+        first.stderr
+    )
+
+    # So small a model does not end its replies: its targets are there already.
+    shutil.copytree(world, home / "out/manner")
+    rows = audio.read_manifest(world / "world/speech/train.jsonl")
+    targets = [row | {"prompt": "who", "target": f"{row['caption']}. x"} for row in rows]
+    (home / "out/desta").mkdir()
+    lines = [json.dumps(row).replace(str(world), str(home / "out/manner")) for row in targets]
+    (home / "out/desta/targets.jsonl").write_text("\n".join(lines))
+    done = run()
+    assert done.returncode == 0, done.stderr
+    shown = {line.split()[0] for line in done.stdout.splitlines()[-4:]}
+    assert shown == {"heard", "read", "../manner/cascade", "../manner/merged"}
+    read = json.loads((home / "out/desta/read.json").read_text())
+    heard = json.loads((home / "out/desta/heard.json").read_text())
+    assert len(read["rows"]) == len(heard["rows"]) == len(rows_of(world / "test/manifest.jsonl"))
+    assert read["groups"].keys() == heard["groups"].keys() == {"fact", "manner", "stress"}
+    again = run()
+    assert "== python" not in again.stdout and again.stdout.splitlines()[-4:] == (
+        done.stdout.splitlines()[-4:]
+    )
+
+    _, lines = asked("desta", home / "out")
+    flags = [words for script, *words in lines if script.endswith("desta.py")]
+    assert [words[-1] for words in flags] == ["no_transcript", "answers"]
+    (own,) = [
+        words[1:]
+        for words in speedrun_commands("out", "speedrun_desta.sh")
+        if words[:2] == ["desta.py", "train"]
+    ]
+    assert [words[1] for words in flags] == ["targets.jsonl", "answers.jsonl"]
+    assert set(flags[0]) - set(flags[1]) == {"targets.jsonl", "--no-transcript", "no_transcript"}
+    assert set(own) - set(flags[1]) == {
+        "$to/targets.jsonl", "$instruct", "$to/states", "$to/adapter",
+    }
+    answers = rows_of(tmp_path / "out/desta/answers.jsonl")
+    assert {row["target"] for row in answers} == {"x"}, "without its caption"
 
 
 def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(

@@ -225,7 +225,7 @@ def test_keeping_text_keeps_its_loss_where_free_training_does_not(speedrun, tmp_
 
 
 def test_keeping_text_wants_text(speedrun, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"--keep-text 0.\d+: wanted .* --text"):
+    with pytest.raises(ValueError, match=r"--keep-text 0.\d+: wants --text"):
         call(
             [
                 "pretrain.py", "--init", str(speedrun / "base"),
@@ -265,15 +265,6 @@ def test_chats_too_can_keep_text(speedrun, tmp_path, monkeypatch):
         ],
         monkeypatch,
     )
-    with pytest.raises(ValueError, match="--keep-text -1.0: wanted 0 or more"):
-        call(
-            [
-                "pretrain.py", "--init", str(speedrun / "base"),
-                "--text", str(speedrun / "toy/base.jsonl"), "--keep-text", "-1",
-                "--device", "cpu", "--out", str(tmp_path / "y"),
-            ],
-            monkeypatch,
-        )
 
 
 @pytest.mark.parametrize("stage", ["base", "speech"])
@@ -453,17 +444,13 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "flags, wanted",
     [
-        ("--units {units} --imitate nan", "--imitate nan: wanted 0 or more"),
         ("--chat {chat} --imitate 3", "only speech"),
         ("--units {units} --mix interleave=0", "one of them above 0"),
         ("--units {units} --mix interleave=nan,transcribe=1", "weights of 0 or more"),
         ("--units {units} --layers 0.9:0.1", "two rising shares"),
         ("--units {units} --layers nan:1", "two rising shares"),
-        ("--chat {chat} --rows 0", "at least one step"),
-        ("--chat {chat} --lr 0", "--lr 0.0: wanted"),
-        ("--chat {chat} --lr inf", "--lr inf: wanted"),
         ("--chat {chat} --lora-alpha 8", "give both"),
-        ("--chat {chat} --lora 2 --lora-alpha nan", "--lora-alpha nan: wanted 0 or more"),
+        ("--chat {chat} --lora 2 --keep-text 1", "give one of the two"),
         ("--chat {chat} --unit-loss 1", "no --units are given"),
         ("--chat {chat} --tokenizer {units}", "leave --tokenizer out"),
     ],
@@ -569,7 +556,7 @@ def test_utterances_that_do_not_fit_into_a_row_are_told(speedrun, tmp_path, monk
         monkeypatch,
     )
     assert re.search(
-        r"utterances with their text are longer than a row of 24 ids and are cut",
+        "transcribe documents are longer than a row of 24 ids and are cut",
         "".join(capsys.readouterr()),
     )
 
@@ -879,7 +866,7 @@ def test_chats_longer_than_a_row_are_told_before_they_are_cut(
     speedrun, tmp_path, monkeypatch, capsys
 ):
     trained(speedrun, tmp_path, monkeypatch, "chat", "--length", "16")
-    assert "chats are longer than a row of 16 ids and are cut" in capsys.readouterr().out
+    assert "chat documents are longer than a row of 16 ids and are cut" in capsys.readouterr().out
     trained(speedrun, tmp_path, monkeypatch, "chat", "--length", "512")
     assert "longer than a row" not in capsys.readouterr().out
 

@@ -157,3 +157,47 @@ def test_a_run_without_a_setting_that_it_was_begun_with_is_another_run(tmp_path)
     runs.Checkpoint(tmp_path / "c.pt", {"rows": "1", "whisper": "2"}).write(done=[1])
     with pytest.raises(ValueError, match="another whisper"):
         runs.Checkpoint(tmp_path / "c.pt", {"rows": "1"}).read("done")
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        ("pretrain.py --steps 0", "1 or more"),
+        ("pretrain.py --rows 0", "1 or more"),
+        ("pretrain.py --accumulate 0", "1 or more"),
+        ("pretrain.py --length 1", "2 or more"),
+        ("pretrain.py --lora -1", "0 or more"),
+        ("pretrain.py --lora-alpha nan", "0.0 or more"),
+        ("pretrain.py --unit-loss -1", "0.0 or more"),
+        ("pretrain.py --imitate inf", "0.0 or more"),
+        ("pretrain.py --keep-text -1", "0.0 or more"),
+        ("pretrain.py --rows-first 1.1", "0.0 to 1.0"),
+        ("pretrain.py --pace 0.5", "1.0 or more"),
+        ("pretrain.py --lr 0", "a number above 0"),
+        ("pretrain.py --lr inf", "a number above 0"),
+        ("pretrain.py --lr nan", "a number above 0"),
+        ("pretrain.py --seed 2147483648", "0 to 2147483647"),
+        ("hubert.py train --steps 0", "1 or more"),
+        ("hubert.py train --batch 0", "1 or more"),
+        ("hubert.py train --lr -1", "a number above 0"),
+        ("tokenize_audio.py fit --k 65537", "1 to 65536"),
+        ("tokenize_audio.py fit --switch -1", "0.0 or more"),
+        ("tokenize_audio.py fit --frames 0", "1 or more"),
+        ("tokenize_audio.py encode --batch nan", "a number above 0"),
+        ("desta.py train --queries 0", "1 or more"),
+        ("desta.py train --seed -1", "0 to 2147483647"),
+        ("toy.py world --test 0", "1 or more"),
+        ("toy.py world --hours inf", "a number above 0"),
+        ("manner.py --lines 0", "1 or more"),
+        ("documents.py --length 1", "2 or more"),
+        ("benchmark.py rows --limit 0", "1 or more"),
+        ("chat.py --temperature nan", "0.0 or more"),
+        ("chat.py --temperature inf", "0.0 or more"),
+    ],
+)
+def test_a_flag_takes_numbers_of_its_range_alone(words, wanted, monkeypatch, capsys):
+    *_, flag, value = words.split()
+    with pytest.raises(SystemExit):
+        call(words.split(), monkeypatch)
+    said = capsys.readouterr().err
+    assert f"error: argument {flag}: got {value}, wanted {wanted}\n" in said
