@@ -9,7 +9,8 @@ run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 A row is {"audio" or "said", "text", "instruction", "choices", "answer", "metric",
 "group"}: something to ask, and the answer. "said" is what prosody.py makes of audio whose
 words are known; with --transcriber the model hears the audio itself. Where a row has "said" or
-"words", as in a manifest, "text" is what is said, and is not written beside it.
+"words", as in a manifest, "text" is what is said, and is not written beside it; ears that lack
+the words are told it.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
 letter). Rows with a "group" are scored group by group, too. A reply is cut behind --limit
@@ -192,8 +193,7 @@ def answering(args, model, vocab, ears):
         if row.get("said") and not heard:  # its text is in it
             units = Said.read(row["said"], args.rows)
         elif row.get("audio"):
-            words = [row["text"]] if ears.lacks_words else []
-            units, _ = ears(audio.load(folder / row["audio"]), *words)
+            units = listen.hear(ears, audio.load(folder / row["audio"]), row.get("text"))
         else:
             return [text]
         return [units] + ([" " + text] if text else [])
@@ -231,9 +231,14 @@ def can_hear(args, rows, ears):
             "does not read such; give a model that was trained on prosody"
         )
     heard = [row for row in rows if row.get("audio") and (args.transcriber or not row.get("said"))]
-    if not all(row.get("words") and row.get("text") for row in heard):
+    if not all(tells_words(row) for row in heard):
         listen.wants_words(args.folder, ears)
     can_open([row["audio"] for row in heard], Path(args.rows).parent, ears)
+
+
+def tells_words(row):
+    """Is its text what is said, and not what is asked for?"""
+    return bool(row.get("words") and row.get("text", "").strip() and row["metric"] != "wer")
 
 
 def can_open(names, folder, ears):

@@ -24,7 +24,7 @@ import torch
 
 import audio
 from desta import Listener
-from listen import add_ears, load, wants_words, written_down
+from listen import add_ears, hear, load, wants_words, written_down
 from model import generate
 from vocab import Said
 
@@ -84,8 +84,7 @@ class Chat:
             )
         if words is None:
             wants_words(self.folder, self.ears)
-        units, _ = self.ears(sound[:]) if words is None else self.ears(sound[:], words)
-        return units, seconds
+        return hear(self.ears, sound[:], words), seconds
 
     def prompt(self, content):
         """Add a turn to the conversation; the ids up to its reply. Old turns go for new ones."""

@@ -275,10 +275,11 @@ class Ears:
 
     hop, most, makes = audio.HOP, SECONDS, "vectors"
 
-    def __init__(self, encoder, adapter, table, listener, has_words, transcriber=None):
+    def __init__(self, encoder, adapter, table, listener, has_words):
         self.encoder, self.adapter = encoder, adapter
         self.table, self.listener = table, listener
-        self.has_words, self.transcriber = has_words, transcriber
+        self.has_words = has_words
+        self.transcriber = None
 
     @property
     def lacks_words(self):
@@ -317,8 +318,9 @@ def load(folder, device="cpu", dtype=None):
     """(model, vocabulary, ears) of a folder of `train`."""
     made = runs.read_json(
         Path(folder) / "desta.json",
-        ["model", "encoder", "has_words", "transcriber", "sha256", "adapter"],
+        ["model", "encoder", "transcriber", "sha256", "adapter"],
     )
+    made.setdefault("has_words", bool(made["transcriber"]))  # files of earlier versions lack it
     for name in ("model", "encoder", "transcriber"):
         if made[name]:
             runs.still(made[name], made["sha256"][name], name, folder)
@@ -521,8 +523,8 @@ def provenance(args, meta):
         if not is_whisper(transcriber):
             raise ValueError(
                 f"{transcriber}: not a Whisper folder, so no transcript comes from it; give "
-                "one as --transcriber, or leave the flag out, and say who writes the words when "
-                "someone listens"
+                "one as --transcriber, or --no-transcript, or neither: then the encoder writes "
+                "the words if it is a Whisper, and else who listens says them"
             )
         Whisper(transcriber)  # an error now if a file of it is missing
     made["transcriber"] = transcriber and str(Path(transcriber).resolve())

@@ -605,17 +605,19 @@ def compare(args):
     test, dev = read_questions(args.questions)
     asked = dev if args.split == "dev" else test
 
-    # Who cannot hear is told before the first is asked.
+    # Who cannot hear is told before the first hears.
     loaded = {
         folder: listen.load(folder, args.device, args.hubert, torch.float32)
         for folder in args.folders
     }
-    near = {}
     for folder, (_, _, ears) in loaded.items():
         if not ears:
             raise ValueError(f"{folder}: cannot hear; wanted a model that does")
         listen.wants_words(folder, ears)
-        near[folder] = hear(ears, Path(args.questions).parent, asked, "near")
+    near = {
+        folder: hear(ears, Path(args.questions).parent, asked, "near")
+        for folder, (_, _, ears) in loaded.items()
+    }
 
     rows, right = {}, {}
     for folder, (model, vocab, _) in runs.Bar(loaded.items(), desc="asking", unit="model"):
@@ -697,10 +699,7 @@ def manner(args):
     if not isinstance(vocab, desta.Listener):
         raise ValueError(f"{args.folder}: wanted a folder of desta.py train")
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
-    heard = []
-    for clip in bar:
-        words = [clip["text"]] if ears.lacks_words else []
-        heard.append(ears(audio.load(clip["audio"]), *words)[0])
+    heard = [listen.hear(ears, audio.load(clip["audio"]), clip["text"]) for clip in bar]
     written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
     asked = {
         "heard": heard,
@@ -720,6 +719,7 @@ def manner(args):
             answer[name] = text
     made = {
         "rows": rows,
+        "words": "told" if ears.lacks_words else "as its ears wrote them",
         "answers": answers,
         "made": runs.recipe([args.folder, args.clips]),
     }

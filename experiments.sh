@@ -13,8 +13,8 @@
 #   bash experiments.sh paper  [OUT]   the paper's ablations: no captions, no words beside the
 #                                      speech, hearing learnt by instruct itself
 # On what speedrun_desta.sh left in OUT/desta:
-#   bash experiments.sh desta  [OUT]   no words beside the vectors; and right answers in place of
-#                                      the model's own
+#   bash experiments.sh desta  [OUT]   no words beside the vectors; and answers alone, without the
+#                                      caption that the model itself says first
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -195,13 +195,12 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
     python "$home/benchmark.py" show merged.json paper/no_*.json paper/from_instruct.json \
       --out paper.json --overwrite ;;
 
-  # The transcript dropped; or targets that are right answers, without the caption that the model
-  # itself would say first.
+  # The transcript dropped; or the caption in front of every answer, which the model itself says.
   desta)
     cd "$out/manner"
     seed=$(seed)
     cd ../desta
-    [ -e answers.jsonl ] || python - targets.jsonl answers.jsonl <<'PY'
+    [ -e answers.jsonl ] || python - kept.jsonl answers.jsonl <<'PY'
 import json, os, sys
 with open(sys.argv[1]) as targets, open(f"{sys.argv[2]}.partial", "w") as out:
     for row in map(json.loads, targets):
@@ -209,7 +208,7 @@ with open(sys.argv[1]) as targets, open(f"{sys.argv[2]}.partial", "w") as out:
         out.write(json.dumps(row) + "\n")
 os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
 PY
-    adapter targets.jsonl no_transcript --no-transcript
+    adapter kept.jsonl no_transcript --no-transcript
     adapter answers.jsonl answers
     for model in no_transcript answers; do
       ask $model ../manner/world/test.jsonl $model.json

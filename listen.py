@@ -57,10 +57,15 @@ def wants_words(folder, ears):
     """A ValueError if these ears of a folder lack the words, and no one writes them down."""
     if ears.lacks_words:
         raise ValueError(
-            f"{folder}: hears how words are said, and no one writes them down; chat.py and "
-            "benchmark.py rows take --transcriber, a Whisper folder or a model of units; in a "
-            'chat they may stand behind the path, in "quotes"'
+            f"{folder}: hears how words are said, and no one writes them down; chat.py, listen.py "
+            "and benchmark.py rows take --transcriber, a Whisper folder or a model of units; in a "
+            'chat they may stand behind the path, in "quotes", in a row as its "text" and "words"'
         )
+
+
+def hear(ears, samples, text):
+    """What a turn may hold of samples. `text`, their words, is told to ears that lack them."""
+    return (ears(samples, text) if ears.lacks_words else ears(samples))[0]
 
 
 def writer(folder, device, hubert):

@@ -281,19 +281,34 @@ def read_sources(args):
     return sources, mix
 
 
-def warn_of_cuts(vocab, sources, mix, args):
-    """Say how many documents are longer than a row and are cut. (Of text that is no loss.)"""
-    for name in [name for name in mix if name not in ("text", "interleave")]:
-        documents = Documents(vocab, sources, {name: 1.0}, args.seed)
-        first = range(min(1000, documents.count(name)))
-        lengths = [len(documents.next()[0].ids) for _ in first]
-        long = [n for n in lengths if n > args.length]
-        if long:
-            tqdm.write(
-                f"{len(long)} of the first {len(lengths)} {name} documents are longer than a row "
-                f"of {args.length} ids and are cut: what comes later is learnt without what "
-                f"comes before. --length {max(long)} would hold them"
-            )
+def warn_of_cuts(sources, vocab, args):
+    """Say how many chats and utterances, with all their text, are longer than a row and are cut.
+
+    Text that may stand beside speech is not counted.
+    """
+    chats = sources["chat"] or []
+    lengths = [len(vocab.chat(messages).ids) for messages in chats[:1000]]
+    tell_cut(args.chat, "chats", lengths, "its question", args.length)
+
+    lengths = []
+    corpus = sources.get("captioned") or sources.get("transcribe")
+    for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
+        if "captioned" in sources:
+            document = vocab.captioned("", corpus[i], "\n" + row.get("caption", ""))
+        else:
+            document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
+        lengths.append(len(document.ids))
+    tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
+
+
+def tell_cut(path, what, lengths, lost, length):
+    long = [n for n in lengths if n > length]
+    if long:
+        tqdm.write(
+            f"{path}: {len(long)} of the first {len(lengths)} {what} are longer than a row of "
+            f"{length} ids and are cut: what comes later is learnt without {lost}. --length "
+            f"{max(long)} would hold them"
+        )
 
 
 # --- what is trained ----------------------------------------------------------
@@ -405,7 +420,7 @@ def set_up(args, out, rank, world):
     if vocab.speech:
         weights.ears_of(args.units or args.init)  # `save` wants them, after the last step
     if rank == 0:
-        warn_of_cuts(vocab, sources, mix, args)
+        warn_of_cuts(sources, vocab, args)
     streams = {
         part: Documents(vocab, sources, mix, args.seed, part, args.accumulate)
         for part in range(rank, args.accumulate, world)

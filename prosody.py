@@ -272,14 +272,14 @@ def numbered(said, edges):
 class Ears:
     """Samples -> (`Said`, None): a transcript, and how each word of it was spoken.
 
-    transcriber  samples -> text; None if the words come from elsewhere
+    transcriber  samples -> text; None if who calls it says the words
     """
 
     hop, most, makes = audio.HOP, 30, "words"
 
-    def __init__(self, folder, transcriber=None):
+    def __init__(self, folder):
         self.edges = read_edges(folder)
-        self.transcriber = transcriber
+        self.transcriber = None
 
     @property
     def lacks_words(self):

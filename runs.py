@@ -505,8 +505,8 @@ def number(kind, least, most=math.inf):
     def read(text):
         value = kind(text)
         if not least <= value <= most or value == math.inf:
-            to = "or more" if most == math.inf else f"to {most}"
-            raise argparse.ArgumentTypeError(f"got {text}, wanted {least} {to}")
+            limits = f"{least} to {most}" if most < math.inf else f"a number from {least} on"
+            raise argparse.ArgumentTypeError(f"got {text}, wanted {limits}")
         return value
 
     read.__name__ = kind.__name__  # of "abc" argparse says: invalid int value
@@ -524,6 +524,9 @@ def positive(text):
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"got {text}, wanted a number above 0")
     return value
+
+
+positive.__name__ = "float"
 
 
 def device(text):

@@ -259,7 +259,7 @@ def test_beside_a_hubert_who_listens_says_the_words(
         return [1]
 
     monkeypatch.setattr(desta.Listener, "span", span)
-    for change in ({}, {"words": None}):
+    for change in ({}, {"metric": "wer"}, {"words": None}):
         (tmp_path / "rows.jsonl").write_text(json.dumps(asked | change) + "\n")
         score = [
             "benchmark.py", "rows", str(tmp_path / "with"), str(tmp_path / "rows.jsonl"),

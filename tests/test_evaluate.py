@@ -485,8 +485,7 @@ def test_who_cannot_hear_is_told_before_any_model_is_asked(tmp_path, monkeypatch
         for name, lacks in (("one", False), ("two", True))
     }
     monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, None, ears[folder]))
-    monkeypatch.setattr(evaluate, "hear", lambda *_: [])
-    monkeypatch.setattr(evaluate, "better_prompt", lambda *_: pytest.fail("it was asked"))
+    monkeypatch.setattr(evaluate, "hear", lambda *_: pytest.fail("one has heard already"))
     with pytest.raises(ValueError, match="no one writes them down"):
         call(
             [

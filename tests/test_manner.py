@@ -240,7 +240,7 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
     chat = Chat(world / "merged")
     with pytest.raises(
         ValueError,
-        match="no one writes them down; chat.py and benchmark.py rows take --transcriber",
+        match="no one writes them down; chat.py, listen.py and benchmark.py rows take",
     ):
         chat.hear(audio.load(clip), clip)
     # Unless the user writes them, in quotes.
@@ -479,6 +479,8 @@ exec {sys.executable} "$@" $fewer
     shutil.copytree(world, home / "out/manner")
     rows = audio.read_manifest(world / "world/speech/train.jsonl")
     targets = [row | {"prompt": "who", "target": f"{row['caption']}. x"} for row in rows]
+    for prompt, target in (("which stress", "y"), ("of france", "a low man. z")):
+        targets.append(rows[0] | {"caption": "a low man", "prompt": prompt, "target": target})
     (home / "out/desta").mkdir()
     lines = [json.dumps(row).replace(str(world), str(home / "out/manner")) for row in targets]
     (home / "out/desta/targets.jsonl").write_text("\n".join(lines))
@@ -488,8 +490,10 @@ exec {sys.executable} "$@" $fewer
     assert shown == {"heard", "read", "../manner/cascade", "../manner/merged"}
     read = json.loads((home / "out/desta/read.json").read_text())
     heard = json.loads((home / "out/desta/heard.json").read_text())
-    assert len(read["rows"]) == len(heard["rows"]) == len(rows_of(world / "test/manifest.jsonl"))
-    assert read["groups"].keys() == heard["groups"].keys() == {"fact", "manner", "stress"}
+    asked_of = [row["group"] for row in rows_of(world / "test/manifest.jsonl")]
+    assert len(heard["rows"]) == len(asked_of)
+    assert len(read["rows"]) == len(asked_of) - asked_of.count("fact")
+    assert heard["groups"].keys() - read["groups"].keys() == {"fact"}
     again = run()
     assert "== python" not in again.stdout and again.stdout.splitlines()[-4:] == (
         done.stdout.splitlines()[-4:]
@@ -503,13 +507,13 @@ exec {sys.executable} "$@" $fewer
         for words in speedrun_commands("out", "speedrun_desta.sh")
         if words[:2] == ["desta.py", "train"]
     ]
-    assert [words[1] for words in flags] == ["targets.jsonl", "answers.jsonl"]
-    assert set(flags[0]) - set(flags[1]) == {"targets.jsonl", "--no-transcript", "no_transcript"}
+    assert [words[1] for words in flags] == ["kept.jsonl", "answers.jsonl"]
+    assert set(flags[0]) - set(flags[1]) == {"kept.jsonl", "--no-transcript", "no_transcript"}
     assert set(own) - set(flags[1]) == {
-        "$to/targets.jsonl", "$instruct", "$to/states", "$to/adapter",
+        "$to/kept.jsonl", "$instruct", "$to/states", "$to/adapter",
     }
     answers = rows_of(tmp_path / "out/desta/answers.jsonl")
-    assert {row["target"] for row in answers} == {"x"}, "without its caption"
+    assert {row["target"] for row in answers} == {"x"}, "no caption, no guess, no other answer"
 
 
 def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(

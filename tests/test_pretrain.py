@@ -556,7 +556,7 @@ def test_utterances_that_do_not_fit_into_a_row_are_told(speedrun, tmp_path, monk
         monkeypatch,
     )
     assert re.search(
-        "transcribe documents are longer than a row of 24 ids and are cut",
+        r"utterances with their text are longer than a row of 24 ids and are cut",
         "".join(capsys.readouterr()),
     )
 
@@ -866,7 +866,7 @@ def test_chats_longer_than_a_row_are_told_before_they_are_cut(
     speedrun, tmp_path, monkeypatch, capsys
 ):
     trained(speedrun, tmp_path, monkeypatch, "chat", "--length", "16")
-    assert "chat documents are longer than a row of 16 ids and are cut" in capsys.readouterr().out
+    assert "chats are longer than a row of 16 ids and are cut" in capsys.readouterr().out
     trained(speedrun, tmp_path, monkeypatch, "chat", "--length", "512")
     assert "longer than a row" not in capsys.readouterr().out
 
