@@ -200,7 +200,7 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
     cd "$out/manner"
     seed=$(seed)
     cd ../desta
-    [ -e answers.jsonl ] || python - kept.jsonl answers.jsonl <<'PY'
+    [ -e answers.jsonl ] || python - targets.jsonl answers.jsonl <<'PY'
 import json, os, sys
 with open(sys.argv[1]) as targets, open(f"{sys.argv[2]}.partial", "w") as out:
     for row in map(json.loads, targets):
@@ -208,7 +208,7 @@ with open(sys.argv[1]) as targets, open(f"{sys.argv[2]}.partial", "w") as out:
         out.write(json.dumps(row) + "\n")
 os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
 PY
-    adapter kept.jsonl no_transcript --no-transcript
+    adapter targets.jsonl no_transcript --no-transcript
     adapter answers.jsonl answers
     for model in no_transcript answers; do
       ask $model ../manner/world/test.jsonl $model.json

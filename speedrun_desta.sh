@@ -23,8 +23,7 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
 }
 
-# Lines read aloud. The instruct model reads each with its caption, and answers about it; the last
-# prompt is about something else, or the adapter learns that every question wants a caption.
+# Lines read aloud.
 mkdir -p $to
 python - $world/speech/train.jsonl $to/lines.jsonl <<'END'
 import json, sys
@@ -36,30 +35,35 @@ with open(sys.argv[1]) as rows, open(sys.argv[2], "w") as out:
         row["audio"] = str((Path(sys.argv[1]).parent / row["audio"]).resolve())
         out.write(json.dumps(row) + "\n")
 END
+
+# The instruct model reads each with its caption, and answers about it.
 step desta.py write $to/lines.jsonl --model $instruct --template $'{caption}\n{text}' \
   --prompt "what is the gender of it in a note" --prompt "in a sentence name the pitch of it" \
   --prompt "which pace is the pace of it and say it twice" \
-  --prompt "what is the stress of it in a note" --prompt "what is the capital of france in a note" \
-  --out $to/targets.jsonl
+  --prompt "what is the stress of it in a note" --out $to/captioned.jsonl
 
-# Of a line without stress the model names any word; to the last prompt it sometimes says the
-# caption. Such targets go.
-python - $to/targets.jsonl $to/kept.jsonl <<'END'
+# And it answers something else behind the line alone; without these the adapter learns that every
+# question wants a caption.
+step desta.py write $to/lines.jsonl --model $instruct --template '{text}' \
+  --prompt "what is the capital of france in a note" \
+  --prompt "name the animal of peru in a sentence" --out $to/others.jsonl
+
+# Of a line without stress it names any word: no target.
+python - $to/captioned.jsonl $to/others.jsonl > $to/targets.jsonl <<'END'
 import json, sys
 
-with open(sys.argv[1]) as targets, open(sys.argv[2], "w") as out:
-    for row in map(json.loads, targets):
-        guessed = "stress" in row["prompt"] and "stresses" not in row["caption"]
-        captioned = "france" in row["prompt"] and row["target"].startswith(row["caption"])
-        if not guessed and not captioned:
-            out.write(json.dumps(row) + "\n")
+for path in sys.argv[1:]:
+    for line in open(path):
+        row = json.loads(line)
+        if "stress" not in row["prompt"] or "stresses" in row["caption"]:
+            print(line, end="")
 END
 
 # What the HuBERT makes of the sound, once.
 step desta.py encode $to/lines.jsonl --encoder $out/hubert --out $to/states
 
 # The adapter: on hearing a line, with its words, the model is to say what it said on reading it.
-step desta.py train $to/kept.jsonl --model $instruct --states $to/states --queries 16 \
+step desta.py train $to/targets.jsonl --model $instruct --states $to/states --queries 16 \
   --steps 600 --batch 16 --seed $seed --out $to/adapter
 
 # Unheard voices, the words told. "read": the caption stands there, which bounds what hearing can

@@ -479,11 +479,11 @@ exec {sys.executable} "$@" $fewer
     shutil.copytree(world, home / "out/manner")
     rows = audio.read_manifest(world / "world/speech/train.jsonl")
     targets = [row | {"prompt": "who", "target": f"{row['caption']}. x"} for row in rows]
-    for prompt, target in (("which stress", "y"), ("of france", "a low man. z")):
-        targets.append(rows[0] | {"caption": "a low man", "prompt": prompt, "target": target})
+    targets.append(rows[0] | {"caption": "a man", "prompt": "which stress", "target": "guessed"})
     (home / "out/desta").mkdir()
     lines = [json.dumps(row).replace(str(world), str(home / "out/manner")) for row in targets]
-    (home / "out/desta/targets.jsonl").write_text("\n".join(lines))
+    (home / "out/desta/captioned.jsonl").write_text("\n".join(lines) + "\n")
+    (home / "out/desta/others.jsonl").write_text(lines[0] + "\n")
     done = run()
     assert done.returncode == 0, done.stderr
     shown = {line.split()[0] for line in done.stdout.splitlines()[-4:]}
@@ -507,13 +507,13 @@ exec {sys.executable} "$@" $fewer
         for words in speedrun_commands("out", "speedrun_desta.sh")
         if words[:2] == ["desta.py", "train"]
     ]
-    assert [words[1] for words in flags] == ["kept.jsonl", "answers.jsonl"]
-    assert set(flags[0]) - set(flags[1]) == {"kept.jsonl", "--no-transcript", "no_transcript"}
+    assert [words[1] for words in flags] == ["targets.jsonl", "answers.jsonl"]
+    assert set(flags[0]) - set(flags[1]) == {"targets.jsonl", "--no-transcript", "no_transcript"}
     assert set(own) - set(flags[1]) == {
-        "$to/kept.jsonl", "$instruct", "$to/states", "$to/adapter",
+        "$to/targets.jsonl", "$instruct", "$to/states", "$to/adapter",
     }
     answers = rows_of(tmp_path / "out/desta/answers.jsonl")
-    assert {row["target"] for row in answers} == {"x"}, "no caption, no guess, no other answer"
+    assert {row["target"] for row in answers} == {"x"}, "no caption, and no guess"
 
 
 def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(
