@@ -106,7 +106,7 @@ PY
 adapter() {
   [ -e "$2" ] ||
     python "$home/desta.py" train "$1" --model ../manner/instruct --states states --queries 16 \
-      --steps 600 --batch 16 --seed "$seed" "${@:3}" --out "$2"
+      --steps 800 --batch 16 --lr 1e-3 --seed "$seed" "${@:3}" --out "$2"
 }
 
 # ask MODEL TEST OUT: what a model answers to some questions, unless that is known.

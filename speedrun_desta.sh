@@ -45,8 +45,7 @@ step desta.py write $to/lines.jsonl --model $instruct --template $'{caption}\n{t
 # And it answers something else behind the line alone; without these the adapter learns that every
 # question wants a caption.
 step desta.py write $to/lines.jsonl --model $instruct --template '{text}' \
-  --prompt "what is the capital of france in a note" \
-  --prompt "name the animal of peru in a sentence" --out $to/others.jsonl
+  --prompt "what is the capital of france in a note" --out $to/others.jsonl
 
 # Of a line without stress it names any word: no target.
 python - $to/captioned.jsonl $to/others.jsonl > $to/targets.jsonl <<'END'
@@ -64,7 +63,7 @@ step desta.py encode $to/lines.jsonl --encoder $out/hubert --out $to/states
 
 # The adapter: on hearing a line, with its words, the model is to say what it said on reading it.
 step desta.py train $to/targets.jsonl --model $instruct --states $to/states --queries 16 \
-  --steps 600 --batch 16 --seed $seed --out $to/adapter
+  --steps 800 --batch 16 --lr 1e-3 --seed $seed --out $to/adapter
 
 # Unheard voices, the words told. "read": the caption stands there, which bounds what hearing can
 # do. Beside them the cascade, and what addition made of the same instruct model.
