@@ -719,7 +719,7 @@ def manner(args):
             answer[name] = text
     made = {
         "rows": rows,
-        "words": "told" if ears.lacks_words else "as its ears wrote them",
+        "words_told": ears.lacks_words,
         "answers": answers,
         "made": runs.recipe([args.folder, args.clips]),
     }

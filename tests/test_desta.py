@@ -272,6 +272,7 @@ def test_beside_a_hubert_who_listens_says_the_words(
             call(score, monkeypatch)
     call(manner(tmp_path / "with", clips, tmp_path / "m.json"), monkeypatch)
     assert heard[0] == {0: row["text"]} and heard[1][0] == row["text"]
+    assert json.loads((tmp_path / "m.json").read_text())["words_told"] is True
 
     # Without words in the row, our own ear writes them down.
     call([*score, "--overwrite", "--transcriber", str(speedrun / "speech")], monkeypatch)

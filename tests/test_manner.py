@@ -705,7 +705,11 @@ def test_the_pages_tell_what_the_results_hold():
     for name, what in without.items():
         scores = [value(paper, f"paper/{name}", group) for group in ("fact", "manner", "stress")]
         assert f"{what} {', '.join(scores)}" in readme
-    for table in (reuse, paper):
+    desta = json.loads((ROOT / "results/desta-toy.json").read_text())
+    for group, what in (("fact", "facts"), ("manner", "manner"), ("stress", "stress")):
+        scores = [value(desta, f"seed{n}/heard", group) for n in range(3)]
+        assert f"{what} {', '.join(scores)}" in readme
+    for table in (reuse, paper, desta):
         assert " ".join(benchmark.table(table).split()) in page
 
 
