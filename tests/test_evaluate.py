@@ -960,8 +960,8 @@ def test_what_the_readme_says_of_float32_is_in_the_results():
     assert all(seed["dtype"] == ["float32"] for seed in seeds)
     said = " ".join((ROOT / "README.md").read_text().split())
     assert (
-        f"in float32 (`results/toy-float32.json`): spoken {spoken:.2f}, "
-        f"{spoken / typed:.2f} of instruct's typed; typed turns keep "
+        f"In float32 (`results/toy-float32.json`): spoken {spoken:.2f}, "
+        f"{spoken / typed:.2f} of instruct's typed; typed keeps "
         f"{round(100 * kept / typed)} %."
         in said
     )
