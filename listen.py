@@ -57,9 +57,10 @@ def wants_words(folder, ears):
     """A ValueError if these ears of a folder lack the words, and no one writes them down."""
     if ears.lacks_words:
         raise ValueError(
-            f"{folder}: hears how words are said, and no one writes them down; chat.py, listen.py "
-            "and benchmark.py rows take --transcriber, a Whisper folder or a model of units; in a "
-            'chat they may stand behind the path, in "quotes", in a row as its "text" and "words"'
+            f"{folder}: hears how words are said, and no one writes them down; chat.py, "
+            "listen.py and benchmark.py rows take --transcriber, a Whisper folder or a model of "
+            'units; in a chat they may stand behind the path, in "quotes", in a row as its '
+            '"text" and "words"'
         )
 
 
