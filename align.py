@@ -41,10 +41,14 @@ class Align:
     """
 
     def __init__(self, args, model, interleaved, first_new):
-        self.pace, self.weight, self.seed = args.pace, args.imitate, args.seed
-        self.interleaved, self.first_new = interleaved, first_new
+        self.pace = args.pace
+        self.weight = args.imitate
+        self.seed = args.seed
+        self.interleaved = interleaved
+        self.first_new = first_new
         self.teacher = copy.deepcopy(model).requires_grad_(False) if args.imitate else None
-        self.filters, self.before = {}, {}
+        self.filters = {}  # {parameter: (C, C)}
+        self.before = {}  # {parameter: its values before the first step}
 
     def keep_text(self, model, body, batches, strength):
         """Filter the changes of the matrices of `body` by what text sends into them."""

@@ -202,7 +202,8 @@ def resample(samples, rate, to=SAMPLE_RATE):
     # An odd rate has too many phases for a table of all: between two of PHASES a filter
     # is a line.
     table, rise = sparse_table(reach, cut)
-    taps, out = np.arange(2 * reach + 1), []
+    taps = np.arange(2 * reach + 1)
+    out = []
     for n in range(0, length, 4096):
         time = np.arange(n, min(n + 4096, length)) * down / up
         whole = time.astype(np.int64)

@@ -13,7 +13,8 @@ words are known; with --transcriber the model hears the audio itself. Where a ro
 the words are told it.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
-letter). Rows with a "group" are scored group by group, too. A reply is cut behind --limit
+letter). Rows with a "group" are scored group by group, too; the interval of rows that name the
+same "fact" is that of so many facts. A reply is cut behind --limit
 tokens; one that has not ended there is wrong by "exact" and "ends".
 
 What `rows` and `pairs` have done is kept in OUT.rows: after a stop the same command goes on
@@ -43,6 +44,7 @@ from evaluate import (
     ratio,
     replies,
     share,
+    share_of,
     where_made,
 )
 from merge import Merge
@@ -58,10 +60,11 @@ READ = 16  # prompts read at once for the likelihood of all their ids
 # --- work that goes on after a stop -------------------------------------------
 
 
-def in_batches(args, items, work):
-    """work(list of items) -> list of results, for all items, batch by batch."""
+def in_batches(args, items, work, clips):
+    """work(list of items) -> list of results, for all items, batch by batch; clips: their paths."""
     runs.may_write(args.out, args.overwrite)
     settings = runs.recipe(inputs(args))["inputs"] | {"limit": args.limit}
+    settings["audio"] = audio.identity([{"audio": str(path)} for path in clips])
     return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, "row")
 
 
@@ -161,7 +164,8 @@ def score_rows(args):
     rows = read_rows(args.rows)
     model, vocab, ears = opened(args)
     can_hear(args, rows, ears)
-    said = in_batches(args, rows, answering(args, model, vocab, ears))
+    clips = [Path(args.rows).parent / row["audio"] for row in rows if row.get("audio")]
+    said = in_batches(args, rows, answering(args, model, vocab, ears), clips)
     tell_cut(args, vocab, said)
     finish(args, scores_of_rows(rows, said), said)
 
@@ -233,7 +237,7 @@ def can_hear(args, rows, ears):
     heard = [row for row in rows if row.get("audio") and (args.transcriber or not row.get("said"))]
     if not all(tells_words(row) for row in heard):
         listen.wants_words(args.folder, ears)
-    can_open([row["audio"] for row in heard], Path(args.rows).parent, ears)
+    can_open([Path(args.rows).parent / row["audio"] for row in heard], ears)
 
 
 def tells_words(row):
@@ -241,10 +245,9 @@ def tells_words(row):
     return bool(row.get("words") and row.get("text", "").strip() and row["metric"] != "wer")
 
 
-def can_open(names, folder, ears):
+def can_open(paths, ears):
     """An error for the first file that cannot be opened, or that is too long to be heard."""
-    paths = [str(folder / name) for name in names]
-    for path, samples in zip(paths, audio.lengths([{"audio": path} for path in paths])):
+    for path, samples in zip(paths, audio.lengths([{"audio": str(path)} for path in paths])):
         if samples > ears.most * audio.SAMPLE_RATE:
             raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
 
@@ -288,29 +291,28 @@ def spoken_words(text):
 
 
 def scores_by_metric(rows, said):
-    """{metric: cell} of what was said to rows."""
+    """{metric: cell} of what was said to rows; intervals by "fact", where rows name one."""
+    right = {
+        "exact": lambda text, row: text == normal(row["answer"]),
+        "ends": lambda text, row: ends(text, row["answer"]),
+        "contains": lambda text, row: contains(text, row["answer"]),
+        "choice": lambda text, row: meaning(text, row) == row["answer"],
+    }
     scores = {}
     for metric in METRICS:
         asked = [
             (normal(text), row) for text, row in zip(said, rows) if row["metric"] == metric
         ]
-        if not asked:
-            continue
-        if metric == "exact":
-            scores[metric] = share([text == normal(row["answer"]) for text, row in asked])
-        elif metric == "ends":
-            scores[metric] = share([ends(text, row["answer"]) for text, row in asked])
-        elif metric == "contains":
-            scores[metric] = share([contains(text, row["answer"]) for text, row in asked])
-        elif metric == "choice":
-            scores[metric] = share(
-                [meaning(text, row) == row["answer"] for text, row in asked]
-            )
-        else:
+        if asked and metric == "wer":
             heard = [spoken_words(text) for text, _ in asked]
             words = [spoken_words(row["answer"]) for _, row in asked]
             wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
             scores[metric] = ratio(wrong, [len(w) for w in words])
+        elif asked:
+            found = [right[metric](text, row) for text, row in asked]
+            facts = [str(row.get("fact", f"row {n}")) for n, (_, row) in enumerate(asked)]
+            alone = len(set(facts)) == len(facts)
+            scores[metric] = share(found) if alone else share_of(found, facts)
     return scores
 
 
@@ -378,7 +380,8 @@ def show(args):
 def table(made):
     """{name: {group: cell}} as lines and columns."""
     names = sorted({name for groups in made.values() for name in groups})
-    width, column = 2 + max(map(len, made)), max(10, *(len(name) + 2 for name in names))
+    width = 2 + max(map(len, made))  # of the first column
+    column = max(10, *(len(name) + 2 for name in names))  # of the others
     lines = [" " * width + "".join(f"{name:>{column}}" for name in names)]
     for line, groups in made.items():
         values = [
@@ -432,18 +435,19 @@ def read_pairs(path):
     """([{"good": path, "bad": path}], the folder that the paths are relative to)."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(
+        files = [
             file
-            for file in (path / "good").rglob("*")
+            for file in audio.files_under(path / "good")
             if file.suffix.lower() in audio.AUDIO
-        )
+        ]
         pairs = [
             {"good": str(file), "bad": str(path / "bad" / file.relative_to(path / "good"))}
             for file in files
         ]
         folder = Path()
     else:
-        pairs, folder = runs.read_lines(path), path.parent
+        pairs = runs.read_lines(path)
+        folder = path.parent
     if not pairs or not all(
         isinstance(pair.get(side), str) for pair in pairs for side in ("good", "bad")
     ):
@@ -461,7 +465,8 @@ def score_pairs(args):
     if not vocab.speech or vocab.reads_prosody():
         raise ValueError(f"{args.folder}: does not hear units; give a speech model that does")
     first, k = vocab.speech["first_unit"], vocab.speech["k"]
-    can_open([pair[side] for pair in pairs for side in ("good", "bad")], folder, ears)
+    clips = [folder / pair[side] for pair in pairs for side in ("good", "bad")]
+    can_open(clips, ears)
     before = len(vocab.begin) + 1  # ids that stand before the units
 
     def span(path):
@@ -481,7 +486,7 @@ def score_pairs(args):
             means.append(among.gather(1, unit).mean().item())
         return [[good, bad] for good, bad in zip(means[::2], means[1::2])]
 
-    means = in_batches(args, pairs, work)
+    means = in_batches(args, pairs, work, clips)
     won = [1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in means]
     finish(args, {"pairs": share(won)}, means)
 

@@ -55,8 +55,11 @@ class Chat:
     def __init__(self, folder, device="cpu", hubert=None, temperature=0.0, transcriber=None):
         self.model, self.vocab, self.ears = load(folder, device, hubert, None, transcriber)
         self.vocab.template()  # a ValueError now rather than at the first turn
-        self.folder, self.temperature = folder, temperature
-        self.messages, self.took, self.forgotten = [], {}, 0
+        self.folder = folder
+        self.temperature = temperature
+        self.messages = []
+        self.took = {}
+        self.forgotten = 0
         self.draw = random.SystemRandom()  # at a temperature no two replies are alike
         self.room = self.model.config.max_position_embeddings - LIMIT  # tokens of a prompt
 
@@ -234,7 +237,8 @@ def take(chat, parts, transcribe):
 
     Notes: seconds, units, and what was heard if `transcribe`.
     """
-    content, notes = [], {"seconds": 0.0, "units": 0, "heard": []}
+    content = []
+    notes = {"seconds": 0.0, "units": 0, "heard": []}
     parts = list(parts)
     for n, part in enumerate(parts):
         if isinstance(part, str):

@@ -211,9 +211,9 @@ class QFormer(nn.Module):
     def forward(self, states, real):
         B, taps, T, C = states.shape
         x = self.queries.expand(B, -1, -1, -1).flatten(0, 1)        # (B * taps, Q, C)
-        silent = ~real.repeat_interleave(taps, 0)                   # (B * taps, T)
+        padding = ~real.repeat_interleave(taps, 0)                   # (B * taps, T)
         for layer in self.layers:
-            x = layer(x, states.flatten(0, 1), memory_key_padding_mask=silent)
+            x = layer(x, states.flatten(0, 1), memory_key_padding_mask=padding)
         x = x.view(B, taps, -1, C)                                  # (B, taps, Q, C)
         x = torch.einsum("btqc,qt->bqc", x, self.mixing.softmax(-1))  # (B, Q, C)
         return self.proj(self.norm(x))                              # (B, Q, out)
@@ -273,7 +273,9 @@ class Ears:
     transcriber  samples -> text; None if there is none, or who calls it says the words
     """
 
-    hop, most, makes = audio.HOP, SECONDS, "vectors"
+    hop = audio.HOP
+    most = SECONDS  # of a clip
+    makes = "vectors"
 
     def __init__(self, encoder, adapter, table, listener, has_words):
         self.encoder, self.adapter = encoder, adapter
@@ -406,8 +408,8 @@ def encode(args, out):
     saved = checkpoint.read("counts")
     counts = saved[0] if saved else []
     per_frame = len(encoder.taps) * encoder.width
-    with open(out / "states.bin", "ab") as file:
-        file.truncate(2 * per_frame * sum(counts))  # what a kill left behind the last save
+    # What a kill left behind the last save is cut off.
+    with runs.reopened(out / "states.bin", 2 * per_frame * sum(counts)) as file:
         bar = runs.Bar(total=len(rows), initial=len(counts), desc="encoding", unit="clip")
         while len(counts) < len(rows):
             part = rows[len(counts) : len(counts) + AT_ONCE]

@@ -26,7 +26,8 @@ ALONE, GROWTH = 0.1, 20
 ROLES = "system", "user", "assistant", "tool"  # another role could spell a chat's markers
 HELD_OUT = 100  # one document in a hundred is for validation only
 # One draw decides of a spoken line: below BEFORE its caption stands first, from there to BEHIND
-# last, else nowhere; above ENDS the document ends like a turn.
+# last, else nowhere; above ENDS the document ends like a turn. So those that end like a turn hold
+# no caption.
 BEFORE, BEHIND, ENDS = 0.3, 0.6, 0.8
 BETWEEN = 0.5  # of all lines have another line behind the speech, before any caption
 WAITING = 1.3  # batches' worth of documents to choose from: more choice, fuller rows

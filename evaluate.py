@@ -275,7 +275,8 @@ def read_questions(path):
         texts += [row.get(name, "") for name in ("noisy", "text")]
         voices = row.get("audio")
         heard = isinstance(voices, dict) and set(GROUPS) <= voices.keys()
-        if not heard or "seen" not in row or not all(isinstance(text, str) for text in texts):
+        written = all(isinstance(text, str) for text in texts) and all(map(str.strip, texts[:3]))
+        if not heard or "seen" not in row or not written:
             raise ValueError(
                 f"{path}, row {number}: wanted question, answer, split, seen, and \"audio\" that "
                 "names heard, near and far; noisy and text may be left out"
@@ -791,7 +792,9 @@ def units_report(folder):
                 spoken.append((row.get("speaker"), units))
 
     # Of two voices: the same word twice, and another word in place of the second.
-    rng, same, other, names = random.Random(0), [], [], sorted(words)
+    rng = random.Random(0)
+    same, other = [], []
+    names = sorted(words)
     for word in names:
         others = [name for name in names if name != word] or [word]
         for _ in range(20):

@@ -366,7 +366,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, worth, barred):
+    def forward(ctx, hidden, weight, target, loss_weight, masked):
         N = len(target)
         each = torch.empty(N, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
@@ -378,8 +378,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = slice(a, a + CHUNK)
             column = target[part, None]                             # (n, 1)
             logits = (hidden[part] @ weight.T).float()              # (n, V): all there ever is
-            if barred is not None:
-                logits.masked_fill_(barred, -math.inf)
+            if masked is not None:
+                logits.masked_fill_(masked, -math.inf)
             largest = logits.amax(-1, keepdim=True)                 # (n, 1)
             wanted = logits.gather(-1, column)                      # (n, 1)
 
@@ -388,9 +388,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = p.sum(-1, keepdim=True)                         # (n, 1)
             each[part] = (total.log() + largest - wanted)[:, 0]
 
-            # The gradient of the logits, in place: worth * (softmax - 1 at the target).
+            # The gradient of the logits, in place: loss_weight * (softmax - 1 at the target).
             if hidden.requires_grad or weight.requires_grad:
-                value = worth[part, None]                           # (n, 1)
+                value = loss_weight[part, None]                     # (n, 1)
                 p.mul_(value / total).scatter_add_(-1, column, -value)
                 gradient = p.to(hidden.dtype)                       # (n, V)
                 logits = p = None  # or it would be there twice when the next chunk is made
@@ -402,7 +402,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(each)
-        return (each * worth).sum(), each
+        return (each * loss_weight).sum(), each
 
     @staticmethod
     def backward(ctx, g, _):
@@ -414,12 +414,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def linear_cross_entropy(hidden, weight, target, worth, barred=None):
-    """(sum of worth * cross-entropy, cross-entropy of each target) of logits hidden @ weight'.
+def linear_cross_entropy(hidden, weight, target, loss_weight, masked=None):
+    """(weighted sum of cross-entropies, cross-entropy of each target) of logits hidden @ weight'.
 
     hidden (N, C), weight (V, C), target (N,) int
-    worth (N,) float32: what each target's loss counts
-    barred (V,) bool: rows that take no part in the softmax
+    loss_weight (N,) float32: what each target's loss counts
+    masked (V,) bool: rows that take no part in the softmax
 
     The logits never exist whole. The gradient is taken in the forward pass, CHUNK targets
     at a time, while their logits are there: nothing is computed twice. Under autocast
@@ -433,4 +433,4 @@ def linear_cross_entropy(hidden, weight, target, worth, barred=None):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(kind, enabled=False):
-        return LinearCrossEntropy.apply(hidden, weight, target, worth, barred)
+        return LinearCrossEntropy.apply(hidden, weight, target, loss_weight, masked)

@@ -177,7 +177,10 @@ class PositionalConv(nn.Module):
             x = self.batch_norm(x)
         if real is not None:
             x = x * real[:, None]
-        y = self.conv(x)                        # (B, C, T), one more if the width is even
+        # In float32 on a CPU: on one that has AMX, torch 2.13's bfloat16 convolution of groups of
+        # 12 channels is wrong by more than its own size.
+        with torch.autocast("cpu", enabled=False):
+            y = self.conv(x.float())            # (B, C, T), one more if the width is even
         return F.gelu(y[:, :, : x.shape[2]]).transpose(1, 2)        # (B, T, C)
 
 

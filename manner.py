@@ -253,11 +253,13 @@ def write_questions(world, rng, reader, counts, out):
             asked = question(manner, line, rng, relation or rng.choice(RELATIONS[:-1]))
             plan.append((split, line, manner, asked))
     facts = [max(1, counts[split] // 2) for split in ("dev", "test")]
-    for row in toy.questions(world, rng, *facts):
+    asked_facts = toy.questions(world, rng, *facts)
+    for row in asked_facts:
         manner = drawn_manner(row["question"], rng)._replace(stress=None)
         asked = "fact", row["kind"], "", row["answer"]  # the line itself is the question
         plan.append((row["split"], row["question"], manner, asked))
 
+    about = {row["question"]: row["fact"] for row in asked_facts}
     made = []
     for number, (split, line, manner, asked) in enumerate(runs.Bar(plan, unit="question")):
         name = f"questions/{number:04d}.flac"
@@ -266,13 +268,15 @@ def write_questions(world, rng, reader, counts, out):
         row |= {"instruction": instruction, "answer": answer, "kind": kind}
         row["group"] = relation if relation in ("fact", "stress") else "manner"
         row["metric"] = "exact" if relation == "fact" else "ends"
+        if relation == "fact":
+            row["fact"] = about[line]
         made.append((split, {"audio": name} | row))
 
     # Each as sound, and as the text that a perfect ear would write down: without the how.
-    names = "text", "instruction", "answer", "group", "metric"
+    names = "text", "instruction", "answer", "group", "metric", "fact"
     for split in counts:
         rows = [row for part, row in made if part == split]
-        texts = [{name: row[name] for name in names} for row in rows]
+        texts = [{name: row[name] for name in names if name in row} for row in rows]
         toy.write_lines(out / f"{split}.jsonl", rows)
         toy.write_lines(out / f"{split}_text.jsonl", texts)
     return made

@@ -1,6 +1,8 @@
 r"""The idea of SpeechCombine: add what instruct training changed to a model that hears.
 
-    merged = base + lam * (speech - base) + mu * (instruct - base)
+    for name in base:
+        merged[name] = base[name] + lam * (speech[name] - base[name]) \
+                                  + mu * (instruct[name] - base[name])
 
 in   three model folders: base, and from it speech and instruct
 out  a model folder that hears and answers, with the size of both deltas in merge.json
@@ -31,15 +33,6 @@ import torch
 
 import weights
 from vocab import CHATS, Vocab
-
-RULES = {
-    "shared": "every tensor, and every row that base has: base + lam * (speech - base) + "
-    "mu * (instruct - base), in float64, rounded once to speech's dtype",
-    "chat markers": "their rows are instruct's, whatever lam and mu: speech has no chats",
-    "new rows": "tokens that only speech has are speech's: there is nothing to add",
-}
-BLOCK = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
-TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
 
 
 def add(models, name, lam, mu):
@@ -86,6 +79,16 @@ def dot(x, y):
     return x.flatten().dot(y.flatten()).item()
 
 
+RULES = {
+    "shared": "every tensor, and every row that base has: base + lam * (speech - base) + "
+    "mu * (instruct - base), in float64, rounded once to speech's dtype",
+    "chat markers": "their rows are instruct's, whatever lam and mu: speech has no chats",
+    "new rows": "tokens that only speech has are speech's: there is nothing to add",
+}
+BLOCK = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
+TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
+
+
 class Merge:
     """base, instruct and speech, found to fit, and their sum.
 
@@ -104,7 +107,7 @@ class Merge:
                 f"{speech}: cannot hear (no speech.json); --speech wants a model "
                 "trained with pretrain.py --units"
             )
-        weights.ears_of(speech)  # the sum gets them, when it is written
+        weights.codebook_files(speech)  # the sum gets them, when it is written
         self.names = self.same_names()
         self.same_shapes()
         self.same_tokens(vocabs)
@@ -136,7 +139,7 @@ class Merge:
                     file.write(name, first, rows)
         if file:
             file.close()
-        return report(sizes)
+        return delta_report(sizes)
 
     # --- do the three fit? ---
 
@@ -248,8 +251,10 @@ class Output:
 
     def __init__(self, out, models):
         speech = models.tensors["speech"]
-        self.out, self.files, self.begin = Path(out), {}, {}
-        self.home = {}  # tensor name -> its file
+        self.out = Path(out)
+        self.files = {}  # {name of a file: it, open}
+        self.begin = {}  # {tensor name: where it begins in its file}
+        self.home = {}  # {tensor name: its file}
         for name in models.names:
             file = speech.home[name].replace("pytorch_model", "model")
             self.home[name] = file.replace(".bin", ".safetensors")
@@ -276,7 +281,7 @@ class Output:
 # --- the report ---------------------------------------------------------------
 
 
-def report(sizes):
+def delta_report(sizes):
     """How big the two deltas are and whether they point the same way, of {tensor: `measure`}.
 
     {"rel", "cosine", "against", "blocks", "tensors"}: rel is |delta| / |base| (Frobenius
@@ -313,7 +318,7 @@ def relations(part):
     }
 
 
-def show(report):
+def print_report(report):
     """Print the report as a table."""
     print(
         f"{'block':>6} {'|instruct|/|base|':>18} {'|speech|/|base|':>16} {'cosine':>8} "
@@ -344,7 +349,7 @@ def draw(report, path):
     figure = Figure(figsize=(10, 3.5), layout="tight")
     left, right = figure.subplots(1, 2)
     for name, form in (("instruct", "s--"), ("speech", "o-")):
-        left.plot(blocks, [row[name] for row in rows], form, label=name)
+        left.plot(blocks, [row[name] for row in rows], form, label=name, clip_on=False)
     left.set(
         xlabel="block",
         ylabel="|delta| / |base|",
@@ -419,7 +424,7 @@ def main():
     for rule, what in RULES.items():
         print(f"{rule:13} {what}")
     if args.dry_run:
-        show(models.run(args.lam, args.mu))
+        print_report(models.run(args.lam, args.mu))
         return
 
     strengths = {"lam": args.lam, "mu": args.mu}
@@ -438,8 +443,8 @@ def main():
             own = "recipe.json", "training.json", "merge.json", "codebook.json"
             if file.name not in own and not file.name.endswith(".index.json"):
                 shutil.copy(file, out / file.name)
-        weights.copy_ears(args.speech, out)
-    show(made)
+        weights.copy_codebook(args.speech, out)
+    print_report(made)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ on a CPU the result is then bit-identical.
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import time
@@ -418,7 +419,7 @@ def set_up(args, out, rank, world):
     # stream.
     sources, mix = read_sources(args)
     if vocab.speech:
-        weights.ears_of(args.units or args.init)  # `save` wants them, after the last step
+        weights.codebook_files(args.units or args.init)  # `save` wants them, after the last step
     if rank == 0:
         warn_of_cuts(sources, vocab, args)
     streams = {
@@ -560,7 +561,7 @@ def save(run, out):
     run.vocab.save(out)
     hears = args.units or (args.init if run.vocab.speech else None)
     if hears:
-        weights.copy_ears(hears, out)
+        weights.copy_codebook(hears, out)
     made = {"seconds": round(run.log.seconds(), 1), "settings": run.checkpoint.settings}
     (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
     run.log.draw()
@@ -632,10 +633,14 @@ class Log:
     """log.jsonl, a line on the screen now and then, loss.png; and how long and how much so far."""
 
     def __init__(self, args, out, model, vocab, units, mix, sources, held_out):
-        self.args, self.model, self.units, self.names = args, model, units, list(mix)
+        self.args = args
+        self.model = model
+        self.units = units
+        self.names = list(mix)
         self.held_out = held_out
         self.filler = vocab.eos
-        self.path, self.picture = out / "log.jsonl", out / "loss.png"
+        self.path = out / "log.jsonl"
+        self.picture = out / "loss.png"
         self.rank, self.world = runs.processes()
         self.spent = 0.0  # seconds before a stop
         self.heard = 0  # units trained on; where processes share, one of them estimates it
@@ -712,16 +717,17 @@ class Log:
         rows = [json.loads(line) for line in self.path.read_text().splitlines()]
         figure = Figure(figsize=(7, 4), layout="tight")
         axes = figure.subplots()
-        for kind, form, what in (("layouts", ".-", ""), ("held_out", "o", ", held out")):
+        # A marker for each layout, so that they differ without their colours too.
+        for kind, line, what in (("layouts", "-", ""), ("held_out", "", ", held out")):
             names = dict.fromkeys(name for row in rows for name in row.get(kind, {}))
-            for name in names:
+            for name, marker in zip(names, itertools.cycle("os^Dv")):
                 points = [
                     (row["step"], row[kind][name])
                     for row in rows
                     if name in row.get(kind, {})
                 ]
                 if not name.endswith(" units"):
-                    axes.plot(*zip(*points), form, label=name + what)
+                    axes.plot(*zip(*points), marker + line, label=name + what)
         axes.set(xlabel="step", ylabel="nats per text token")
         if axes.lines:
             axes.legend()

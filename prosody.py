@@ -275,7 +275,9 @@ class Ears:
     transcriber  samples -> text; None if who calls it says the words
     """
 
-    hop, most, makes = audio.HOP, 30, "words"
+    hop = audio.HOP
+    most = 30  # seconds of a clip
+    makes = "words"
 
     def __init__(self, folder):
         self.edges = read_edges(folder)
@@ -373,7 +375,7 @@ def encode(args):
     corpus = runs.in_pieces(args.out, settings, rows, work, PIECE, **about)
     if edges is None:
         edges = edges_of(said for _, said in corpus)
-    with runs.new_folder(args.out, [args.manifest, args.bins], args.overwrite) as out:
+    with runs.new_folder(args.out, [args.bins], args.overwrite, notes=settings) as out:
         save_file({"edges": torch.from_numpy(edges)}, out / "codebook.safetensors")
         made = {
             "features": {"kind": "prosody"},

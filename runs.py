@@ -38,6 +38,9 @@ import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+# By default a GPU's convolutions round to 11 bits (TF32), and are called float32 all the same.
+torch.backends.cudnn.allow_tf32 = False
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WORTH_IT = 1.2  # bfloat16 keeps three digits: it is taken where it is this much faster
 TRIES = 10  # products that are timed; the fastest counts: a busy machine slows the others
@@ -161,6 +164,20 @@ def settle(file):
     """Put what was written to an open file on the disk, before anything says that it is there."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def reopened(path, size):
+    """A file open behind its first `size` bytes; the rest is cut off."""
+    path.touch()
+    if path.stat().st_size < size:
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes, its mark says {size}; the disk has "
+            f"lost some. Remove {path.parent} to start anew"
+        )
+    file = open(path, "r+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 # --- folders out --------------------------------------------------------------
@@ -477,9 +494,6 @@ def arithmetic(asked, device):
     else:
         dtype, why = DTYPES[asked], "as --dtype says"
 
-    # By default a GPU's convolutions round to 11 bits (TF32), and are called float32 all
-    # the same.
-    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     tqdm.write(f"{device}: products in {name_of(dtype)} ({why})", file=sys.stderr)
     return dtype
 

@@ -28,6 +28,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -318,7 +319,8 @@ def collapse(labels):
 class AudioTokenizer:
     """Samples -> (units, durations), with the codebook of a folder. `recipe` is codebook.json."""
 
-    makes, most = "units", math.inf  # seconds of a clip
+    makes = "units"
+    most = math.inf  # seconds of a clip
     lacks_words = False  # they come from the sound
 
     def __init__(self, folder, device="cpu", hubert=None, dtype=torch.float32):
@@ -555,7 +557,7 @@ class Shard:
         saved = self.mark.read("counts", "sizes")
         none = dict.fromkeys(("done", "skipped", "silent", "clipped", "seconds"), 0)
         self.counts, sizes = saved or (none, dict.fromkeys(self.FILES, 0))
-        self.files = {name: reopened(folder / name, sizes[name]) for name in self.FILES}
+        self.files = {name: runs.reopened(folder / name, sizes[name]) for name in self.FILES}
 
     def append(self, row, clip, units, durations):
         self.files["units.bin"].write(units.tobytes())
@@ -584,20 +586,6 @@ class Shard:
     def close(self):
         for file in self.files.values():
             file.close()
-
-
-def reopened(path, size):
-    """A file open behind its first `size` bytes; the rest is cut off."""
-    path.touch()
-    if path.stat().st_size < size:
-        raise ValueError(
-            f"{path}: {path.stat().st_size} bytes, its mark says {size}; the disk has "
-            f"lost some. Remove {path.parent} to start anew"
-        )
-    file = open(path, "r+b")
-    file.truncate(size)
-    file.seek(size)
-    return file
 
 
 def encode_rows(args, rows, target):
@@ -647,6 +635,11 @@ def encode_rows(args, rows, target):
         if not counts["skipped"]:
             (out / "skipped.jsonl").unlink()
 
+    tell(target, counts, numbers)
+
+
+def tell(target, counts, numbers):
+    """Print what a units folder holds. counts: a Shard's; numbers: units of each clip."""
     odd = {
         "skipped": "skipped (skipped.jsonl says why)",
         "silent": "of them silent",
@@ -654,6 +647,12 @@ def encode_rows(args, rows, target):
     }
     said = "".join(f", {counts[name]} {what}" for name, what in odd.items() if counts[name])
     rate = numbers.sum() / max(1e-9, counts["seconds"])
+    if rate < 1:  # people speak five syllables and more
+        tqdm.write(
+            f"{target}: under one unit a second, so hardly a word is in them; are the HuBERT, "
+            "its codebook and --dtype right?",
+            file=sys.stderr,
+        )
     print(
         f"{target}: {len(numbers)} clips{said}, {counts['seconds'] / 3600:.2f} h, "
         f"{numbers.sum()} units, {rate:.1f} a second"
@@ -686,7 +685,7 @@ def encode_chunk(args, tokenizer, shard, chunk, clips):
 
 def finish(args, recipe, out):
     """What every units folder holds beside units: the codebook, and how they were made."""
-    weights.copy_ears(args.codebook, out)
+    weights.copy_codebook(args.codebook, out)
     names = "features", "k", "frame_rate", "collapse", "switch"
     meta = {name: recipe[name] for name in names} | {"codebook_sha256": recipe["sha256"]}
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

@@ -615,7 +615,7 @@ class Vocab:
         return " ".join(words)
 
 
-def show(vocab):
+def print_documents(vocab):
     """Every layout on a small example: a token, its id, and a * where it bears loss."""
 
     def line(title, ids, loss=None):
@@ -648,7 +648,7 @@ def main():
     parser.add_argument(
         "folder", help="a model folder (speech.json in it adds spoken layouts)"
     )
-    show(Vocab(parser.parse_args().folder))
+    print_documents(Vocab(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def write_block(handle, at, tensor):
         at = at + done
 
 
-def ears_of(folder):
+def codebook_files(folder):
     """The files of a folder's codebook; a FileNotFoundError names the one that it lacks."""
     files = [Path(folder) / name for name in ("codebook.safetensors", "codebook.json")]
     for file in files:
@@ -250,9 +250,9 @@ def ears_of(folder):
     return files
 
 
-def copy_ears(source, target):
+def copy_codebook(source, target):
     """Copy what hears from folder to folder: the codebook, and a small HuBERT beside it."""
-    for file in ears_of(source):
+    for file in codebook_files(source):
         shutil.copy(file, Path(target) / file.name)
     if (Path(source) / "hubert").exists():
         shutil.copytree(

@@ -281,8 +281,8 @@ class Whisper(nn.Module):
 
         # No markers but the end; at the beginning not the end either, nor a space alone.
         markers = [i for i in special.values() if i < self.times and i != self.vocab.eos]
-        self.barred = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-        self.barred[[*markers, *(made.get("suppress_tokens") or [])]] = True
+        self.masked = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        self.masked[[*markers, *(made.get("suppress_tokens") or [])]] = True
         self.not_first = torch.zeros(self.config.vocab_size, dtype=torch.bool)
         self.not_first[[*self.vocab.encode(" "), self.vocab.eos]] = True
 
@@ -345,7 +345,7 @@ class Whisper(nn.Module):
 
     def not_now(self, logits, so_far, times):
         """(V,) bool: tokens that may not come next. Times come in pairs, and never fall."""
-        no = self.barred.clone()
+        no = self.masked.clone()
         if not so_far:
             no |= self.not_first
         if not times:

@@ -333,6 +333,14 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
     monkeypatch.setattr(runs.Checkpoint, "write", write)
     with pytest.raises(KeyboardInterrupt):
         call(command(clips, speedrun, tmp_path / "again"), monkeypatch)
+    if what == "encode":  # a disk that has lost some of it: refused, and not filled with zeros
+        file = tmp_path / "again.partial/states.bin"
+        states = file.read_bytes()
+        file.write_bytes(states[:10])
+        with pytest.raises(ValueError, match="states.bin: 10 bytes, its mark says"):
+            call(command(clips, speedrun, tmp_path / "again"), monkeypatch)
+        assert file.read_bytes() == states[:10]
+        file.write_bytes(states)
     call(command(clips, speedrun, tmp_path / "again"), monkeypatch)
     for name in {"encode": ["states.bin", "index.npy"], "train": ["model.safetensors"]}[what]:
         assert (tmp_path / "again" / name).read_bytes() == (

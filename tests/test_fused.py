@@ -235,19 +235,19 @@ def test_the_loss_in_pieces_is_the_loss_in_one_with_its_gradients(monkeypatch, b
     torch.manual_seed(0)
     hidden = torch.randn(40, 12)
     weight = torch.randn(90, 12)
-    worth = torch.rand(40)
+    loss_weight = torch.rand(40)
     target = torch.randint(0, 50, (40,))
-    barred = torch.arange(90) >= 50 if barring else None
+    masked = torch.arange(90) >= 50 if barring else None
     a = [x.clone().requires_grad_() for x in (hidden, weight)]
     b = [x.double().requires_grad_() for x in (hidden, weight)]
-    total, each = fused.linear_cross_entropy(*a, target, worth, barred)
+    total, each = fused.linear_cross_entropy(*a, target, loss_weight, masked)
     logits = b[0] @ b[1].T
     wanted = F.cross_entropy(
-        logits if barred is None else logits.masked_fill(barred, -torch.inf), target,
+        logits if masked is None else logits.masked_fill(masked, -torch.inf), target,
         reduction="none",
     )
     (3 * total).backward()
-    (3 * (wanted * worth).sum()).backward()
+    (3 * (wanted * loss_weight).sum()).backward()
     assert torch.allclose(each.double(), wanted, atol=1e-5) and not each.requires_grad
     assert all(torch.allclose(x.grad.double(), y.grad, atol=1e-5) for x, y in zip(a, b))
 

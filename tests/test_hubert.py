@@ -1,4 +1,5 @@
 import pytest
+import runs
 import torch
 
 import weights
@@ -103,6 +104,17 @@ def test_a_second_of_sound_is_fifty_frames():
         assert [model(torch.randn(1, n), 1).shape[1] for n in (16000, 15999, 190800)] == [
             50, 49, 596,
         ]
+
+
+def test_in_bfloat16_the_toys_hubert_hears_what_it_hears_in_float32():
+    """Some CPUs with AMX multiply groups of 12 channels wrongly in bfloat16."""
+    model = Hubert.fresh(Config(), seed=0).eval()
+    samples = torch.randn(2, 16000)
+    with torch.no_grad():
+        whole = model(samples, 4)
+        with runs.autocast("cpu", torch.bfloat16):
+            half = model(samples, 4).float()
+    assert (half - whole).norm() < 0.03 * whole.norm()
 
 
 def test_hidden_frames_are_replaced_and_change_only_through_context():

@@ -78,6 +78,11 @@ def test_openmp_is_told_how_to_wait_before_torch_is_loaded(name):
     assert order.index("runs") < min(loads_torch)
 
 
+def test_convolutions_that_are_called_float32_are_float32():
+    said = python("import runs, torch; print(torch.backends.cudnn.allow_tf32)").stdout
+    assert said.strip() == "False"
+
+
 def test_a_users_own_setting_of_openmp_stays():
     assert (
         python(

@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 import audio
+import runs
 import tokenize_audio
 from conftest import ROOT, call, shared
 from evaluate import edit_distance
@@ -244,7 +245,7 @@ def test_several_processes_write_what_one_does(speedrun, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in ("2", "1", "0"):
         monkeypatch.setenv("RANK", rank)
-        call(words_of(speedrun, tmp_path / "three"), monkeypatch)
+        call(words_of(speedrun, f"{tmp_path}/three/"), monkeypatch)  # as a shell completes it
     assert same_units(tmp_path / "one", tmp_path / "three")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "three"]
 
@@ -469,11 +470,19 @@ def test_a_stopped_encode_notices_that_the_folder_of_audio_has_changed(
 def test_a_file_shorter_than_its_mark_is_refused_and_not_filled_with_zeros(tmp_path):
     (tmp_path / "units.bin").write_bytes(b"12")
     with pytest.raises(ValueError, match="2 bytes, its mark says 4"):
-        tokenize_audio.reopened(tmp_path / "units.bin", 4)
+        runs.reopened(tmp_path / "units.bin", 4)
     assert (tmp_path / "units.bin").read_bytes() == b"12"
-    with tokenize_audio.reopened(tmp_path / "units.bin", 1) as file:
+    with runs.reopened(tmp_path / "units.bin", 1) as file:
         assert file.tell() == 1
     assert (tmp_path / "units.bin").read_bytes() == b"1"
+
+
+def test_units_that_hardly_ever_change_are_told(capsys):
+    counts = dict.fromkeys(("skipped", "silent", "clipped"), 0) | {"seconds": 30.0}
+    tokenize_audio.tell("out/units", counts, np.ones(9, int))
+    assert "under one unit a second" in capsys.readouterr().err
+    tokenize_audio.tell("out/units", counts, np.full(9, 50))
+    assert not capsys.readouterr().err
 
 
 def test_an_empty_manifest_has_nothing_to_fit_on(tmp_path, monkeypatch):

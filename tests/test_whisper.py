@@ -108,11 +108,11 @@ def test_a_transcript_has_the_ids_of_transformers(seed, many, times, tmp_path):
         ids = ours.prompts(ours.model.decoder.hear(states.last_hidden_state), 1, times)
         first = ids.shape[1]
         # No time behind <|notimestamps|>.
-        barred = made.suppress_tokens + (
+        masked = made.suppress_tokens + (
             [] if times else [*range(ours.times, ours.config.vocab_size)]
         )
         rules = [
-            logits_process.SuppressTokensLogitsProcessor(barred),
+            logits_process.SuppressTokensLogitsProcessor(masked),
             logits_process.SuppressTokensAtBeginLogitsProcessor(made.begin_suppress_tokens, first),
         ]
         if times:
