@@ -211,7 +211,7 @@ class QFormer(nn.Module):
     def forward(self, states, real):
         B, taps, T, C = states.shape
         x = self.queries.expand(B, -1, -1, -1).flatten(0, 1)        # (B * taps, Q, C)
-        padding = ~real.repeat_interleave(taps, 0)                   # (B * taps, T)
+        padding = ~real.repeat_interleave(taps, 0)                  # (B * taps, T)
         for layer in self.layers:
             x = layer(x, states.flatten(0, 1), memory_key_padding_mask=padding)
         x = x.view(B, taps, -1, C)                                  # (B, taps, Q, C)
