@@ -1,14 +1,14 @@
 """What a small model needs before adding its two deltas works. `--plain` does without.
 
 in   the model, a batch, its hidden states
-out  positions, a loss mask, one more loss, a filter
+out  positions, a loss mask, one more loss, a filter, and which rows stay
 see  hidden-state distillation: FitNets (arXiv:1412.6550), in speech DiVA
      (arXiv:2410.02678); randomised positions (arXiv:2305.16843); Adam-NSCL (arXiv:2103.07113)
 run  python pretrain.py --init out/base --units out/units --plain --out out/speech_plain
 
 Merging adds a behaviour that was learnt on text to a model that hears. The behaviour acts
 on speech only if a spoken word looks like the written word inside the network. A model of
-five million parameters does not get there by the loss of the next token. Three things help
+five million parameters does not get there by the loss of the next token. Four things help
 it:
 
 position gaps   Speech takes several units for a word, so words stand further apart than in
@@ -19,6 +19,9 @@ distillation    A frozen copy of the base, the teacher, reads the transcript. Wh
                 (`--imitate`).
 a filter        What text uses of a matrix is damped in every step, so that the speech delta
                 leaves text as it was (`--keep-text`).
+frozen rows     Hearing moves only the embedding rows of its new tokens, and behaviour those of
+                the chat markers, so a written word is the same to all three models
+                (`--embeddings`).
 """
 
 import copy
@@ -33,7 +36,7 @@ RIDGE = 0.1  # of the mean eigenvalue, added before a covariance is inverted
 
 
 class Align:
-    """The three of them for one run, as the settings of pretrain.py say.
+    """The first three of them for one run, as the settings of pretrain.py say.
 
     pace, imitate, keep_text   their strengths; 1, 0 and 0 turn them off
     interleaved                the number of the interleaved layout in the batches, or -1
@@ -209,6 +212,23 @@ def taught(batch):
     read = torch.zeros_like(batch["start"], dtype=torch.bool)       # (B, T)
     read[row, begin] = True
     return read.gather(1, batch["start"])
+
+
+# --- frozen rows --------------------------------------------------------------
+
+
+def frozen_rows(embeddings, vocab, first_new, count):
+    """(count,) bool: rows of the embedding that a run leaves as they are.
+
+    embeddings  "all" rows are trained; "special": the special tokens alone; "new": those from row
+                `first_new` on, which units and markers of speech have just got
+    """
+    row = torch.arange(count)
+    if embeddings == "new":
+        return row < first_new
+    if embeddings == "special":
+        return ~torch.isin(row, torch.tensor([*vocab.special.values()]))
+    return torch.zeros(count, dtype=torch.bool)
 
 
 # --- the filter ---------------------------------------------------------------

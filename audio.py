@@ -460,13 +460,13 @@ def main():
     parser.add_argument("audio", nargs="+", help="audio files")
     for path in parser.parse_args().audio:
         samples = load(path)
-        said = {
+        facts = {
             "audio": path,
             "seconds": round(len(samples) / SAMPLE_RATE, 3),
             "frames": len(mfcc(samples)),
             "loudest": round(float(abs(samples).max()), 3),
         }
-        print(json.dumps(said))
+        print(json.dumps(facts))
 
 
 if __name__ == "__main__":

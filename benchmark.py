@@ -8,14 +8,14 @@ run  python benchmark.py rows out/merged rows.jsonl --out scores.json
 
 A row is {"audio" or "said", "text", "instruction", "choices", "answer", "metric",
 "group"}: something to ask, and the answer. "said" is what prosody.py makes of audio whose
-words are known; with --transcriber the model hears the audio itself. Where a row has "said" or
-"words", as in a manifest, "text" is what is said, and is not written beside it; ears that lack
-the words are told it.
+words are known; with --transcriber the model hears the audio itself. Where a row has
+"said" or "words", as in a manifest, "text" is what is said, and is not written beside it;
+ears that lack the words are told it.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
-letter). Rows with a "group" are scored group by group, too; the interval of rows that name the
-same "fact" is that of so many facts. A reply is cut behind --limit
-tokens; one that has not ended there is wrong by "exact" and "ends".
+letter). Rows with a "group" are scored group by group, too; the interval of rows that name
+the same "fact" is that of so many facts. A reply is cut behind --limit tokens; one that has
+not ended there is wrong by "exact" and "ends".
 
 What `rows` and `pairs` have done is kept in OUT.rows: after a stop the same command goes on
 there. `lam` asks the sums of three models at several lam, in memory, and names the best.
@@ -53,7 +53,7 @@ from vocab import Said
 
 METRICS = ["exact", "ends", "contains", "wer", "choice"]
 ROWS = "merged", "typed", "cascade", "speech", "instruct_rows"  # of speedrun_manner.sh
-LAMS = [0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85]
+LAMS = [n / 20 for n in range(8, 21)]  # 0.4, 0.45, ... 1.0
 READ = 16  # prompts read at once for the likelihood of all their ids
 
 
@@ -61,7 +61,7 @@ READ = 16  # prompts read at once for the likelihood of all their ids
 
 
 def in_batches(args, items, work, clips):
-    """work(list of items) -> list of results, for all items, batch by batch; clips: their paths."""
+    """work(list of items) -> list of results, for all items, in batches; clips: their paths."""
     runs.may_write(args.out, args.overwrite)
     settings = runs.recipe(inputs(args))["inputs"] | {"limit": args.limit}
     settings["audio"] = audio.identity([{"audio": str(path)} for path in clips])
@@ -165,13 +165,13 @@ def score_rows(args):
     model, vocab, ears = opened(args)
     can_hear(args, rows, ears)
     clips = [Path(args.rows).parent / row["audio"] for row in rows if row.get("audio")]
-    said = in_batches(args, rows, answering(args, model, vocab, ears), clips)
-    tell_cut(args, vocab, said)
-    finish(args, scores_of_rows(rows, said), said)
+    replied = in_batches(args, rows, answering(args, model, vocab, ears), clips)
+    tell_cut(args, vocab, replied)
+    finish(args, scores_of_rows(rows, replied), replied)
 
     # To see what the scores are of: the first row of each group, and what was answered.
     shown = set()
-    for row, text in zip(rows, said):
+    for row, text in zip(rows, replied):
         group = row.get("group")
         if group not in shown:
             names = "audio", "text", "instruction"
@@ -205,22 +205,22 @@ def answering(args, model, vocab, ears):
     def work(part):
         """The replies to some rows; to a choice, its letter."""
         prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
-        said = {}
+        replied = {}
         for metrics, whole in ((("exact", "ends"), True), (("contains", "wer"), False)):
             asked = [i for i, row in enumerate(part) if row["metric"] in metrics]
             if asked:
                 starts = [prompts[i] for i in asked]
                 texts = replies(model, vocab, starts, limit=args.limit, whole=whole)
-                said |= dict(zip(asked, texts))
-        chosen = [i for i in range(len(part)) if i not in said]
+                replied |= dict(zip(asked, texts))
+        chosen = [i for i in range(len(part)) if i not in replied]
         for i, likely in zip(
             chosen, log_probabilities(model, [prompts[i] for i in chosen])
         ):
             ids = letter_ids(vocab, len(part[i]["choices"]))
-            said[i] = chr(65 + int(likely[-1, ids].argmax()))
+            replied[i] = chr(65 + int(likely[-1, ids].argmax()))
         if ears:
             ears.forget()
-        return [said[i] for i in range(len(part))]
+        return [replied[i] for i in range(len(part))]
 
     return work
 
@@ -234,7 +234,11 @@ def can_hear(args, rows, ears):
             f'{args.rows}: has rows with "said", words with their prosody, and {args.folder} '
             "does not read such; give a model that was trained on prosody"
         )
-    heard = [row for row in rows if row.get("audio") and (args.transcriber or not row.get("said"))]
+    heard = [
+        row
+        for row in rows
+        if row.get("audio") and (args.transcriber or not row.get("said"))
+    ]
     if not all(tells_words(row) for row in heard):
         listen.wants_words(args.folder, ears)
     can_open([Path(args.rows).parent / row["audio"] for row in heard], ears)
@@ -252,25 +256,25 @@ def can_open(paths, ears):
             raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
 
 
-def tell_cut(args, vocab, said):
+def tell_cut(args, vocab, replied):
     """Say how many replies may have had more to say."""
-    cut = sum(text is None or len(vocab.encode(text)) >= args.limit for text in said)
+    cut = sum(text is None or len(vocab.encode(text)) >= args.limit for text in replied)
     if cut:
         print(
-            f"{cut} of {len(said)} replies had not ended after {args.limit} tokens (--limit)",
+            f"{cut} of {len(replied)} replies had not ended after {args.limit} tokens (--limit)",
             file=sys.stderr,
         )
 
 
-def scores_of_rows(rows, said):
-    """{metric: cell} of what was said to all rows, and to those of each group."""
-    scores = scores_by_metric(rows, said)
+def scores_of_rows(rows, replied):
+    """{metric: cell} of what was replied to all rows, and to those of each group."""
+    scores = scores_by_metric(rows, replied)
     groups = sorted({row["group"] for row in rows if row.get("group")})
     if groups:
         scores["groups"] = {}
     for group in groups:
         among = [n for n, row in enumerate(rows) if row.get("group") == group]
-        part = scores_by_metric([rows[n] for n in among], [said[n] for n in among])
+        part = scores_by_metric([rows[n] for n in among], [replied[n] for n in among])
         scores["groups"][group] = part
     return scores
 
@@ -290,8 +294,8 @@ def spoken_words(text):
     return normal(text).removesuffix(".").split()
 
 
-def scores_by_metric(rows, said):
-    """{metric: cell} of what was said to rows; intervals by "fact", where rows name one."""
+def scores_by_metric(rows, replied):
+    """{metric: cell} of what was replied to rows; intervals by "fact", where rows name one."""
     right = {
         "exact": lambda text, row: text == normal(row["answer"]),
         "ends": lambda text, row: ends(text, row["answer"]),
@@ -301,7 +305,7 @@ def scores_by_metric(rows, said):
     scores = {}
     for metric in METRICS:
         asked = [
-            (normal(text), row) for text, row in zip(said, rows) if row["metric"] == metric
+            (normal(text), row) for text, row in zip(replied, rows) if row["metric"] == metric
         ]
         if asked and metric == "wer":
             heard = [spoken_words(text) for text, _ in asked]
@@ -355,8 +359,9 @@ def choose_lam(args):
     scores = {}
     for lam in runs.Bar(LAMS, desc="asking the sum", unit="lam"):
         work = answering(args, model_at(plan, config, lam, args.device), vocab, ears)
-        said = [text for a in range(0, len(rows), BATCH) for text in work(rows[a : a + BATCH])]
-        scores[lam] = cells_of(scores_of_rows(rows, said).get("groups"), args.rows)
+        batches = [rows[a : a + BATCH] for a in range(0, len(rows), BATCH)]
+        replied = [text for batch in batches for text in work(batch)]
+        scores[lam] = cells_of(scores_of_rows(rows, replied).get("groups"), args.rows)
 
     def mean(lam):
         return sum(cell["value"] for cell in scores[lam].values()) / len(scores[lam])

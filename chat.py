@@ -116,7 +116,7 @@ class Chat:
         prompt = self.prompt(content)
         vocab = self.vocab
         characters = codecs.getincrementaldecoder("utf-8")("replace")
-        said = ""
+        text = ""
         times = []
         began = time.perf_counter()
         try:
@@ -131,10 +131,10 @@ class Chat:
             ):
                 times.append(time.perf_counter() - began)
                 piece = characters.decode(vocab.bytes_of.get(int(ids[0]), b""))
-                said += piece
+                text += piece
                 yield piece
         finally:
-            self.messages.append({"role": "assistant", "content": said})
+            self.messages.append({"role": "assistant", "content": text})
             if times:
                 self.took = speeds(len(prompt), times)
 
@@ -306,12 +306,12 @@ def for_programs(chat, lines, transcribe):
     """
     for line in lines:
         try:
-            said = answer_json(chat, line, transcribe)
+            answer = answer_json(chat, line, transcribe)
         except (ValueError, OSError, TypeError, RecursionError) as error:
-            said = {"error": one_line(error)}
+            answer = {"error": one_line(error)}
 
         # Half a surrogate pair cannot be printed.
-        text = json.dumps(said, ensure_ascii=False).encode("utf-8", "replace").decode()
+        text = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace").decode()
         print(text, flush=True)
 
 
@@ -338,10 +338,10 @@ def answer_json(chat, line, transcribe):
     if not parts:
         return {"reply": ""}
     content, notes = take(chat, parts, transcribe)
-    said = {"reply": "".join(chat.reply(content)), **notes, **chat.took}
+    answer = {"reply": "".join(chat.reply(content)), **notes, **chat.took}
     if chat.forgotten:
-        said["forgotten_turns"] = chat.forgotten
-    return said
+        answer["forgotten_turns"] = chat.forgotten
+    return answer
 
 
 def converse(chat, transcribe):

@@ -88,13 +88,13 @@ def description(row, template):
     if row.get("caption"):
         names["caption"] = row["caption"]
     try:
-        said = template.format(**row["style"] | names)
+        text = template.format(**row["style"] | names)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(
             f"--template {template!r}: {error} cannot be filled in; a clip has "
             f"{', '.join(row['style'] | names)}"
         ) from None
-    return OPEN + said + CLOSE
+    return OPEN + text + CLOSE
 
 
 class Table(nn.Module):
@@ -366,18 +366,18 @@ def write(args):
     def work(part):
         prompts = [torch.tensor(vocab.ask(text, row["prompt"])) for row, text in part]
         steps = list(generate(model, prompts, LIMIT, vocab.stop, vocab.text_rows()))
-        said = []
+        texts = []
         for ids in torch.stack(steps).T.tolist():                   # (B, steps)
             end = next((n for n, i in enumerate(ids) if i in vocab.stop), None)
-            said.append(None if end is None else vocab.decode(ids[:end]).strip())
-        return said
+            texts.append(None if end is None else vocab.decode(ids[:end]).strip())
+        return texts
 
     settings = runs.recipe([args.manifest, args.model])["inputs"]
     settings |= {"prompt": json.dumps(args.prompt), "template": args.template}
-    said = runs.in_pieces(
+    texts = runs.in_pieces(
         args.out, settings, asked, work, BATCH, "writing targets", "target"
     )
-    kept = [row | {"target": text} for (row, _), text in zip(asked, said) if text]
+    kept = [row | {"target": text} for (row, _), text in zip(asked, texts) if text]
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     runs.finish_pieces(args.out, lines, args.overwrite)
     print(
@@ -497,12 +497,12 @@ def loss_of(model, table, listener, adapter, rows, states, transcript):
         first += len(heard)
 
     # What fills up a row stands behind its document, where nothing sees it.
-    T = max(len(asked) + len(said) for asked, said in documents)
+    T = max(len(asked) + len(target) for asked, target in documents)
     ids = torch.full((len(rows), T), listener.eos)                  # (B, T)
     bears = torch.zeros(len(rows), T, dtype=torch.bool)          # (B, T): is it a target?
-    for n, (asked, said) in enumerate(documents):
-        ids[n, : len(asked) + len(said)] = torch.tensor(asked + said)
-        bears[n, len(asked) : len(asked) + len(said)] = True
+    for n, (asked, target) in enumerate(documents):
+        ids[n, : len(asked) + len(target)] = torch.tensor(asked + target)
+        bears[n, len(asked) : len(asked) + len(target)] = True
     ids, bears = ids.to(table.weight.device), bears.to(table.weight.device)
     hidden = model.model(ids[:, :-1])[bears[:, 1:]]                 # (N, C)
     ones = torch.ones(len(hidden), device=hidden.device)

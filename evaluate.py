@@ -180,9 +180,9 @@ def facts(questions):
     return [q.get("fact", q["question"]) for q in questions]
 
 
-def exact(said, questions):
+def exact(replied, questions):
     """Share of questions answered exactly, with an interval by facts; None of no questions."""
-    right = [normal(text) == normal(q["answer"]) for text, q in zip(said, questions)]
+    right = [normal(text) == normal(q["answer"]) for text, q in zip(replied, questions)]
     return share_of(right, facts(questions))
 
 
@@ -196,9 +196,9 @@ def share_of(right, groups):
     return ratio(right, [1] * len(right), groups)
 
 
-def unseen(said, questions):
+def unseen(replied, questions):
     """`exact` of those questions that no training asked."""
-    kept = [(text, q) for text, q in zip(said, questions) if not q["seen"]]
+    kept = [(text, q) for text, q in zip(replied, questions) if not q["seen"]]
     return exact([text for text, _ in kept], [q for _, q in kept])
 
 
@@ -240,26 +240,26 @@ def text_loss(model, vocab, questions):
 
 
 def score(model, vocab, questions, spoken, prompt):
-    """(a model's row of the table, what it said to spoken_near).
+    """(a model's row of the table, what it replied to spoken_near).
 
     spoken  {group: units of every question}; empty for a model that cannot hear
     """
     row = dict.fromkeys(COLUMNS)
     near = None
-    said = answers(model, vocab, [q["question"] for q in questions], prompt)
-    row["typed"] = exact(said, questions)
-    row["typed_unseen"] = unseen(said, questions)
+    replied = answers(model, vocab, [q["question"] for q in questions], prompt)
+    row["typed"] = exact(replied, questions)
+    row["typed_unseen"] = unseen(replied, questions)
     misspelt = [q.get("noisy", q["question"]) for q in questions]
     row["typed_noisy"] = exact(answers(model, vocab, misspelt, prompt), questions)
     if all("text" in q for q in questions):
         row["text_loss"] = text_loss(model, vocab, questions)
 
     for group, contents in spoken.items():
-        said = answers(model, vocab, contents, prompt)
-        row[f"spoken_{group}"] = exact(said, questions)
+        replied = answers(model, vocab, contents, prompt)
+        row[f"spoken_{group}"] = exact(replied, questions)
         if group == "near":
-            near = said
-            row["spoken_near_unseen"] = unseen(said, questions)
+            near = replied
+            row["spoken_near_unseen"] = unseen(replied, questions)
             row["wer_near"] = word_errors(transcripts(model, vocab, contents), questions)
     return row, near
 
@@ -348,10 +348,10 @@ def table(args):
     row = rows["cascade"] = dict.fromkeys(COLUMNS)
     for group, contents in spoken.items():
         heard = transcripts(models["speech"], vocab, contents)
-        said = answers(models["instruct"], plain, heard, prompts["instruct"])
-        row[f"spoken_{group}"] = exact(said, test)
+        replied = answers(models["instruct"], plain, heard, prompts["instruct"])
+        row[f"spoken_{group}"] = exact(replied, test)
         if group == "near":
-            row["spoken_near_unseen"] = unseen(said, test)
+            row["spoken_near_unseen"] = unseen(replied, test)
             row["wer_near"] = word_errors(heard, test)
 
     sweep = []
@@ -623,9 +623,9 @@ def compare(args):
     rows, right = {}, {}
     for folder, (model, vocab, _) in runs.Bar(loaded.items(), desc="asking", unit="model"):
         prompt = better_prompt(model, vocab, dev)
-        rows[folder], said = score(model, vocab, asked, {"near": near[folder]}, prompt)
+        rows[folder], replied = score(model, vocab, asked, {"near": near[folder]}, prompt)
         right[folder] = np.array(
-            [normal(text) == normal(q["answer"]) for text, q in zip(said, asked)], dtype=int
+            [normal(text) == normal(q["answer"]) for text, q in zip(replied, asked)], dtype=int
         )
 
     first, *others = rows
@@ -658,7 +658,7 @@ def finding(rows, ahead):
     """
     (name, first), *others = rows.items()
     n = first["typed"]["n"]
-    said = [f"{name} answers {first['spoken_near']['value']:.2f} of {n} questions"]
+    parts = [f"{name} answers {first['spoken_near']['value']:.2f} of {n} questions"]
     for other, row in others:
         apart = ahead[other]
         verdict = "more than chance apart"
@@ -666,9 +666,9 @@ def finding(rows, ahead):
             verdict = f"may be chance: they differ on {apart['differ']} facts"
         elif apart["low"] <= 0 <= apart["high"]:
             verdict = "may be chance: the 95 % interval of their difference holds 0"
-        said.append(f"{other} {row['spoken_near']['value']:.2f} ({verdict})")
+        parts.append(f"{other} {row['spoken_near']['value']:.2f} ({verdict})")
     typed = ", ".join(format(row["typed"]["value"], ".2f") for row in rows.values())
-    return f"Asked aloud, {', '.join(said)}; typed, {typed}."
+    return f"Asked aloud, {', '.join(parts)}; typed, {typed}."
 
 
 # --- how it was said ----------------------------------------------------------
@@ -708,14 +708,14 @@ def manner(args):
         "cascade": [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written],
     }
 
-    rows, said = {}, {}
+    rows, replied = {}, {}
     for name, contents in runs.Bar(asked.items(), desc="answering", unit="row"):
         prompts = [vocab.ask(content, args.prompt) for content in contents]
-        said[name] = replies(model, vocab, prompts, limit=desta.LIMIT, whole=False)
-        rows[name] = named(said[name], clips)
+        replied[name] = replies(model, vocab, prompts, limit=desta.LIMIT, whole=False)
+        rows[name] = named(replied[name], clips)
     kept = "text", "speaker", "style"
     answers = [{name: clip.get(name) for name in kept} for clip in clips]
-    for name, texts in said.items():
+    for name, texts in replied.items():
         for answer, text in zip(answers, texts):
             answer[name] = text
     made = {
@@ -730,14 +730,14 @@ def manner(args):
         print(f"{name:8} {'  '.join(cells)}")
 
 
-def named(said, clips):
+def named(replied, clips):
     """{attribute: share of replies that name its value}, with intervals by speakers."""
     speakers = [str(clip.get("speaker") or n) for n, clip in enumerate(clips)]
     row = {}
     for attribute in clips[0]["style"]:
         values = {clip["style"][attribute] for clip in clips}
         right = []
-        for text, clip in zip(said, clips):
+        for text, clip in zip(replied, clips):
             words = words_of(text)
             found = [value for value in values if names(words, value)]
             found = [value for value in found if not within(value, found)]
@@ -772,7 +772,7 @@ def units_report(folder):
     counts = np.bincount(corpus.units, weights=corpus.durations, minlength=k)
     p = counts[counts > 0] / counts.sum()
     seconds = float(corpus.durations.sum() / rate)
-    said = {
+    found = {
         "clips": len(corpus.rows),
         "hours": round(seconds / 3600, 3),
         "units_used": len(p),
@@ -805,9 +805,9 @@ def units_report(folder):
                 same.append(edit_distance(a, b) / max(len(a), len(b)))
                 other.append(edit_distance(a, c) / max(len(a), len(c)))
     if same:
-        said["distance_same_word_other_voice"] = round(float(np.mean(same)), 3)
-        said["distance_other_word"] = round(float(np.mean(other)), 3)
-    return said
+        found["distance_same_word_other_voice"] = round(float(np.mean(same)), 3)
+        found["distance_other_word"] = round(float(np.mean(other)), 3)
+    return found
 
 
 # --- the command --------------------------------------------------------------

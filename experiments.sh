@@ -159,7 +159,7 @@ case $1 in
   reuse)
     cd "$out/manner"
     seed=$(seed)
-    tune=(--init base --pace 1 --lr 1.2e-3 --steps 800 --rows 8 --length 256)
+    tune=(--init base --pace 1 --lr 1.2e-3 --steps 800 --batch 8 --length 256)
     add=(--base base --lam $(lam))
     behave thanks " thank you"
     behave over " over"

@@ -54,18 +54,18 @@ def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
 
 
 def wants_words(folder, ears):
-    """A ValueError if these ears of a folder lack the words, and no one writes them down."""
+    """A ValueError if a folder's ears lack the words and no one writes them down."""
     if ears.lacks_words:
         raise ValueError(
             f"{folder}: hears how words are said, and no one writes them down; chat.py, "
-            "listen.py and benchmark.py rows take --transcriber, a Whisper folder or a model of "
-            'units; in a chat they may stand behind the path, in "quotes", in a row as its '
+            "listen.py and benchmark.py rows take --transcriber, a Whisper folder or a model "
+            'of units; in a chat they may stand behind the path, in "quotes", in a row as its '
             '"text" and "words"'
         )
 
 
 def hear(ears, samples, text):
-    """What a turn may hold of samples. `text`, their words, is told to ears that lack them."""
+    """What a turn may hold of samples. Ears that lack the words are told them, `text`."""
     return (ears(samples, text) if ears.lacks_words else ears(samples))[0]
 
 
@@ -80,8 +80,8 @@ def writer(folder, device, hubert):
     model, vocab, ears = load(folder, device, hubert)
     if ears.lacks_words:
         raise ValueError(
-            f"{folder}: hears how words are said, not which; wanted a Whisper folder, or a model "
-            "that hears units"
+            f"{folder}: hears how words are said, not which; wanted a Whisper folder, or a "
+            "model that hears units"
         )
     return lambda samples: written_down(model, vocab, ears(samples)[0])
 

@@ -50,8 +50,8 @@ class Manner(NamedTuple):
     stress: int | None
 
     def caption(self, line):
-        said = f"a {self.pitch} {self.pace} {self.gender}"
-        return said if self.stress is None else f"{said} stresses {self.answer('stress', line)}"
+        voice = f"a {self.pitch} {self.pace} {self.gender}"
+        return voice if self.stress is None else f"{voice} stresses {self.answer('stress', line)}"
 
     def answer(self, relation, line):
         if relation == "stress":
@@ -153,8 +153,8 @@ def captioned_text(world, rng):
         return f"{page}\n{caption}. {'. '.join(told)}."
     for relation in relations[: rng.randint(1, 3)]:
         asked = rng.choice(QUESTIONS).format(r=relation)
-        said = reply(manner, line, relation, rng.choice(list(toy.STYLES)))
-        page += f"\nquestion: {asked}\nanswer: {caption}. {said}"
+        answer = reply(manner, line, relation, rng.choice(list(toy.STYLES)))
+        page += f"\nquestion: {asked}\nanswer: {caption}. {answer}"
     return page
 
 

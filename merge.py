@@ -174,7 +174,7 @@ class Merge:
         return names["speech"]
 
     def same_shapes(self):
-        """All shapes must be speech's, except that tables have as many rows as base's."""
+        """All shapes must be speech's, but for rows of the tables that only speech has."""
         rows = self.count(TABLES[0])
         for which in ("base", "instruct"):
             for name in self.names:
@@ -392,7 +392,8 @@ def arguments():
         "--lam",
         type=float,
         default=1.0,
-        help="how much of the speech delta (default 1; the paper's is 0.85, of the toy 1.15)",
+        help="how much of the speech delta (default 1; the paper's is 0.85, of the toy 1.15 for "
+        "units, 0.4 to 0.7 for prosody)",
     )
     add_("--mu", type=float, default=1.0, help="how much of the instruct delta (default 1)")
     end = parser.add_mutually_exclusive_group(required=True)

@@ -1,4 +1,4 @@
-"""Continue pre-training a language model: packed documents in, the loss of the next token, a step.
+"""Train a language model, or go on: packed documents, the loss of the next token, a step.
 
 in   --size and a tokenizer, or --init MODEL; --text, --chat or --units
 out  a model folder, with log.jsonl and loss.png in it
@@ -8,8 +8,9 @@ run  python pretrain.py --init out/base --units out/units --text out/toy/base.js
 
 One loop makes all three models. What is given decides the stage, and the stage the
 settings: text alone trains a base, chats an instruct model, units or prosody a speech model. The
-loop is in `train`. Loss is on text tokens, never on units unless --unit-loss says so. What
-a small model needs beyond it is in align.py, and `--plain` turns that off.
+loop is in `train`. Loss is on text tokens, never on units unless --unit-loss says so (and
+with a teacher not on interleaved text). What a small model needs beyond it is in align.py,
+and `--plain` turns that off.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
 on a CPU the result is then bit-identical.
@@ -30,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import weights
-from align import Align
+from align import Align, frozen_rows
 from documents import Documents, batches_ahead, cut, pack, read_chats, read_corpus, read_text
 from fused import linear_cross_entropy
 from model import SIZES, LM, Config, LoRA, add_lora, add_rows, merge_lora
@@ -50,7 +51,7 @@ PLAIN = dict(
 )
 STAGES = {
     # A base: from nothing, on text, and used to gaps between positions.
-    "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, rows=16, length=128, pace=8.0),
+    "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, batch=16, length=128, pace=8.0),
     # An instruct model: the upper half of the blocks learns to reply. No word's row
     # moves, so that a spoken word means there what it meant to the base.
     "chat": PLAIN
@@ -58,9 +59,9 @@ STAGES = {
         mix="chat=1",
         steps=600,
         lr=1.5e-3,
-        rows=16,
+        batch=16,
         length=128,
-        embeddings="markers",
+        embeddings="special",
         pace=8.0,
         layers="0.5:1",
     ),
@@ -70,21 +71,21 @@ STAGES = {
         mix="interleave=0.35,transcribe=0.65",
         steps=1000,
         lr=1.5e-3,
-        rows=8,
+        batch=8,
         length=256,
         embeddings="new",
         imitate=7.0,
         keep_text=0.01,
         rows_first=0.05,
     ),
-    # A speech model with the paper's documents and loss: transcripts beside the speech. Which
-    # parameters move is ours.
+    # A speech model with the paper's documents and loss: transcripts beside the speech. Muon,
+    # and which parameters move, is ours.
     "prosody": PLAIN
     | dict(
         mix="captioned=0.8,text=0.2",
         steps=1600,
         lr=5e-4,
-        rows=16,
+        batch=16,
         length=128,
         embeddings="new",
     ),
@@ -353,21 +354,6 @@ def trained(model, layers, embeddings):
     return body, tables
 
 
-def frozen_rows(embeddings, vocab, first_new, count):
-    """(count,) bool: rows of the embedding that a run leaves as they are.
-
-    embeddings  "all" rows are trained; "markers": the special tokens alone; "new": those from row
-                `first_new` on, which units and markers of speech have just got
-    Other models of the same base rely on rows that stay: a word means to all of them the same.
-    """
-    row = torch.arange(count)
-    if embeddings == "new":
-        return row < first_new
-    if embeddings == "markers":
-        return ~torch.isin(row, torch.tensor([*vocab.special.values()]))
-    return torch.zeros(count, dtype=torch.bool)
-
-
 def two_optimizers(body, tables, lr, decay, faster, dtype):
     """[Muon for the matrices of the blocks, AdamW for norms and, at `faster` times the rate, rows].
 
@@ -432,7 +418,7 @@ def set_up(args, out, rank, world):
     interleaved = list(mix).index("interleave") if "interleave" in mix else -1
     align = Align(args, model, interleaved, first_new)
     if args.keep_text:
-        with passes_without_gradient(args):
+        with forward_only(args):
             align.keep_text(model, body, text_batches(vocab, sources, args), args.keep_text)
     if args.compile:
         for block in [
@@ -467,7 +453,7 @@ def train(args, out, rank, world):
     """Train as `args` say, into the folder `out`; process `rank` of `world`."""
     run = set_up(args, out, rank, world)
     first = resume(run, world) + 1
-    batches = batches_ahead(run.streams.values(), args.rows, args.length, first, args.steps)
+    batches = batches_ahead(run.streams.values(), args.batch, args.length, first, args.steps)
     behind = {}  # part -> the state of its stream after its last batch
     for step in runs.Bar(
         range(first, args.steps + 1),
@@ -535,8 +521,8 @@ def forward(run, batch, step, part):
     return minimised, loss
 
 
-def passes_without_gradient(args):
-    """Inside, a CPU multiplies in float32, a GPU in the run's dtype.
+def forward_only(args):
+    """For passes without a gradient: inside, a CPU multiplies in float32, a GPU in the run's dtype.
 
     (In float32 a GPU has no fused attention over grouped heads.)
     """
@@ -548,7 +534,7 @@ def text_batches(vocab, sources, args):
     """The batches of text that show the filter which inputs text uses."""
     documents = Documents(vocab, sources, {"text": 1.0}, args.seed)
     for _ in range(FILTER_BATCHES):
-        batch = documents.batch(args.rows, args.length)
+        batch = documents.batch(args.batch, args.length)
         yield {name: tensor.to(args.device) for name, tensor in batch.items()}
 
 
@@ -669,7 +655,7 @@ class Log:
     def write(self, step, mean, loss, lr, norm):
         """A line of the log: the mean of a step's loss, and of its last batch by layout."""
         args = self.args
-        tokens = (step - self.first) * args.accumulate * args.rows * args.length
+        tokens = (step - self.first) * args.accumulate * args.batch * args.length
         rate = tokens / (time.time() - self.began)
         row = {
             "step": step,
@@ -704,7 +690,7 @@ class Log:
 
     def validate(self):
         args = self.args
-        with passes_without_gradient(args):
+        with forward_only(args):
             means = validate(
                 self.model, self.held_out, args.length, self.filler, self.units, args.device
             )
@@ -839,7 +825,7 @@ def add_recipe_flags(add, default):
     add("--mix", type=layout_weights, help=f"shares of layouts ({default('mix')})")
     add("--steps", type=runs.count, help=f"optimizer steps ({default('steps')})")
     add("--lr", type=runs.positive, help=f"peak learning rate ({default('lr')})")
-    add("--rows", type=runs.count, help=f"packed rows in a batch ({default('rows')})")
+    add("--batch", type=runs.count, help=f"packed rows in a batch ({default('batch')})")
     add("--length", type=runs.number(int, 2), help=f"tokens in a row ({default('length')})")
     add(
         "--accumulate",
@@ -874,8 +860,8 @@ def add_align_flags(add, default):
     add(
         "--plain",
         action="store_true",
-        help="nothing of --pace to --embeddings: every parameter "
-        "is trained, by the loss of the next token alone",
+        help="nothing of --pace to --embeddings: every parameter is trained, by the loss of the "
+        "next token alone (Muon stays, and the softmax of units apart from that of text)",
     )
     add(
         "--pace",
@@ -910,10 +896,10 @@ def add_align_flags(add, default):
     )
     add(
         "--embeddings",
-        choices=["all", "markers", "new"],
+        choices=["all", "special", "new"],
         help="embedding rows that are trained: "
         "all, special tokens, or units and markers of speech, and then no norm or bias either "
-        f"({default('embeddings')}; with --lora markers for text and chats)",
+        f"({default('embeddings')}; with --lora special for text and chats)",
     )
 
 
@@ -941,7 +927,7 @@ def settled(parser, world):
     if args.lora:
         defaults["keep_text"] = 0.0  # it filters matrices, and those are frozen
         if not args.units:
-            defaults["embeddings"] = "markers"
+            defaults["embeddings"] = "special"
 
     # Parse again with the stage's defaults: of a text like "0:0.5", argparse makes what its
     # flag would.

@@ -1,4 +1,4 @@
-"""What every command does around its work: files in, one-line errors, whole folders out, a resume.
+"""What every command does around its work: one-line errors, whole folders out, a resume.
 
 in   JSON files; a device and what --dtype says; work to count
 out  output folders that are whole or not there, each with a recipe.json; a bar, or lines in a log
@@ -161,7 +161,7 @@ def write_file(path, data, overwrite=False):
 
 
 def settle(file):
-    """Put what was written to an open file on the disk, before anything says that it is there."""
+    """Put what was written to an open file on the disk, before anything says it is there."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -244,7 +244,7 @@ def replaceable(out, overwrite):
 
 @contextmanager
 def owned(folder):
-    """One process at a time writes into a folder. Whatever ends the process releases the lock."""
+    """One process at a time writes into a folder. The lock goes when the process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

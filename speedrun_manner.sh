@@ -23,7 +23,7 @@ step manner.py --seed $seed --out $out/world
 step pretrain.py --size nano --tokenizer $out/world/tokenizer --text $out/world/base.jsonl \
   --plain --steps 1000 --seed $seed --out $out/base
 step pretrain.py --init $out/base --chat $out/world/chat.jsonl --pace 1 --lr 1.2e-3 \
-  --steps 800 --rows 8 --length 256 --seed $seed --out $out/instruct
+  --steps 800 --batch 8 --length 256 --seed $seed --out $out/instruct
 
 # Of every spoken word its pitch, range, slope, length and loudness, each in one of 16 bins.
 step prosody.py $out/world/speech/train.jsonl --out $out/prosody

@@ -82,7 +82,7 @@ fi
 # Hearing, from the *base*: a tenth of the toy's rate and less; rows long enough for any utterance.
 # 2,000 steps of 65,536 ids are 130 M, some 20 passes over a hundred hours.
 step pretrain.py --init "$base" --units "$out/units" --text "$out/text.txt" $hearing --lr 1e-4 \
-  --steps ${STEPS:-2000} --rows ${ROWS:-8} --length 2048 --accumulate ${ACCUMULATE:-4} \
+  --steps ${STEPS:-2000} --batch ${ROWS:-8} --length 2048 --accumulate ${ACCUMULATE:-4} \
   --recompute --out "$out/speech"
 
 # The paper's lam.

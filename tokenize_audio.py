@@ -645,7 +645,7 @@ def tell(target, counts, numbers):
         "silent": "of them silent",
         "clipped": "of them clipped",
     }
-    said = "".join(f", {counts[name]} {what}" for name, what in odd.items() if counts[name])
+    notes = "".join(f", {counts[name]} {what}" for name, what in odd.items() if counts[name])
     rate = numbers.sum() / max(1e-9, counts["seconds"])
     if rate < 1:  # people speak five syllables and more
         tqdm.write(
@@ -654,7 +654,7 @@ def tell(target, counts, numbers):
             file=sys.stderr,
         )
     print(
-        f"{target}: {len(numbers)} clips{said}, {counts['seconds'] / 3600:.2f} h, "
+        f"{target}: {len(numbers)} clips{notes}, {counts['seconds'] / 3600:.2f} h, "
         f"{numbers.sum()} units, {rate:.1f} a second"
     )
 

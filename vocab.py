@@ -544,11 +544,11 @@ class Vocab:
         It ends with a full stop, as text does: learnt without one, replies would end
         without.
         """
-        said = " " + "".join(text for text, _ in spoken).strip()
-        said += "." * (said[-1] not in ".?!")
-        document = self.interleave([spoken, CUE, said])
+        transcript = " " + "".join(text for text, _ in spoken).strip()
+        transcript += "." * (transcript[-1] not in ".?!")
+        document = self.interleave([spoken, CUE, transcript])
         n = len(document.ids)
-        first = n - len(self.encode(said)) - 1
+        first = n - len(self.encode(transcript)) - 1
         return document._replace(loss=[int(at >= first) for at in range(n)])
 
     def captioned(self, before, said, after, ends=False):

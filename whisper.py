@@ -353,7 +353,7 @@ class Whisper(nn.Module):
             return no
 
         # <|0.00|> a text<|2.40|><|2.60|> another<|4.80|>
-        said = [i for i in so_far if i >= self.times]
+        marks = [i for i in so_far if i >= self.times]
         last = bool(so_far) and so_far[-1] >= self.times
         before = len(so_far) < 2 or so_far[-2] >= self.times
         if not so_far:
@@ -363,10 +363,10 @@ class Whisper(nn.Module):
             no[self.times :] = True
         elif last:
             no[: self.vocab.eos] = True
-        if said:
+        if marks:
             # The next text may begin where the last one ended. All else comes later.
             ended = last and not before
-            earliest = said[-1] if ended else said[-1] + 1
+            earliest = marks[-1] if ended else marks[-1] + 1
             no[self.times : earliest] = True
 
         # All times together against the likeliest text.

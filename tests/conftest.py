@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SMALL = {  # flags that shrink a step of speedrun.sh to a second or two
     "toy.py world": "--hours 0.03 --documents 400 --dev 4 --test 8",
-    "pretrain.py": "--steps 6 --rows 2 --device cpu",
+    "pretrain.py": "--steps 6 --batch 2 --device cpu",
     "hubert.py train": "--steps 3 --batch 2 --device cpu",
     "tokenize_audio.py fit": "--k 20 --device cpu",
     "tokenize_audio.py encode": "--device cpu",

@@ -26,25 +26,25 @@ TIMES = "tokens_per_second", "seconds"
 WORLD = "toy.py world --hours 0.2 --documents 400 --dev 4 --test 40 --out {w}/toy"
 MADE = [  # what the commands below start from
     "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl "
-    "--steps 30 --rows 2 --device cpu --out {w}/base",
+    "--steps 30 --batch 2 --device cpu --out {w}/base",
     "tokenize_audio.py fit --manifest {w}/toy/speech/train.jsonl --features mfcc --k 20 "
     "--device cpu --out {w}/codebook",
     "tokenize_audio.py encode --manifest {w}/toy/speech/train.jsonl --codebook "
     "{w}/codebook --device cpu --out {w}/units",
     "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps 30 "
-    "--rows 2 --device cpu --out {w}/speech",
-    "pretrain.py --init {w}/base --chat {w}/toy/chat.jsonl --steps 30 --rows 2 --device "
+    "--batch 2 --device cpu --out {w}/speech",
+    "pretrain.py --init {w}/base --chat {w}/toy/chat.jsonl --steps 30 --batch 2 --device "
     "cpu --out {w}/instruct",
     "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {w}/merged",
 ]
 COMMANDS = {
     "base": (
         "pretrain.py --size micro --tokenizer {w}/toy/tokenizer --text {w}/toy/base.jsonl "
-        "--steps 700 --rows 2 --device cpu --out {out}"
+        "--steps 700 --batch 2 --device cpu --out {out}"
     ),
     "speech": (
         "pretrain.py --init {w}/base --units {w}/units --text {w}/toy/base.jsonl --steps "
-        "450 --rows 2 --device cpu --out {out}"
+        "450 --batch 2 --device cpu --out {out}"
     ),
     "hubert": "hubert.py train --units {w}/units --steps 150 --batch 2 --device cpu --out {out}",
     "encode": (

@@ -121,15 +121,23 @@ def test_answers_to_given_files_end_with_a_status(speedrun, tmp_path, monkeypatc
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "what, told",
+    [
+        (KeyboardInterrupt(), "[stopped]"),
+        (EOFError("Ctrl-D"), "cannot answer that: Ctrl-D"),
+        (ValueError("no microphone"), "cannot answer that: no microphone"),
+    ],
+)
 def test_a_recording_that_is_stopped_leaves_the_conversation(
-    speedrun, monkeypatch, capsys
+    what, told, speedrun, monkeypatch, capsys
 ):
     import chat as module
 
     lines, chat = iter(["hi", ":rec", ":why"]), Chat(speedrun / "merged")
 
     def stopped():
-        raise KeyboardInterrupt
+        raise what
 
     monkeypatch.setattr(module, "record", stopped)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or stopped_for_good())
@@ -138,9 +146,9 @@ def test_a_recording_that_is_stopped_leaves_the_conversation(
         raise EOFError
 
     module.converse(chat, False)
-    said = capsys.readouterr().out
-    assert "[stopped]" in said
-    assert said.count("<|im_start|>") == 2, "the conversation is still there"
+    said = capsys.readouterr()
+    assert told in said.out + said.err
+    assert said.out.count("<|im_start|>") == 2, "the conversation is still there"
 
 
 def test_a_deaf_model_can_be_typed_to_but_not_spoken_to(speedrun, capsys):
@@ -245,6 +253,16 @@ def test_programs_write_and_read_json_lines(speedrun, tmp_path):
     assert said[1]["heard"]
     assert said[2]["first_token_seconds"] > 0
     assert "gone.wav" in said[4]["error"]
+
+
+def test_a_program_is_told_how_many_turns_are_forgotten_apart_from_the_reply(chat, capsys):
+    chat.room = 120
+    for_programs(chat, [json.dumps({"text": "x" * 40})] * 4, False)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    forgotten = [row.get("forgotten_turns", 0) for row in rows]
+    assert forgotten[0] == 0 and max(forgotten) >= 1
+    assert len(chat.messages) == 2 * (4 - sum(forgotten)), "a turn and its reply, each told once"
+    assert not any("forgotten" in row["reply"] for row in rows)
 
 
 @pytest.mark.parametrize("line", ["~\x00", "~\ud800", "~nobody-of-this-name/\ud800.wav say"])

@@ -338,7 +338,7 @@ def test_pairs_of_known_order_are_all_right_shuffled_ones_half_and_ties_half(
         [
             "pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"),
             "--unit-loss", "1", "--imitate", "0", "--keep-text", "0", "--mix", "interleave=1",
-            "--text", str(speedrun / "toy/base.jsonl"), "--steps", "40", "--rows", "4",
+            "--text", str(speedrun / "toy/base.jsonl"), "--steps", "40", "--batch", "4",
             "--rows-first", "0", "--device", "cpu", "--out", str(tmp_path / "model"),
         ],
         monkeypatch,
@@ -602,6 +602,45 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(
     # As wide as that of 40 questions; that of 80 is 0.11 to 0.29.
     assert 0.05 <= ahead["low"] <= 0.1
     assert 0.3 <= ahead["high"] <= 0.35
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_comparison_asks_a_split_in_the_prompt_that_each_model_does_better_with_on_dev(
+    split, tmp_path, monkeypatch
+):
+    splits = {
+        name: [{"question": f"{name} {n}", "fact": n, "answer": "yes"} for n in range(2)]
+        for name in ("test", "dev")
+    }
+    ears, asked = argparse.Namespace(lacks_words=False), []
+
+    def better_prompt(model, vocab, questions):
+        assert questions == splits["dev"]
+        return f"prompt of {model}"
+
+    def score(model, vocab, questions, spoken, prompt):
+        asked.append((model, questions, spoken["near"], prompt))
+        cell = evaluate.share([True, False])
+        row = dict.fromkeys(evaluate.COLUMNS) | {"spoken_near": cell, "typed": cell}
+        return row, ["yes", "no"]
+
+    for name, stub in (("better_prompt", better_prompt), ("score", score)):
+        monkeypatch.setattr(evaluate, name, stub)
+    monkeypatch.setattr(evaluate, "read_questions", lambda path: tuple(splits.values()))
+    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, None, ears))
+    monkeypatch.setattr(evaluate, "hear", lambda _, folder, questions, group: (group, questions))
+    monkeypatch.setattr(evaluate.runs, "recipe", lambda *_: {})
+    call(
+        [
+            "evaluate.py", "compare", "one", "two", "--questions", "q", "--device", "cpu",
+            "--split", split, "--out", str(tmp_path / "c.json"),
+        ],
+        monkeypatch,
+    )
+    chosen = splits[split]
+    assert asked == [
+        (model, chosen, ("near", chosen), f"prompt of {model}") for model in ("one", "two")
+    ]
 
 
 def test_the_experiments_of_the_teachers_page_want_a_finished_run(speedrun, tmp_path):
@@ -934,6 +973,22 @@ def test_four_questions_about_a_fact_say_no_more_than_one():
     assert alone["high"] - alone["low"] < 0.6 * (many["high"] - many["low"])
     assert exact(["a"] * 80, four)["low"] == share([True] * 20)["low"]
     assert exact([], []) is None
+
+
+def test_word_errors_and_losses_of_a_fact_are_drawn_together_too(speedrun):
+    """Asked four times, a fact counts once: value and interval are those of one question each."""
+    texts = ["the capital of france is paris.", "anna eats.", "x y z.", "it is a cat."]
+    one = [{"question": text, "text": text, "fact": str(n)} for n, text in enumerate(texts)]
+    four = [q for q in one for _ in range(4)]
+    heard = ["the capital of france is rome", "anna eats", "", "a cat"]
+    model = evaluate.LM.load(speedrun / "speech").eval()
+    vocab = evaluate.Vocab(speedrun / "speech")
+    for few, many in (
+        (word_errors(heard, one), word_errors([h for h in heard for _ in range(4)], four)),
+        (evaluate.text_loss(model, vocab, one), evaluate.text_loss(model, vocab, four)),
+    ):
+        assert few["n"] == 4 and many == few | {"n": 16}
+        assert few["low"] < few["value"] < few["high"]
 
 
 def test_rows_about_the_same_fact_say_no_more_than_one_in_a_benchmark_too():

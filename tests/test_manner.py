@@ -144,7 +144,7 @@ def test_captions_too_long_for_a_row_are_told_and_with_the_length_that_is_named_
             [
                 "pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"),
                 "--text", str(world / "world/base.jsonl"), "--length", str(length),
-                "--steps", "1", "--rows", "1", "--device", "cpu",
+                "--steps", "1", "--batch", "1", "--device", "cpu",
                 "--out", str(tmp_path / str(length)),
             ],
             monkeypatch,

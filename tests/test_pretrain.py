@@ -79,8 +79,21 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
     assert max(apart(same)) < 1e-9, "its own states are alike, and nothing spoken wants a name"
 
 
+def test_a_model_of_one_block_has_its_words_to_learn_and_no_later_states(speedrun, stream):
+    model, documents = LM.load(speedrun / "speech"), stream({"interleave": 1})
+    model.model.layers = model.model.layers[:1]
+    batch, states = documents.batch(2, 256), []
+    with torch.no_grad():
+        model.model(batch["ids"], start=batch["start"], states=states)
+        named, unlike = align.distillation(
+            states, batch, model, documents.vocab.speech["speech"]
+        )
+    assert named > 0
+    assert torch.isfinite(unlike)
+
+
 @pytest.mark.parametrize(
-    "layers, embeddings", [((0, 1), "all"), ((0.5, 1), "markers"), ((0, 1), "new")]
+    "layers, embeddings", [((0, 1), "all"), ((0.5, 1), "special"), ((0, 1), "new")]
 )
 def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, layers, embeddings):
     model = LM.load(speedrun / "base")
@@ -151,7 +164,7 @@ def test_behaviour_in_the_upper_blocks_moves_no_word_but_the_chat_markers_and_fu
         [
             "pretrain.py", "--init", str(speedrun / "base"),
             "--chat", str(speedrun / "toy/chat.jsonl"), "--layers", "0:1",
-            "--embeddings", "all", "--steps", "2", "--rows", "2",
+            "--embeddings", "all", "--steps", "2", "--batch", "2",
             "--out", str(tmp_path / "all"),
         ],
         monkeypatch,
@@ -214,7 +227,7 @@ def test_keeping_text_keeps_its_loss_where_free_training_does_not(speedrun, tmp_
             [
                 "pretrain.py", "--init", str(speedrun / "base"),
                 "--units", str(speedrun / "units"), "--text", str(speedrun / "toy/base.jsonl"),
-                "--steps", "6", "--rows", "2", "--rows-first", "0", "--keep-text", strength,
+                "--steps", "6", "--batch", "2", "--rows-first", "0", "--keep-text", strength,
                 "--device", "cpu", "--out", str(tmp_path / strength),
             ],
             monkeypatch,
@@ -248,7 +261,7 @@ def test_speech_without_text_says_that_there_is_nothing_to_predict(speedrun, tmp
             [
                 "pretrain.py", "--init", str(speedrun / "base"),
                 "--units", str(tmp_path / "units"), "--mix", "interleave=1", "--keep-text", "0",
-                "--unit-loss", "0", "--steps", "2", "--rows", "1", "--device", "cpu",
+                "--unit-loss", "0", "--steps", "2", "--batch", "1", "--device", "cpu",
                 "--out", str(tmp_path / "x"),
             ],
             monkeypatch,
@@ -261,7 +274,7 @@ def test_chats_too_can_keep_text(speedrun, tmp_path, monkeypatch):
             "pretrain.py", "--init", str(speedrun / "base"),
             "--chat", str(speedrun / "toy/chat.jsonl"),
             "--text", str(speedrun / "toy/base.jsonl"), "--keep-text", "0.1", "--steps", "2",
-            "--rows", "1", "--device", "cpu", "--out", str(tmp_path / "x"),
+            "--batch", "1", "--device", "cpu", "--out", str(tmp_path / "x"),
         ],
         monkeypatch,
     )
@@ -269,7 +282,7 @@ def test_chats_too_can_keep_text(speedrun, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["base", "speech"])
 def test_a_killed_run_resumes_to_the_bit(stage, speedrun, tmp_path, monkeypatch):
-    common = ["--steps", "6", "--rows", "2", "--seed", "0", "--device", "cpu"]
+    common = ["--steps", "6", "--batch", "2", "--seed", "0", "--device", "cpu"]
     words = {
         "base": [
             "--size", "micro", "--tokenizer", str(speedrun / "toy/tokenizer"),
@@ -333,7 +346,7 @@ def test_a_full_disk_says_so_and_keeps_the_checkpoint_before(speedrun, tmp_path,
                 [
                     "pretrain.py", "--size", "micro",
                     "--tokenizer", str(speedrun / "toy/tokenizer"),
-                    "--text", str(speedrun / "toy/base.jsonl"), "--steps", "6", "--rows", "2",
+                    "--text", str(speedrun / "toy/base.jsonl"), "--steps", "6", "--batch", "2",
                     "--device", "cpu", "--out", str(tmp_path / "m"),
                 ],
                 monkeypatch,
@@ -351,7 +364,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
         call(
             [
                 "pretrain.py", "--init", str(speedrun / "base"),
-                "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "8", "--rows", "1",
+                "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "8", "--batch", "1",
                 "--lr", "1e30", "--device", "cpu", "--out", str(tmp_path / "x"),
             ],
             monkeypatch,
@@ -406,7 +419,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_line_in_the_next
     call(
         [
             "pretrain.py", "--init", str(speedrun / "base"),
-            "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "2", "--rows", "1",
+            "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "2", "--batch", "1",
             "--device", "cpu", "--out", str(tmp_path / "x"),
         ],
         monkeypatch,
@@ -551,7 +564,7 @@ def test_utterances_that_do_not_fit_into_a_row_are_told(speedrun, tmp_path, monk
         [
             "pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"),
             "--text", str(speedrun / "toy/base.jsonl"), "--length", "24", "--steps", "1",
-            "--rows", "2", "--device", "cpu", "--out", str(tmp_path / "x"),
+            "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "x"),
         ],
         monkeypatch,
     )
@@ -566,7 +579,7 @@ def test_a_batch_without_speech_has_nothing_to_imitate(speedrun, tmp_path, monke
         [
             "pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"),
             "--text", str(speedrun / "toy/base.jsonl"), "--mix", "text=1", "--steps", "2",
-            "--rows", "1", "--device", "cpu", "--out", str(tmp_path / "x"),
+            "--batch", "1", "--device", "cpu", "--out", str(tmp_path / "x"),
         ],
         monkeypatch,
     )
@@ -604,7 +617,7 @@ def trained_with(folder, speedrun, *flags):
     return [
         "pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"),
         "--text", str(speedrun / "toy/base.jsonl"), "--rows-first", "0.34", "--steps", "3",
-        "--rows", "2", "--device", "cpu", "--out", str(folder), *flags,
+        "--batch", "2", "--device", "cpu", "--out", str(folder), *flags,
     ]
 
 
@@ -713,7 +726,7 @@ def trained(speedrun, tmp_path, monkeypatch, kind, *flags):
     call(
         [
             "pretrain.py", "--init", str(speedrun / "base"), *data, "--steps", "1",
-            "--rows", "2", "--device", "cpu", "--dtype", "float32", *flags, "--out", str(out),
+            "--batch", "2", "--device", "cpu", "--dtype", "float32", *flags, "--out", str(out),
         ],
         monkeypatch,
     )
@@ -742,7 +755,7 @@ def differ(a, b):
             ["--lora", "2", "--lora-alpha", "8", "--steps", "2"],
         ),
         ("chat", ["--accumulate", "1"], ["--accumulate", "2"]),
-        ("chat", ["--rows", "2"], ["--rows", "3"]),
+        ("chat", ["--batch", "2"], ["--batch", "3"]),
         ("chat", ["--layers", "0:1"], ["--layers", "0.5:1"]),
         ("chat", ["--dtype", "float32"], ["--dtype", "bfloat16"]),
         ("units", ["--imitate", "7"], ["--imitate", "14"]),
@@ -771,7 +784,7 @@ def test_plain_is_the_recipe_without_what_a_small_model_needs(
     ]
     data = [
         "pretrain.py", "--init", str(speedrun / "base"), "--units", str(speedrun / "units"),
-        "--steps", "1", "--rows", "2", "--device", "cpu",
+        "--steps", "1", "--batch", "2", "--device", "cpu",
     ]
     for name, flags in (("plain", ["--plain"]), ("off", off)):
         call([*data, *flags, "--out", str(tmp_path / name)], monkeypatch)
@@ -816,7 +829,7 @@ def test_beside_imitation_interleaved_documents_bear_no_loss_and_without_it_they
     speedrun, tmp_path, monkeypatch
 ):
     def layouts(*flags):
-        words = ["--mix", "interleave=0.5,transcribe=0.5", "--rows", "4", *flags]
+        words = ["--mix", "interleave=0.5,transcribe=0.5", "--batch", "4", *flags]
         _, log, _ = trained(speedrun, tmp_path, monkeypatch, "units", *words)
         return log["layouts"]
 
@@ -883,7 +896,7 @@ def test_the_arithmetic_is_kept_with_the_run_and_a_resume_in_another_is_refused(
     monkeypatch.setattr(pretrain.Log, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     words = [
         "pretrain.py", "--init", str(speedrun / "base"),
-        "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "2", "--rows", "2",
+        "--chat", str(speedrun / "toy/chat.jsonl"), "--steps", "2", "--batch", "2",
         "--device", "cpu", "--out", str(tmp_path / "x"),
     ]
     with pytest.raises(KeyboardInterrupt):
@@ -914,7 +927,7 @@ def test_a_step_is_the_mean_of_its_batches_and_its_gradient_has_a_norm_of_at_mos
             [
                 "pretrain.py", "--init", str(speedrun / "base"),
                 "--text", str(speedrun / "toy/base.jsonl"), "--plain", "--steps", "1",
-                "--rows", "2", "--accumulate", count, "--device", "cpu",
+                "--batch", "2", "--accumulate", count, "--device", "cpu",
                 "--out", str(tmp_path / count),
             ],
             monkeypatch,

@@ -140,7 +140,7 @@ def sum_of_surrogates(folder, speedrun, tmp_path_factory):
     """{name: folder} of instruct, speech and their sum, each of the real size."""
     out, patch = tmp_path_factory.mktemp("real"), pytest.MonkeyPatch()
     text = speedrun / "toy/base.jsonl"
-    cut = "--lora 8 --rows 1 --length 64 --steps 100 --device cpu".split()
+    cut = "--lora 8 --batch 1 --length 64 --steps 100 --device cpu".split()
     call(
         [
             "pretrain.py", "--init", str(folder), "--chat", str(speedrun / "toy/chat.jsonl"),

@@ -168,7 +168,7 @@ def test_a_run_without_a_setting_that_it_was_begun_with_is_another_run(tmp_path)
     "words, wanted",
     [
         ("pretrain.py --steps 0", "a number from 1 on"),
-        ("pretrain.py --rows 0", "a number from 1 on"),
+        ("pretrain.py --batch 0", "a number from 1 on"),
         ("pretrain.py --accumulate 0", "a number from 1 on"),
         ("pretrain.py --length 1", "a number from 2 on"),
         ("pretrain.py --lora -1", "a number from 0 on"),

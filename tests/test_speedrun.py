@@ -97,7 +97,7 @@ def test_the_real_recipes_commands_run_on_the_tokenizer_and_rows_of_qwen2_5(
     small = {
         "fit": "--layer 2 --k 20 --frames 2000 --minibatch 500 --device cpu",
         "encode": "--device cpu",
-        "--init": "--steps 2 --rows 1 --length 512 --accumulate 1 --device cpu",
+        "--init": "--steps 2 --batch 1 --length 512 --accumulate 1 --device cpu",
     }
     script = (ROOT / "speedrun_real.sh").read_text().replace("\\\n", "")
     names = {

@@ -311,11 +311,12 @@ def test_word_times_behind_the_end_of_a_clip_are_told_and_units_of_two_prices_ar
         with pytest.raises(ValueError, match=said):
             audio.read_manifest(tmp_path / "m.jsonl")
 
-    # A run that is stopped, and a codebook with another price of a change when it goes on.
+    # A run that is stopped, and when it goes on another arithmetic, or a codebook with another
+    # price of a change.
     shutil.copytree(speedrun / "codebook", tmp_path / "codebook")
     words = [
         "tokenize_audio.py", "encode", "--manifest", str(speedrun / "toy/speech/train.jsonl"),
-        "--codebook", str(tmp_path / "codebook"), "--device", "cpu",
+        "--codebook", str(tmp_path / "codebook"), "--device", "cpu", "--dtype", "float32",
         "--out", str(tmp_path / "v"),
     ]
     save = tokenize_audio.Shard.save
@@ -328,10 +329,18 @@ def test_word_times_behind_the_end_of_a_clip_are_told_and_units_of_two_prices_ar
         patch.setattr(tokenize_audio.Shard, "save", dying)
         with pytest.raises(KeyboardInterrupt):
             call(words, monkeypatch)
+    with pytest.raises(ValueError, match="of a run with another dtype .float32, now bfloat16"):
+        call([*words, "--dtype", "bfloat16"], monkeypatch)
     file = tmp_path / "codebook/codebook.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"switch": 0.0}))
     with pytest.raises(ValueError, match="of a run with another codebook"):
         call(words, monkeypatch)
+
+
+def test_a_corpus_of_no_units_is_empty_and_not_a_fault(tmp_path):
+    for name in ("units.bin", "durations.bin"):
+        (tmp_path / name).touch()
+        assert audio.mapped(tmp_path / name).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_a_block_of_a_tensor_is_its_elements_and_a_written_one_comes_back(tmp_pa
         assert torch.equal(read[name], t)
         assert torch.equal(read.block(name, 2, 9), t.flatten()[2:9])
         assert read.dtype(name) == t.dtype
+    assert not (tmp_path / kind).stat().st_mode & 0o111, "weights are nothing to execute"
 
 
 def test_bad_json_lines_name_their_line(tmp_path):
