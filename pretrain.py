@@ -783,7 +783,8 @@ def arguments():
 
     parser = argparse.ArgumentParser(
         description="Pre-train, or continue to: text gives a base, "
-        "chats an instruct model, units a speech model."
+        "chats an instruct model, units a speech model.",
+        allow_abbrev=False,  # --rows was a flag, and would now mean --rows-first
     )
     add = parser.add_argument
 

@@ -255,13 +255,16 @@ def test_programs_write_and_read_json_lines(speedrun, tmp_path):
     assert "gone.wav" in said[4]["error"]
 
 
-def test_a_program_is_told_how_many_turns_are_forgotten_apart_from_the_reply(chat, capsys):
+def test_a_program_is_told_how_many_turns_are_forgotten_apart_from_the_reply(
+    chat, monkeypatch, capsys
+):
+    monkeypatch.setattr("chat.LIMIT", 4)  # tokens of a reply: a turn "hi" takes at most 20
     chat.room = 120
-    for_programs(chat, [json.dumps({"text": "x" * 40})] * 4, False)
+    for_programs(chat, [json.dumps({"text": text}) for text in ["hi"] * 3 + ["x" * 95]], False)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     forgotten = [row.get("forgotten_turns", 0) for row in rows]
-    assert forgotten[0] == 0 and max(forgotten) >= 1
-    assert len(chat.messages) == 2 * (4 - sum(forgotten)), "a turn and its reply, each told once"
+    assert forgotten[:3] == [0, 0, 0] and forgotten[3] >= 2, "two short turns for a long one"
+    assert len(chat.messages) == 2 * (4 - forgotten[3])
     assert not any("forgotten" in row["reply"] for row in rows)
 
 
