@@ -176,12 +176,16 @@ class Merge:
     def same_shapes(self):
         """All shapes must be speech's, but for rows of the tables that only speech has."""
         rows = self.count(TABLES[0])
-        for which in ("base", "instruct"):
-            for name in self.names:
+        for name in self.names:
+            speechs = self.tensors["speech"].shape(name)
+            if name in TABLES and speechs[0] < rows:
+                raise ValueError(
+                    f"{self.tensors['speech'].path(name)}: {name} has {speechs[0]} rows, base's "
+                    f"{rows}; wanted all of base's, and its own behind them"
+                )
+            for which in ("base", "instruct"):
                 tensors = self.tensors[which]
-                wanted = self.tensors["speech"].shape(name)
-                if name in TABLES:
-                    wanted = (rows, *wanted[1:])
+                wanted = (rows, *speechs[1:]) if name in TABLES else speechs
                 if tensors.shape(name) != wanted:
                     raise ValueError(
                         f"{tensors.path(name)}: {name} has shape "

@@ -198,11 +198,6 @@ def start_model(args):
             **shape,
         )
         model = LM.fresh(config, args.seed)
-    if vocab.size > model.config.vocab_size:
-        raise ValueError(
-            f"{args.init or args.tokenizer}: the tokenizer knows {vocab.size} tokens, "
-            f"the embedding has {model.config.vocab_size} rows"
-        )
     if args.units:
         of_layout = read_corpus(args.units)  # all of its layouts have one codebook
         add_units(model, vocab, next(iter(of_layout.values())), args)

@@ -278,6 +278,12 @@ class Vocab:
                 f"{folder}: its pre-tokenizer's pattern {self.pattern[:60]!r} loses "
                 "text; wanted one that matches all of it"
             )
+        file = Path(folder) / "config.json"  # of a model; a tokenizer alone has none
+        rows = runs.read_json(file).get("vocab_size") if file.exists() else None
+        if isinstance(rows, int) and rows < self.size:
+            raise ValueError(
+                f"{folder}: the tokenizer knows {self.size} tokens, the embedding has {rows} rows"
+            )
         file = Path(folder) / "speech.json"
         self.speech = None
         if file.exists():

@@ -247,6 +247,10 @@ def test_folders_that_do_not_belong_together_are_refused(speedrun, tmp_path):
     weights.save(tmp_path / "other", {**state, "extra": torch.ones(5)})
     with pytest.raises(ValueError, match="extra"):
         Merge(base, tmp_path / "other", speech)
+    table = "model.embed_tokens.weight"
+    cut = copied(speech, tmp_path / "cut", lambda name, t: t[:300] if name == table else t)
+    with pytest.raises(ValueError, match=f"{table} has 300 rows, base's .*wanted all of base's"):
+        Merge(base, instruct, cut)
     weights.save(tmp_path / "other", state)
     file = tmp_path / "other/tokenizer.json"
     file.write_text(file.read_text().replace("<|im_start|>", "<|im_begin|>"))

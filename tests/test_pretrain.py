@@ -79,6 +79,30 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
     assert max(apart(same)) < 1e-9, "its own states are alike, and nothing spoken wants a name"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain.py", "--init", "{m}", "--text", "{m}/config.json", "--out", "{m}/x"],
+        ["chat.py", "{m}", "{m}/question.wav"],
+        ["desta.py", "write", "{m}/m.jsonl", "--model", "{m}", "--out", "{m}/x"],
+    ],
+)
+def test_a_tokenizer_that_names_rows_which_are_not_there_is_refused(
+    words, speedrun, tmp_path, monkeypatch
+):
+    shutil.copytree(speedrun / "merged", tmp_path / "m")
+    table = "model.embed_tokens.weight"
+    read = weights.Tensors(speedrun / "merged")
+    state = {name: read[name].clone() for name in read}
+    weights.save(tmp_path / "m", state | {table: state[table][:300].clone()})
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    row = {"audio": "a.wav", "text": "hi", "seconds": 1.0, "style": {"rate": "fast"}}
+    (tmp_path / "m/m.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="the tokenizer knows .* the embedding has 300 rows"):
+        call([word.format(m=tmp_path / "m") for word in words], monkeypatch)
+
+
 def test_a_model_of_one_block_has_its_words_to_learn_and_no_later_states(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"interleave": 1})
     model.model.layers = model.model.layers[:1]
