@@ -53,7 +53,7 @@ from vocab import Said
 
 METRICS = ["exact", "ends", "contains", "wer", "choice"]
 ROWS = "merged", "typed", "cascade", "speech", "instruct_rows"  # of speedrun_manner.sh
-LAMS = [n / 20 for n in range(8, 21)]  # 0.4, 0.45, ... 1.0
+LAMS = [n / 20 for n in range(4, 18)]  # 0.2, 0.25, ... 0.85
 READ = 16  # prompts read at once for the likelihood of all their ids
 
 

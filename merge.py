@@ -116,11 +116,6 @@ class Merge:
         template = "".join(CHATS.get(vocabs["instruct"].family, ()))
         special = vocabs["instruct"].special
         self.markers = sorted(i for token, i in special.items() if token in template)
-        if any(row >= self.count(TABLES[0]) for row in self.markers):
-            raise ValueError(
-                f"{instruct}: has chat markers in rows that {base} lacks; instruct "
-                "must come from this base"
-            )
 
     def merged(self, name, lam, mu=1.0):
         """A whole tensor of the sum."""
@@ -177,15 +172,15 @@ class Merge:
         """All shapes must be speech's, but for rows of the tables that only speech has."""
         rows = self.count(TABLES[0])
         for name in self.names:
-            speechs = self.tensors["speech"].shape(name)
-            if name in TABLES and speechs[0] < rows:
+            shape = self.tensors["speech"].shape(name)
+            if name in TABLES and shape[0] < rows:
                 raise ValueError(
-                    f"{self.tensors['speech'].path(name)}: {name} has {speechs[0]} rows, base's "
+                    f"{self.tensors['speech'].path(name)}: {name} has {shape[0]} rows, base's "
                     f"{rows}; wanted all of base's, and its own behind them"
                 )
             for which in ("base", "instruct"):
                 tensors = self.tensors[which]
-                wanted = (rows, *speechs[1:]) if name in TABLES else speechs
+                wanted = (rows, *shape[1:]) if name in TABLES else shape
                 if tensors.shape(name) != wanted:
                     raise ValueError(
                         f"{tensors.path(name)}: {name} has shape "
@@ -396,8 +391,8 @@ def arguments():
         "--lam",
         type=float,
         default=1.0,
-        help="how much of the speech delta (default 1; the paper's is 0.85, of the toy 1.15 for "
-        "units, 0.4 to 0.7 for prosody)",
+        help="how much of the speech delta (default 1; the paper's is 0.85, the toy's 1.15 for "
+        "units and 0.4 to 0.7 for prosody)",
     )
     add_("--mu", type=float, default=1.0, help="how much of the instruct delta (default 1)")
     end = parser.add_mutually_exclusive_group(required=True)

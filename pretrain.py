@@ -78,8 +78,8 @@ STAGES = {
         keep_text=0.01,
         rows_first=0.05,
     ),
-    # A speech model with the paper's documents and loss: transcripts beside the speech. Muon,
-    # and which parameters move, is ours.
+    # A speech model with the paper's documents and loss: transcripts beside the speech. Muon
+    # is ours, and so is the choice of parameters that move.
     "prosody": PLAIN
     | dict(
         mix="captioned=0.8,text=0.2",

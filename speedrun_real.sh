@@ -16,7 +16,7 @@
 # A trial of the whole path: 10 minutes and 6.9 GB of memory on two cores, for 47 minutes of speech.
 # Any folder of these families will do:
 #   BASE=weights/SmolLM2-135M-Instruct INSTRUCT=weights/SmolLM2-135M-Instruct \
-#     WHISPER=weights/whisper-tiny.en STEPS=20 ROWS=1 ACCUMULATE=1 \
+#     WHISPER=weights/whisper-tiny.en STEPS=20 BATCH=1 ACCUMULATE=1 \
 #     bash speedrun_real.sh weights clips.jsonl out/trial
 #
 # Expect transcripts (with word times, of stretches of at most 19 words), and an instruct model that
@@ -82,7 +82,7 @@ fi
 # Hearing, from the *base*: a tenth of the toy's rate and less; rows long enough for any utterance.
 # 2,000 steps of 65,536 ids are 130 M, some 20 passes over a hundred hours.
 step pretrain.py --init "$base" --units "$out/units" --text "$out/text.txt" $hearing --lr 1e-4 \
-  --steps ${STEPS:-2000} --batch ${ROWS:-8} --length 2048 --accumulate ${ACCUMULATE:-4} \
+  --steps ${STEPS:-2000} --batch ${BATCH:-8} --length 2048 --accumulate ${ACCUMULATE:-4} \
   --recompute --out "$out/speech"
 
 # The paper's lam.

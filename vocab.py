@@ -1,6 +1,7 @@
 """What the model reads: tokens of text, markers and units, and the layout of documents and turns.
 
-in   an open model's own tokenizer files (byte-level BPE), speech.json where the model hears
+in   an open model's own tokenizer files (byte-level BPE), speech.json where the model hears, and
+     of config.json how many rows there are
 out  ids (rows of the LM) and, for training, which of them bear loss
 see  tiktoken; ChatML and Llama-3 chat formats; Spirit LM (arXiv:2402.05755) for interleaving
 run  python vocab.py show out/speech    # every layout as literal tokens, ids and loss positions
@@ -278,7 +279,7 @@ class Vocab:
                 f"{folder}: its pre-tokenizer's pattern {self.pattern[:60]!r} loses "
                 "text; wanted one that matches all of it"
             )
-        file = Path(folder) / "config.json"  # of a model; a tokenizer alone has none
+        file = Path(folder) / "config.json"  # of a model; a tokenizer alone may have none
         rows = runs.read_json(file).get("vocab_size") if file.exists() else None
         if isinstance(rows, int) and rows < self.size:
             raise ValueError(

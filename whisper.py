@@ -419,7 +419,7 @@ class Whisper(nn.Module):
                 texts[n] = self.vocab.decode(ids).strip()
         for n, text in enumerate(texts):
             if text is None:
-                parts = [said.strip() for _, _, said in self.segments(clips[n])]
+                parts = [part.strip() for _, _, part in self.segments(clips[n])]
                 texts[n] = " ".join(parts)
         return texts
 

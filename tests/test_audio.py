@@ -286,3 +286,9 @@ def test_transcripts_that_are_not_utf_8_are_named(name, tmp_path):
     (tmp_path / name).write_bytes(b"1-2-3|\xff|\xff 1-2-3 \xff\n")
     with pytest.raises(ValueError, match=f"{name}: not UTF-8"):
         audio.read_manifest(tmp_path)
+
+
+def test_a_corpus_of_no_units_is_empty_and_not_a_fault(tmp_path):
+    for name in ("units.bin", "durations.bin"):
+        (tmp_path / name).touch()
+        assert audio.mapped(tmp_path / name).tolist() == []

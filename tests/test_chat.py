@@ -129,17 +129,17 @@ def test_answers_to_given_files_end_with_a_status(speedrun, tmp_path, monkeypatc
         (ValueError("no microphone"), "cannot answer that: no microphone"),
     ],
 )
-def test_a_recording_that_is_stopped_leaves_the_conversation(
+def test_a_recording_that_is_stopped_or_fails_leaves_the_conversation(
     what, told, speedrun, monkeypatch, capsys
 ):
     import chat as module
 
     lines, chat = iter(["hi", ":rec", ":why"]), Chat(speedrun / "merged")
 
-    def stopped():
+    def broken():
         raise what
 
-    monkeypatch.setattr(module, "record", stopped)
+    monkeypatch.setattr(module, "record", broken)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or stopped_for_good())
 
     def stopped_for_good():
@@ -255,9 +255,7 @@ def test_programs_write_and_read_json_lines(speedrun, tmp_path):
     assert "gone.wav" in said[4]["error"]
 
 
-def test_a_program_is_told_how_many_turns_are_forgotten_apart_from_the_reply(
-    chat, monkeypatch, capsys
-):
+def test_a_program_is_told_how_many_turns_are_forgotten(chat, monkeypatch, capsys):
     monkeypatch.setattr("chat.LIMIT", 4)  # tokens of a reply: a turn "hi" takes at most 20
     chat.room = 120
     for_programs(chat, [json.dumps({"text": text}) for text in ["hi"] * 3 + ["x" * 95]], False)
@@ -265,7 +263,6 @@ def test_a_program_is_told_how_many_turns_are_forgotten_apart_from_the_reply(
     forgotten = [row.get("forgotten_turns", 0) for row in rows]
     assert forgotten[:3] == [0, 0, 0] and forgotten[3] >= 2, "two short turns for a long one"
     assert len(chat.messages) == 2 * (4 - forgotten[3])
-    assert not any("forgotten" in row["reply"] for row in rows)
 
 
 @pytest.mark.parametrize("line", ["~\x00", "~\ud800", "~nobody-of-this-name/\ud800.wav say"])

@@ -79,30 +79,6 @@ def test_a_model_that_thinks_of_speech_as_of_text_is_not_unlike_and_a_deaf_one_i
     assert max(apart(same)) < 1e-9, "its own states are alike, and nothing spoken wants a name"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["pretrain.py", "--init", "{m}", "--text", "{m}/config.json", "--out", "{m}/x"],
-        ["chat.py", "{m}", "{m}/question.wav"],
-        ["desta.py", "write", "{m}/m.jsonl", "--model", "{m}", "--out", "{m}/x"],
-    ],
-)
-def test_a_tokenizer_that_names_rows_which_are_not_there_is_refused(
-    words, speedrun, tmp_path, monkeypatch
-):
-    shutil.copytree(speedrun / "merged", tmp_path / "m")
-    table = "model.embed_tokens.weight"
-    read = weights.Tensors(speedrun / "merged")
-    state = {name: read[name].clone() for name in read}
-    weights.save(tmp_path / "m", state | {table: state[table][:300].clone()})
-    config = json.loads((tmp_path / "m/config.json").read_text())
-    (tmp_path / "m/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
-    row = {"audio": "a.wav", "text": "hi", "seconds": 1.0, "style": {"rate": "fast"}}
-    (tmp_path / "m/m.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="the tokenizer knows .* the embedding has 300 rows"):
-        call([word.format(m=tmp_path / "m") for word in words], monkeypatch)
-
-
 def test_a_model_of_one_block_has_its_words_to_learn_and_no_later_states(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"interleave": 1})
     model.model.layers = model.model.layers[:1]
@@ -958,3 +934,9 @@ def test_a_step_is_the_mean_of_its_batches_and_its_gradient_has_a_norm_of_at_mos
         )
     assert norms[0][0] > 1 and norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert norms[0][1] == pytest.approx(1, rel=1e-3)
+
+
+def test_rows_is_no_flag_any_more_and_not_taken_for_rows_first(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call("pretrain.py --init a --text b --out c --rows 1".split(), monkeypatch)
+    assert "unrecognized arguments: --rows 1" in capsys.readouterr().err

@@ -164,12 +164,6 @@ def test_a_run_without_a_setting_that_it_was_begun_with_is_another_run(tmp_path)
         runs.Checkpoint(tmp_path / "c.pt", {"rows": "1"}).read("done")
 
 
-def test_a_flag_that_is_gone_is_refused_and_not_taken_for_a_longer_one(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        call("pretrain.py --init a --text b --out c --rows 1".split(), monkeypatch)
-    assert "unrecognized arguments: --rows 1" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "words, wanted",
     [

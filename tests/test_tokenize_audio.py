@@ -294,7 +294,7 @@ def test_a_codebook_is_fitted_without_the_clips_that_cannot_be_read(
     assert (tmp_path / "c/codebook.json").exists()
 
 
-def test_word_times_behind_the_end_of_a_clip_are_told_and_units_of_two_prices_are_not_mixed(
+def test_word_times_behind_the_end_of_a_clip_are_told(
     speedrun, tmp_path, monkeypatch
 ):
     row = json.loads((speedrun / "toy/speech/train.jsonl").read_text().splitlines()[0])
@@ -311,8 +311,10 @@ def test_word_times_behind_the_end_of_a_clip_are_told_and_units_of_two_prices_ar
         with pytest.raises(ValueError, match=said):
             audio.read_manifest(tmp_path / "m.jsonl")
 
-    # A run that is stopped, and when it goes on another arithmetic, or a codebook with another
-    # price of a change.
+
+def test_a_stopped_encode_goes_on_only_with_the_same_arithmetic_and_price_of_a_change(
+    speedrun, tmp_path, monkeypatch
+):
     shutil.copytree(speedrun / "codebook", tmp_path / "codebook")
     words = [
         "tokenize_audio.py", "encode", "--manifest", str(speedrun / "toy/speech/train.jsonl"),
@@ -335,12 +337,6 @@ def test_word_times_behind_the_end_of_a_clip_are_told_and_units_of_two_prices_ar
     file.write_text(json.dumps(json.loads(file.read_text()) | {"switch": 0.0}))
     with pytest.raises(ValueError, match="of a run with another codebook"):
         call(words, monkeypatch)
-
-
-def test_a_corpus_of_no_units_is_empty_and_not_a_fault(tmp_path):
-    for name in ("units.bin", "durations.bin"):
-        (tmp_path / name).touch()
-        assert audio.mapped(tmp_path / name).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import tiktoken
 
 import runs
-from conftest import shared
+import weights
+from conftest import call, shared
 from vocab import LETTERS, LLAMA3, Vocab, tokenizer_json
 
 SEPARATOR = "\n__ggml_vocab_test__\n"
@@ -324,3 +325,28 @@ def test_the_prompt_for_a_transcript_is_how_transcripts_begin(toy):
     assert document.ids[: len(prompt)] == prompt
     assert document.loss[: len(prompt)] == [0] * len(prompt)
     assert all(document.loss[len(prompt) :])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain.py", "--init", "{m}", "--text", "{m}/config.json", "--out", "{m}/x"],
+        ["chat.py", "{m}", "{m}/question.wav"],
+        ["merge.py", "--base", "{m}", "--instruct", "{m}", "--speech", "{m}", "--dry-run"],
+        ["desta.py", "write", "{m}/m.jsonl", "--model", "{m}", "--out", "{m}/x"],
+    ],
+)
+def test_a_tokenizer_that_names_rows_which_are_not_there_is_refused(
+    words, speedrun, tmp_path, monkeypatch
+):
+    shutil.copytree(speedrun / "merged", tmp_path / "m")
+    table = "model.embed_tokens.weight"
+    read = weights.Tensors(speedrun / "merged")
+    state = {name: read[name].clone() for name in read}
+    weights.save(tmp_path / "m", state | {table: state[table][:300].clone()})
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    row = {"audio": "a.wav", "text": "hi", "seconds": 1.0, "style": {"rate": "fast"}}
+    (tmp_path / "m/m.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="the tokenizer knows .* the embedding has 300 rows"):
+        call([word.format(m=tmp_path / "m") for word in words], monkeypatch)
