@@ -31,9 +31,8 @@ step prosody.py $out/world/dev.jsonl --bins $out/prosody --out $out/dev
 step prosody.py $out/world/test.jsonl --bins $out/prosody --out $out/test
 
 # Hearing, from the base: [caption] text [speech] [another line] [caption], each in some documents;
-# a fifth of it text; the plain loss; 1,600 steps of 16 rows at a rate of 5e-4. As in the paper, only
-# changes of a low rank are learnt (LoRA): a smaller delta, and the sum bears more of it.
-step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl --lora 16 \
+# a fifth of it text; the plain loss; 1,600 steps of 16 rows at a rate of 5e-4.
+step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl \
   --seed $seed --out $out/speech
 
 # base + lam * (speech - base) + (instruct - base), at the lam that answers the dev questions best.

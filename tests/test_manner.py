@@ -715,6 +715,12 @@ def test_the_pages_tell_what_the_results_hold():
         assert f"{what} {', '.join(scores)}" in readme
     for table in (reuse, paper, desta):
         assert " ".join(benchmark.table(table).split()) in page
+    lora = json.loads((ROOT / "results/manner-lora.json").read_text())["seeds"]
+    facts, stress = (
+        [value(seed["rows"], "merged", group) for seed in lora] for group in ("fact", "stress")
+    )
+    assert f"facts {facts[0]} (0.81), stress {stress[0]} (0.49)" in page
+    assert "facts {} and {}, stress {} and {}".format(*facts[1:], *stress[1:]) in page
 
 
 @pytest.mark.parametrize(
