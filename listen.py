@@ -59,8 +59,8 @@ def wants_words(folder, ears):
         raise ValueError(
             f"{folder}: hears how words are said, and no one writes them down; chat.py, "
             "listen.py and benchmark.py rows take --transcriber, a Whisper folder or a model "
-            'of units; in a chat they may stand behind the path, in "quotes", in a row as its '
-            '"text" and "words"'
+            'of units; in a chat they may stand behind the path, in "quotes", in a row as '
+            'its "text" and "words"'
         )
 
 

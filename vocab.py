@@ -1,7 +1,7 @@
 """What the model reads: tokens of text, markers and units, and the layout of documents and turns.
 
-in   an open model's own tokenizer files (byte-level BPE), speech.json where the model hears, and
-     of config.json how many rows there are
+in   an open model's own tokenizer files (byte-level BPE), of config.json how many rows there
+     are, and speech.json where the model hears
 out  ids (rows of the LM) and, for training, which of them bear loss
 see  tiktoken; ChatML and Llama-3 chat formats; Spirit LM (arXiv:2402.05755) for interleaving
 run  python vocab.py show out/speech    # every layout as literal tokens, ids and loss positions
@@ -283,7 +283,8 @@ class Vocab:
         rows = runs.read_json(file).get("vocab_size") if file.exists() else None
         if isinstance(rows, int) and rows < self.size:
             raise ValueError(
-                f"{folder}: the tokenizer knows {self.size} tokens, the embedding has {rows} rows"
+                f"{folder}: the tokenizer knows {self.size} tokens, the embedding has {rows} "
+                "rows"
             )
         file = Path(folder) / "speech.json"
         self.speech = None
