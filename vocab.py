@@ -1,7 +1,7 @@
 """What the model reads: tokens of text, markers and units, and the layout of documents and turns.
 
-in   an open model's own tokenizer files (byte-level BPE), of config.json how many rows there
-     are, and speech.json where the model hears
+in   an open model's own tokenizer files (byte-level BPE), of config.json how many rows
+     there are, and speech.json where the model hears
 out  ids (rows of the LM) and, for training, which of them bear loss
 see  tiktoken; ChatML and Llama-3 chat formats; Spirit LM (arXiv:2402.05755) for interleaving
 run  python vocab.py show out/speech    # every layout as literal tokens, ids and loss positions
@@ -183,7 +183,7 @@ def read_tokenizer(folder):
 
 
 def pattern_of(json_, folder):
-    """The pre-tokenizer's regular expression; ValueError for one that is none of the known."""
+    """The pre-tokenizer's regular expression; a ValueError for one that is unknown."""
     pre = json_.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     kinds = [step.get("type") for step in steps]
@@ -283,8 +283,8 @@ class Vocab:
         rows = runs.read_json(file).get("vocab_size") if file.exists() else None
         if isinstance(rows, int) and rows < self.size:
             raise ValueError(
-                f"{folder}: the tokenizer knows {self.size} tokens, the embedding has {rows} "
-                "rows"
+                f"{folder}: the tokenizer knows {self.size} tokens, the embedding has "
+                f"{rows} rows"
             )
         file = Path(folder) / "speech.json"
         self.speech = None
