@@ -214,23 +214,6 @@ def taught(batch):
     return read.gather(1, batch["start"])
 
 
-# --- frozen rows --------------------------------------------------------------
-
-
-def frozen_rows(embeddings, vocab, first_new, count):
-    """(count,) bool: rows of the embedding that a run leaves as they are.
-
-    embeddings  "all" rows are trained; "special": the special tokens alone; "new": those from row
-                `first_new` on, which units and markers of speech have just got
-    """
-    row = torch.arange(count)
-    if embeddings == "new":
-        return row < first_new
-    if embeddings == "special":
-        return ~torch.isin(row, torch.tensor([*vocab.special.values()]))
-    return torch.zeros(count, dtype=torch.bool)
-
-
 # --- the filter ---------------------------------------------------------------
 
 
@@ -269,3 +252,20 @@ def text_filters(model, body, batches, strength):
         damped = torch.eye(len(C), device=C.device) + strength * C
         filters[p] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return filters
+
+
+# --- frozen rows --------------------------------------------------------------
+
+
+def frozen_rows(embeddings, vocab, first_new, count):
+    """(count,) bool: rows of the embedding that a run leaves as they are.
+
+    embeddings  "all" rows are trained; "special": the special tokens alone; "new": those from row
+                `first_new` on, which units and markers of speech have just got
+    """
+    row = torch.arange(count)
+    if embeddings == "new":
+        return row < first_new
+    if embeddings == "special":
+        return ~torch.isin(row, torch.tensor([*vocab.special.values()]))
+    return torch.zeros(count, dtype=torch.bool)
