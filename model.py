@@ -112,6 +112,8 @@ class Config:
         for name in needed:
             if name not in raw:
                 raise ValueError(f"{path}: the key {name!r} is missing")
+            if type(raw[name]) is not int or raw[name] < 1:
+                raise ValueError(f"{path}: got {name} = {raw[name]!r}, wanted a number from 1 on")
         heads = raw["num_attention_heads"]
         return cls(
             architecture=architecture,

@@ -324,3 +324,11 @@ def test_a_row_that_has_ended_repeats_its_end_while_others_go_on():
             assert held[1:, 0].tolist() == [end] * 5 and torch.equal(held[:, 1], free[:, 1])
             return
     raise AssertionError("no seed gave a row that ends and one that does not")
+
+
+@pytest.mark.parametrize("size", ["300", 0, 1.5, True])
+def test_a_size_that_is_no_number_is_named(size, speedrun, tmp_path):
+    made = json.loads((speedrun / "base/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(made | {"vocab_size": size}))
+    with pytest.raises(ValueError, match="got vocab_size = .*, wanted a number from 1 on"):
+        Config.read(tmp_path)
