@@ -13,7 +13,7 @@ run  python merge.py --base out/base --instruct out/instruct --speech out/speech
 Tensors meet by name, and their rows by number: row n of an embedding is token n in all
 three. The sum is taken in float64 and rounded once, to speech's dtype. Rounded step by step
 in bfloat16, (speech + instruct) - base would lose 14 % of a delta of relative size 0.02.
-Blocks of rows are read, added and written one after the other, so a model of 8B parameters
+Slices of rows are read, added and written one after the other, so a model of 8B parameters
 wants no more memory than a small one.
 """
 
@@ -36,13 +36,13 @@ from vocab import CHATS, Vocab
 
 
 def add(models, name, lam, mu):
-    """Yield (first row, rows, sizes) of a tensor of the sum, block by block of its rows.
+    """Yield (first row, rows, sizes) of a tensor of the sum, slice by slice of its rows.
 
     models  `Merge`: the three folders
     rows    (n, width) in speech's dtype
-    sizes   what `measure` says of the block; None for rows that base lacks
+    sizes   what `measure` says of the slice; None for rows that base lacks
     """
-    for a, b in models.blocks(name):
+    for a, b in models.slices(name):
         speech = models.rows("speech", name, a, b)                  # (n, width)
         if a >= models.count(name):  # tokens that base has not
             models.finite(speech, name, a, b)
@@ -64,7 +64,7 @@ def add(models, name, lam, mu):
 
 
 def measure(base, speech_delta, instruct_delta):
-    """What the report needs of a block, to be summed: squared norms, and how the deltas agree."""
+    """What the report needs of a slice, to be summed: squared norms, and how the deltas agree."""
     return Counter(
         base=dot(base, base),
         speech=dot(speech_delta, speech_delta),
@@ -85,7 +85,7 @@ RULES = {
     "chat markers": "their rows are instruct's, whatever lam and mu: speech has no chats",
     "new rows": "tokens that only speech has are speech's: there is nothing to add",
 }
-BLOCK = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
+SLICE = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
 TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
 
 
@@ -213,11 +213,11 @@ class Merge:
         """Rows of a tensor that base has; speech's own come after."""
         return self.tensors["base"].shape(name)[0]
 
-    def blocks(self, name):
-        """(a, b) of blocks of rows; none lies across the end of base's."""
+    def slices(self, name):
+        """(a, b) of slices of rows; none lies across the end of base's."""
         have = self.count(name)
         every = self.tensors["speech"].shape(name)[0]
-        step = max(1, BLOCK // self.width(name))
+        step = max(1, SLICE // self.width(name))
         return [
             (a, min(a + step, end))
             for begin, end in ((0, have), (have, every))
@@ -230,7 +230,7 @@ class Merge:
     def rows(self, which, name, a, b):
         """Rows a to b of a tensor of one of the three, (b - a, width)."""
         width = self.width(name)
-        return self.tensors[which].block(name, a * width, b * width).view(b - a, width)
+        return self.tensors[which].slice(name, a * width, b * width).view(b - a, width)
 
     def finite(self, merged, name, a, b):
         """A ValueError if rows of the sum hold NaN or infinity; it names who has them, too."""
@@ -246,7 +246,7 @@ class Merge:
 
 
 class Output:
-    """Files like speech's, of one or several shards, whose blocks come one after the other."""
+    """Files like speech's, of one or several shards, whose slices come one after the other."""
 
     def __init__(self, out, models):
         speech = models.tensors["speech"]
@@ -268,7 +268,7 @@ class Output:
 
     def write(self, name, first, rows):
         at = self.begin[name] + first * rows.shape[1] * rows.element_size()
-        weights.write_block(self.files[self.home[name]], at, rows)
+        weights.write_slice(self.files[self.home[name]], at, rows)
 
     def close(self):
         for handle in self.files.values():

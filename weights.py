@@ -38,7 +38,7 @@ class Tensors:
             raise FileNotFoundError(f"{folder}: no such model folder")
         self.home = {}  # tensor name -> the file that holds it
         self.files = {}  # file -> open safetensors handle, or dict of a .bin
-        self.headers = {}  # file -> (open file, where its tensors begin, header), for `block`
+        self.headers = {}  # file -> (open file, where its tensors begin, header), for `slice`
 
         single = self._first("model.safetensors", "pytorch_model.bin")
         index = self._first("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -129,7 +129,7 @@ class Tensors:
             )
         return dtype
 
-    def block(self, name, a, b):
+    def slice(self, name, a, b):
         """Elements a to b of a tensor, flat.
 
         They are read, not mapped: pages of a mapped file would count as this process's
@@ -203,7 +203,7 @@ def save(folder, tensors):
 def allocate(file, tensors):
     """A safetensors file for {name: (shape, dtype)}: its header is written, its data to come.
 
-    Returns the file's handle for `write_block`, and where in it each tensor begins.
+    Returns the file's handle for `write_slice`, and where in it each tensor begins.
     """
     letters = {name: short for short, name in DTYPES.items()}
     header = {"__metadata__": {"format": "pt"}}
@@ -232,7 +232,7 @@ def write_index(folder, home):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def write_block(handle, at, tensor):
+def write_slice(handle, at, tensor):
     """Write a tensor at a byte of the file, whole: a full disk is an OSError."""
     data = memoryview(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
     while data:

@@ -111,7 +111,7 @@ def test_the_sum_is_the_same_however_folders_are_cut_into_shards_and_blocks(
 ):
     base, instruct, speech = folders(speedrun)
     whole = merge(tmp_path / "whole", monkeypatch, base, instruct, speech, "--lam", "0.7")
-    monkeypatch.setattr("merge.BLOCK", 1000)
+    monkeypatch.setattr("merge.SLICE", 1000)
     parts = [
         copied(folder, tmp_path / f"p{n}", shards=n)
         for n, folder in zip((2, 3, 4), (base, instruct, speech))
@@ -181,9 +181,9 @@ def test_killed_or_out_of_space_it_leaves_no_folder_and_the_next_try_a_whole_one
     ] + ["--out", str(tmp_path / "m")]
     script = (
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import merge, runs, "
-        "weights; write, left = weights.write_block, [7]\n"
+        "weights; write, left = weights.write_slice, [7]\n"
         f"def dying(*given):\n  left[0] -= 1\n  return write(*given) if left[0] else {end}\n"
-        f"weights.write_block = dying; sys.argv = ['merge.py', *{words!r}]; runs.run(merge.main)"
+        f"weights.write_slice = dying; sys.argv = ['merge.py', *{words!r}]; runs.run(merge.main)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode and not (tmp_path / "m").exists()

@@ -162,7 +162,7 @@ def test_a_large_file_is_known_by_samples_that_notice_other_weights_and_another_
 
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
-def test_a_block_of_a_tensor_is_its_elements_and_a_written_one_comes_back(tmp_path, kind):
+def test_a_slice_of_a_tensor_is_its_elements_and_a_written_one_comes_back(tmp_path, kind):
     tensors = {"x": torch.randn(7, 5), "y": torch.randn(11).bfloat16()}
     if kind.endswith(".bin"):
         torch.save(tensors, tmp_path / kind)
@@ -172,14 +172,14 @@ def test_a_block_of_a_tensor_is_its_elements_and_a_written_one_comes_back(tmp_pa
         )
         for name, t in tensors.items():
             for a in (4, 0):  # in any order
-                weights.write_block(
+                weights.write_slice(
                     handle, at[name] + a * t.element_size(),
                     t.flatten()[a:] if a else t.flatten()[:4],
                 )
     read = weights.Tensors(tmp_path)
     for name, t in tensors.items():
         assert torch.equal(read[name], t)
-        assert torch.equal(read.block(name, 2, 9), t.flatten()[2:9])
+        assert torch.equal(read.slice(name, 2, 9), t.flatten()[2:9])
         assert read.dtype(name) == t.dtype
     assert not (tmp_path / kind).stat().st_mode & 0o111, "weights are nothing to execute"
 
@@ -320,7 +320,7 @@ def test_a_write_that_the_system_cuts_short_goes_on_behind_it(tmp_path, monkeypa
     monkeypatch.setattr(
         weights.os, "pwrite", lambda file, data, place: real(file, bytes(data)[:1000], place)
     )
-    weights.write_block(handle, at["x"], rows)
+    weights.write_slice(handle, at["x"], rows)
     os.close(handle)
     assert torch.equal(weights.Tensors(tmp_path)["x"], rows)
 
