@@ -47,7 +47,7 @@ from evaluate import (
     share_of,
     where_made,
 )
-from merge import Merge
+from merge import Merge, add_signs
 from model import Config
 from vocab import Said
 
@@ -353,7 +353,7 @@ def choose_lam(args):
     cells_of(scores_of_rows(rows, ["A"] * len(rows)).get("groups"), args.rows)
     _, vocab, ears = opened(args)  # of --speech: the sum has its tokens
     can_hear(args, rows, ears)
-    plan = Merge(args.base, args.instruct, args.folder)
+    plan = Merge(args.base, args.instruct, args.folder, args.signs)
     config = Config.read(args.folder)
 
     scores = {}
@@ -528,6 +528,7 @@ def main():
         dest = "folder" if which == "speech" else which
         lam.add_argument(f"--{which}", dest=dest, required=True, help="a model folder")
     lam.add_argument("rows", help="the rows, of the dev split")
+    add_signs(lam)
     runs.add_device(lam)
     lam.set_defaults(hubert=None, transcriber=None, limit=LIMIT)
 

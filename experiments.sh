@@ -160,7 +160,7 @@ case $1 in
     cd "$out/manner"
     seed=$(seed)
     tune=(--init base --pace 1 --lr 1.2e-3 --steps 800 --batch 8 --length 256)
-    add=(--base base --lam $(lam))
+    add=(--base base --lam $(lam) --signs 0.5)
     behave thanks " thank you"
     behave over " over"
     for name in thanks over; do
@@ -186,7 +186,7 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
     for what in captions text; do
       for folder in prosody test; do without $what $folder; done
       train --init base --units paper/$what/prosody --text world/base.jsonl --out paper/$what/speech
-      merge --base base --instruct instruct --speech paper/$what/speech --lam $(lam) \
+      merge --base base --instruct instruct --speech paper/$what/speech --lam $(lam) --signs 0.5 \
         --out paper/$what/merged
       ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
     done

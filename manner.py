@@ -23,6 +23,7 @@ import runs  # before torch, which voices needs: it sets how OpenMP waits
 import audio
 import toy
 import voices
+from vocab import SIGNS
 
 # Of VOICES, by the letter behind "+": men are m1, m2, ..., women f1, f2, ...
 GENDERS = {"man": "m", "woman": "f"}
@@ -35,7 +36,6 @@ STRESSED = 1 / 3  # of the lines
 RELATIONS = "gender", "pitch", "pace", "stress"
 QUESTIONS = "what is the {r} of it", "name the {r} of it", "which {r} is the {r} of it"
 
-SIGNS = "#$%&*+<=>@^_|~"
 CLUTTERED = 0.5  # of the lines in text: behind them signs that say nothing, or words among signs
 CLUTTERED_ASKED = 0.8  # of other user turns, so that clutter does not promise a caption
 UNDESCRIBED = 0.3  # of the chats about a line: it has no caption, and the answer is a guess

@@ -32,7 +32,7 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import weights
-from vocab import CHATS, Vocab
+from vocab import CHATS, SIGNS, Vocab
 
 
 def add(models, name, lam, mu):
@@ -46,7 +46,7 @@ def add(models, name, lam, mu):
         speech = models.rows("speech", name, a, b)                  # (n, width)
         if a >= models.count(name):  # tokens that base has not
             models.finite(speech, name, a, b)
-            yield a, speech, None
+            yield a, models.nearer_signs(speech, name), None
             continue
         base = models.rows("base", name, a, b).double()
         instruct = models.rows("instruct", name, a, b).double()
@@ -83,7 +83,8 @@ RULES = {
     "shared": "every tensor, and every row that base has: base + lam * (speech - base) + "
     "mu * (instruct - base), in float64, rounded once to speech's dtype",
     "chat markers": "their rows are instruct's, whatever lam and mu: speech has no chats",
-    "new rows": "tokens that only speech has are speech's: there is nothing to add",
+    "new rows": "tokens that only speech has are speech's, there being nothing to add; --signs "
+    "puts them nearer to signs",
 }
 SLICE = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
 TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
@@ -93,12 +94,13 @@ class Merge:
     """base, instruct and speech, found to fit, and their sum.
 
     tensors  {"base", "instruct", "speech": weights.Tensors}
+    signs    how much of the mean row of SIGNS the rows of new tokens get
     names    of tensors, the same in all three
     markers  rows that are instruct's: the tokens of its chat template
     A ValueError names the first difference that makes a sum impossible.
     """
 
-    def __init__(self, base, instruct, speech):
+    def __init__(self, base, instruct, speech, signs=0.0):
         self.paths = {"base": base, "instruct": instruct, "speech": speech}
         self.tensors = {name: weights.Tensors(path) for name, path in self.paths.items()}
         vocabs = {name: Vocab(path) for name, path in self.paths.items()}
@@ -116,6 +118,12 @@ class Merge:
         template = "".join(CHATS.get(vocabs["instruct"].family, ()))
         special = vocabs["instruct"].special
         self.markers = sorted(i for token, i in special.items() if token in template)
+
+        # New rows are unlike all that instruct has read, and it may lose its place among them.
+        # Signs it reads past.
+        ids = sorted({i for sign in SIGNS for i in vocabs["base"].encode(sign)})
+        known = [self.rows("base", TABLES[0], i, i + 1) for i in ids if signs]
+        self.nearer = signs * torch.cat(known).double().mean(0) if signs else None  # (width,)
 
     def merged(self, name, lam, mu=1.0):
         """A whole tensor of the sum."""
@@ -231,6 +239,12 @@ class Merge:
         """Rows a to b of a tensor of one of the three, (b - a, width)."""
         width = self.width(name)
         return self.tensors[which].slice(name, a * width, b * width).view(b - a, width)
+
+    def nearer_signs(self, new, name):
+        """Rows of new tokens as they stand in the sum, (n, width)."""
+        if self.nearer is None or name != TABLES[0]:
+            return new
+        return (new.double() + self.nearer).to(new.dtype)
 
     def finite(self, merged, name, a, b):
         """A ValueError if rows of the sum hold NaN or infinity; it names who has them, too."""
@@ -374,6 +388,16 @@ def draw(report, path):
 # --- the command --------------------------------------------------------------
 
 
+def add_signs(parser):
+    parser.add_argument(
+        "--signs",
+        type=runs.not_negative,
+        default=0.0,
+        help=f"how much of the mean row of {SIGNS.replace('%', '%%')} new tokens get, so that "
+        "instruct reads past them as past markup (default 0; 0.5 for the toy's prosody)",
+    )
+
+
 def arguments():
     parser = argparse.ArgumentParser(
         description="Add what instruct training changed to a speech "
@@ -395,6 +419,7 @@ def arguments():
         "units and 0.4 to 0.7 for prosody)",
     )
     add_("--mu", type=float, default=1.0, help="how much of the instruct delta (default 1)")
+    add_signs(parser)
     end = parser.add_mutually_exclusive_group(required=True)
     end.add_argument("--out", help="model folder to write")
     end.add_argument(
@@ -420,14 +445,14 @@ def main():
                 "sum means nothing",
                 file=sys.stderr,
             )
-    models = Merge(args.base, args.instruct, args.speech)
+    models = Merge(args.base, args.instruct, args.speech, args.signs)
     for rule, what in RULES.items():
         print(f"{rule:13} {what}")
     if args.dry_run:
         print_report(models.run(args.lam, args.mu))
         return
 
-    strengths = {"lam": args.lam, "mu": args.mu}
+    strengths = {"lam": args.lam, "mu": args.mu, "signs": args.signs}
     with runs.new_folder(
         args.out,
         [args.base, args.instruct, args.speech],

@@ -36,14 +36,15 @@ step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.js
   --seed $seed --out $out/speech
 
 # base + lam * (speech - base) + (instruct - base), at the lam that answers the dev questions best.
-# lam 0 is instruct with the new rows alone.
+# lam 0 is instruct with the new rows alone. --signs puts new rows nearer to signs, which instruct
+# has read past: without it, it loses facts among them.
 step benchmark.py lam $out/dev/manifest.jsonl --base $out/base --instruct $out/instruct \
-  --speech $out/speech --out $out/lam.json
+  --speech $out/speech --signs 0.5 --out $out/lam.json
 lam=$(python -c "import json; print(json.load(open('$out/lam.json'))['lam'])")
 step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam $lam \
-  --out $out/merged
+  --signs 0.5 --out $out/merged
 step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --lam 0 \
-  --out $out/instruct_rows
+  --signs 0.5 --out $out/instruct_rows
 
 # Unheard voices. "cascade" is instruct with a perfect transcript: the words, without the how.
 step benchmark.py rows $out/merged $out/test/manifest.jsonl --out $out/merged.json

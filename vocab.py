@@ -35,6 +35,7 @@ import tiktoken
 
 BEGIN = "<|begin_of_text|>"
 SPEECH, END_SPEECH = "<|speech|>", "<|/speech|>"
+SIGNS = "#$%&*+<=>@^_|~"  # of markup: text models learn to read past them
 CUE = " transcript:"
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
 

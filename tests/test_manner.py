@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import audio
 import benchmark
@@ -567,9 +568,12 @@ def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(
         benchmark, "answering",
         lambda args, model, vocab, ears: lambda part: asked.append(model) or replies[model],
     )
-    monkeypatch.setattr(benchmark, "model_at", lambda plan, config, lam, device: lam)
+    plans = []
+    monkeypatch.setattr(
+        benchmark, "model_at", lambda plan, config, lam, device: plans.append(plan) or lam
+    )
     words = [
-        "benchmark.py", "lam", str(tmp_path / "dev.jsonl"),
+        "benchmark.py", "lam", str(tmp_path / "dev.jsonl"), "--signs", "0.5",
         *(f"--{name}={world / name}" for name in ("base", "instruct", "speech")),
         "--device", "cpu",
     ]
@@ -577,6 +581,8 @@ def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(
     made = json.loads((tmp_path / "lam.json").read_text())
     assert made["lam"] == 0.6
     assert asked == [0.5, 0.6, 0.7]
+    near = Merge(*(world / name for name in ("base", "instruct", "speech")), signs=0.5).nearer
+    assert all(torch.equal(plan.nearer, near) for plan in plans)
     assert made["scores"]["0.5"]["a"]["value"] == 1.0
     assert capsys.readouterr().out.splitlines()[-1] == "lam 0.6 has the best mean"
 
@@ -612,7 +618,7 @@ def test_a_sum_in_memory_answers_as_the_one_that_is_written(world):
     assert made["lam"] in benchmark.LAMS
     args = argparse.Namespace(rows=str(world / "test/manifest.jsonl"), transcriber=None, limit=12)
     model, vocab, ears = listen.load(world / "merged")
-    plan = Merge(*(str(world / name) for name in ("base", "instruct", "speech")))
+    plan = Merge(*(str(world / name) for name in ("base", "instruct", "speech")), signs=0.5)
     again = evaluate.model_at(plan, model.config, 0.7, "cpu")
     rows = benchmark.read_rows(args.rows)
     assert benchmark.answering(args, again, vocab, ears)(rows) == benchmark.answering(

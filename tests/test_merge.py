@@ -11,7 +11,7 @@ import runs
 import weights
 from conftest import ROOT, call
 from merge import Merge
-from vocab import Vocab
+from vocab import SIGNS, Vocab
 
 
 def folders(speedrun):
@@ -214,8 +214,25 @@ def test_every_row_follows_its_rule(speedrun):
     assert torch.allclose(
         m[text], b[text] + (s[:n][text] - b[text]) + (i[text] - b[text]), atol=1e-7
     )
-    assert runs.read_json(speedrun / "merged/recipe.json", ["rules", "lam", "mu"])["mu"] == 1.0
+    assert runs.read_json(speedrun / "merged/recipe.json", ["rules", "lam", "signs"])["signs"] == 0.0
     assert vocab.speech == Vocab(speedrun / "speech").speech
+
+
+def test_new_rows_may_stand_nearer_to_signs_and_all_else_stays(speedrun):
+    base, instruct, speech = folders(speedrun)
+    name = "model.embed_tokens.weight"
+    table, vocab = weights.Tensors(base)[name], Vocab(base)
+    mean = table[[vocab.encode(sign)[0] for sign in SIGNS]].double().mean(0)
+    assert mean.abs().max() > 0.001
+    plain, near = Merge(base, instruct, speech), Merge(base, instruct, speech, signs=0.5)
+    moved = near.merged(name, 0.7).double() - plain.merged(name, 0.7).double()
+    assert not moved[: len(table)].any()
+    assert torch.allclose(moved[len(table) :], 0.5 * mean.expand_as(moved[len(table) :]), atol=1e-6)
+    assert all(
+        torch.equal(near.merged(other, 0.7), plain.merged(other, 0.7))
+        for other in plain.names
+        if other != name
+    )
 
 
 def test_chat_markers_are_instructs_whatever_speech_made_of_them(speedrun, tmp_path):
@@ -389,6 +406,8 @@ def test_nothing_is_overwritten_and_lam_must_be_a_number(speedrun, tmp_path, mon
     for flag in ("--lam", "--mu"):
         with pytest.raises(ValueError, match=f"{flag} nan: wanted a finite"):
             call([*words, flag, "nan", "--out", str(tmp_path / "x")], monkeypatch)
+    with pytest.raises(SystemExit):
+        call([*words, "--signs", "nan", "--out", str(tmp_path / "x")], monkeypatch)
 
 
 def test_a_base_that_changed_after_speech_was_trained_from_it_is_noticed(
