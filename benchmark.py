@@ -414,11 +414,12 @@ def of_run(folder):
     for name in ("base", "instruct", "speech"):
         trained = runs.read_json(folder / name / "training.json", ["settings", "seconds"])
         seconds[name] = trained["seconds"]
-    merged = runs.read_json(folder / "merged/merge.json", ["lam", "rel"])
+    merged = runs.read_json(folder / "merged/merge.json", ["lam", "signs", "rel"])
     return {
         "seed": int(trained["settings"]["seed"]),
         "dtype": trained["settings"]["dtype"],
         "lam": merged["lam"],
+        "signs": merged["signs"],
         "dev": runs.read_json(folder / "lam.json", ["scores"])["scores"],
         "rel": merged["rel"],
         "seconds": seconds,

@@ -638,6 +638,7 @@ def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(
     assert one == other
     assert one["seed"] == 0
     assert one["lam"] == 0.7
+    assert one["signs"] == 0.5
     recipe = json.loads((world / "speech/recipe.json").read_text())
     assert one["machine"] == recipe["machine"], "of the training, not of the joining"
     assert set(one["rows"]) == {"merged", "typed", "cascade", "speech", "instruct_rows"}
