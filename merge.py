@@ -121,9 +121,11 @@ class Merge:
 
         # New rows are unlike all that instruct has read, and it may lose its place among them.
         # Signs it reads past.
-        ids = sorted({i for sign in SIGNS for i in vocabs["base"].encode(sign)})
-        known = [self.rows("base", TABLES[0], i, i + 1) for i in ids if signs]
-        self.nearer = signs * torch.cat(known).double().mean(0) if signs else None  # (width,)
+        self.nearer = None
+        if signs:
+            ids = sorted({i for sign in SIGNS for i in vocabs["base"].encode(sign)})
+            rows = torch.cat([self.rows("base", TABLES[0], i, i + 1) for i in ids])
+            self.nearer = signs * rows.double().mean(0)             # (width,)
 
     def merged(self, name, lam, mu=1.0):
         """A whole tensor of the sum."""

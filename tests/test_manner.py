@@ -701,6 +701,9 @@ def test_the_pages_tell_what_the_results_hold():
     assert " ".join(benchmark.markdown(seeds).split()) in readme
     named = [format(seed["rows"]["merged"]["stress"]["value"], ".2f") for seed in seeds]
     assert f"stressed words: {', '.join(named)}." in readme
+    earlier = json.loads((ROOT / "results/manner-earlier.json").read_text())["seeds"][-3:]
+    facts = sum(seed["rows"]["merged"]["fact"]["value"] for seed in earlier) / 3
+    assert f"these models had facts {facts:.2f} (" in readme
     assert (
         f"| {min(seed['lam'] for seed in seeds)} to {max(seed['lam'] for seed in seeds)} |"
         in readme
