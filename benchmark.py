@@ -47,7 +47,7 @@ from evaluate import (
     share_of,
     where_made,
 )
-from merge import Merge, add_signs
+from merge import Merge, add_signs, signs_of
 from model import Config
 from vocab import Said
 
@@ -367,7 +367,7 @@ def choose_lam(args):
         return sum(cell["value"] for cell in scores[lam].values()) / len(scores[lam])
 
     best = max(scores, key=mean)
-    made = {"lam": best, "scores": scores}
+    made = {"lam": best, "signs": args.signs, "scores": scores}
     made["made"] = runs.recipe([args.base, args.instruct, args.folder, args.rows])
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(table({f"lam {lam:g}": groups for lam, groups in scores.items()}))
@@ -414,12 +414,12 @@ def of_run(folder):
     for name in ("base", "instruct", "speech"):
         trained = runs.read_json(folder / name / "training.json", ["settings", "seconds"])
         seconds[name] = trained["seconds"]
-    merged = runs.read_json(folder / "merged/merge.json", ["lam", "signs", "rel"])
+    merged = runs.read_json(folder / "merged/merge.json", ["lam", "rel"])
     return {
         "seed": int(trained["settings"]["seed"]),
         "dtype": trained["settings"]["dtype"],
         "lam": merged["lam"],
-        "signs": merged["signs"],
+        "signs": signs_of(folder / "merged"),
         "dev": runs.read_json(folder / "lam.json", ["scores"])["scores"],
         "rel": merged["rel"],
         "seconds": seconds,

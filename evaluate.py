@@ -42,7 +42,7 @@ import torch.nn.functional as F
 import audio
 import desta
 import listen
-from merge import Merge
+from merge import Merge, signs_of
 from model import LM, Config, generate
 from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
@@ -329,7 +329,7 @@ def table(args):
     runs.may_write(args.out, args.overwrite)
     runs.unchanged(args.merged, [args.base, args.instruct, args.speech])
     test, dev = read_questions(args.questions)
-    plan = Merge(args.base, args.instruct, args.speech)
+    plan = Merge(args.base, args.instruct, args.speech, signs_of(args.merged))
     config = Config.read(args.speech)
     vocab, plain = Vocab(args.speech), Vocab(args.instruct)
     ears = AudioTokenizer(args.speech, args.device, args.hubert)

@@ -36,7 +36,8 @@ print(json.load(open('speech/training.json'))['settings']['seed'])"; }
 
 # Train, or merge, unless it is there already. The last word is --out's.
 train() { [ -e "${*: -1}" ] || python "$home/pretrain.py" --seed "$seed" "$@"; }
-lam() { python -c "import json; print(json.load(open('lam.json'))['lam'])"; }
+strengths() { python -c "import json; made = json.load(open('lam.json'))
+print('--lam', made['lam'], '--signs', made.get('signs', 0))"; }
 merge() { [ -e "${*: -1}" ] || python "$home/merge.py" --lam 1.15 "$@"; }
 
 # variant NAME STAGES FLAGS...: the sum with these flags in some stages (base, chat, speech) and
@@ -160,7 +161,7 @@ case $1 in
     cd "$out/manner"
     seed=$(seed)
     tune=(--init base --pace 1 --lr 1.2e-3 --steps 800 --batch 8 --length 256)
-    add=(--base base --lam $(lam) --signs 0.5)
+    add=(--base base $(strengths))
     behave thanks " thank you"
     behave over " over"
     for name in thanks over; do
@@ -186,7 +187,7 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
     for what in captions text; do
       for folder in prosody test; do without $what $folder; done
       train --init base --units paper/$what/prosody --text world/base.jsonl --out paper/$what/speech
-      merge --base base --instruct instruct --speech paper/$what/speech --lam $(lam) --signs 0.5 \
+      merge --base base --instruct instruct --speech paper/$what/speech $(strengths) \
         --out paper/$what/merged
       ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
     done

@@ -45,8 +45,9 @@ def add(models, name, lam, mu):
     for a, b in models.slices(name):
         speech = models.rows("speech", name, a, b)                  # (n, width)
         if a >= models.count(name):  # tokens that base has not
-            models.finite(speech, name, a, b)
-            yield a, models.nearer_signs(speech, name), None
+            new = models.nearer_signs(speech, name)
+            models.finite(new, name, a, b)
+            yield a, new, None
             continue
         base = models.rows("base", name, a, b).double()
         instruct = models.rows("instruct", name, a, b).double()
@@ -291,6 +292,12 @@ class Output:
             os.close(handle)
         if set(self.files) != {"model.safetensors"}:
             weights.write_index(self.out, self.home)
+
+
+def signs_of(folder):
+    """The --signs of a sum; 0 if its folder does not say."""
+    file = Path(folder) / "merge.json"
+    return runs.read_json(file).get("signs", 0.0) if file.exists() else 0.0
 
 
 # --- the report ---------------------------------------------------------------

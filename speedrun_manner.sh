@@ -37,7 +37,7 @@ step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.js
 
 # base + lam * (speech - base) + (instruct - base), at the lam that answers the dev questions best.
 # lam 0 is instruct with the new rows alone. --signs puts new rows nearer to signs, which instruct
-# has read past: without it, it loses facts among them.
+# has learnt to read past; among rows unlike any it knows, it loses facts.
 step benchmark.py lam $out/dev/manifest.jsonl --base $out/base --instruct $out/instruct \
   --speech $out/speech --signs 0.5 --out $out/lam.json
 lam=$(python -c "import json; print(json.load(open('$out/lam.json'))['lam'])")

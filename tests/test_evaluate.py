@@ -528,6 +528,28 @@ def test_pairs_want_a_model_that_hears(speedrun, tmp_path, monkeypatch):
         )
 
 
+def test_the_tables_sums_stand_as_near_to_signs_as_the_merged_one(speedrun, tmp_path, monkeypatch):
+    merged = tmp_path / "merged"
+    shutil.copytree(speedrun / "merged", merged)
+    made = json.loads((merged / "merge.json").read_text())
+    (merged / "merge.json").write_text(json.dumps(made | {"signs": 0.5}))
+
+    def stop(base, instruct, speech, signs):
+        raise ValueError(f"signs: {signs}")
+
+    monkeypatch.setattr(evaluate, "Merge", stop)
+    folders = ("base", "instruct", "speech")
+    with pytest.raises(ValueError, match="signs: 0.5"):
+        call(
+            [
+                "evaluate.py", "table", *(f"--{name}={speedrun / name}" for name in folders),
+                "--merged", str(merged), "--questions", str(speedrun / "toy/questions.jsonl"),
+                "--device", "cpu", "--out", str(tmp_path / "t.json"),
+            ],
+            monkeypatch,
+        )
+
+
 def test_the_teachers_page_shows_the_experiments_of_the_results():
     page = (ROOT / "TEACHING.md").read_text()
     start = json.loads((ROOT / "results/start.json").read_text())

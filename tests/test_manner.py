@@ -19,6 +19,7 @@ import manner
 import pretrain
 import prosody
 import toy
+import weights
 from chat import Chat, parts_of, take
 from conftest import ROOT, call, shrink, speedrun_commands
 from merge import Merge
@@ -619,6 +620,8 @@ def test_a_sum_in_memory_answers_as_the_one_that_is_written(world):
     args = argparse.Namespace(rows=str(world / "test/manifest.jsonl"), transcriber=None, limit=12)
     model, vocab, ears = listen.load(world / "merged")
     plan = Merge(*(str(world / name) for name in ("base", "instruct", "speech")), signs=0.5)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(plan.merged(name, 0.7), weights.Tensors(world / "merged")[name])
     again = evaluate.model_at(plan, model.config, 0.7, "cpu")
     rows = benchmark.read_rows(args.rows)
     assert benchmark.answering(args, again, vocab, ears)(rows) == benchmark.answering(
@@ -703,7 +706,9 @@ def test_the_pages_tell_what_the_results_hold():
     assert f"stressed words: {', '.join(named)}." in readme
     earlier = json.loads((ROOT / "results/manner-earlier.json").read_text())["seeds"][-3:]
     facts = sum(seed["rows"]["merged"]["fact"]["value"] for seed in earlier) / 3
-    assert f"these models had facts {facts:.2f} (" in readme
+    assert f"Without this, these models had facts {facts:.2f} (" in readme
+    alone = [seed["rows"]["instruct_rows"]["manner"]["value"] for seed in seeds]
+    assert f"(new rows: {sum(alone) / len(alone):.2f})" in readme
     assert (
         f"| {min(seed['lam'] for seed in seeds)} to {max(seed['lam'] for seed in seeds)} |"
         in readme

@@ -106,17 +106,18 @@ def test_nothing_learnt_by_one_side_leaves_the_other_bit_for_bit(speedrun, tmp_p
     ), "and hears with speech's rows"
 
 
-def test_the_sum_is_the_same_however_folders_are_cut_into_shards_and_blocks(
+def test_the_sum_is_the_same_however_folders_are_cut_into_shards_and_slices(
     speedrun, tmp_path, monkeypatch
 ):
     base, instruct, speech = folders(speedrun)
-    whole = merge(tmp_path / "whole", monkeypatch, base, instruct, speech, "--lam", "0.7")
+    flags = "--lam", "0.7", "--signs", "0.5"
+    whole = merge(tmp_path / "whole", monkeypatch, base, instruct, speech, *flags)
     monkeypatch.setattr("merge.SLICE", 1000)
     parts = [
         copied(folder, tmp_path / f"p{n}", shards=n)
         for n, folder in zip((2, 3, 4), (base, instruct, speech))
     ]
-    cut = merge(tmp_path / "cut", monkeypatch, *parts, "--lam", "0.7")
+    cut = merge(tmp_path / "cut", monkeypatch, *parts, *flags)
     assert same(whole, cut)
     assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) == 4
     from transformers import AutoModelForCausalLM
@@ -214,7 +215,8 @@ def test_every_row_follows_its_rule(speedrun):
     assert torch.allclose(
         m[text], b[text] + (s[:n][text] - b[text]) + (i[text] - b[text]), atol=1e-7
     )
-    assert runs.read_json(speedrun / "merged/recipe.json", ["rules", "lam", "signs"])["signs"] == 0.0
+    recipe = runs.read_json(speedrun / "merged/recipe.json", ["rules", "lam", "signs"])
+    assert recipe["signs"] == 0.0
     assert vocab.speech == Vocab(speedrun / "speech").speech
 
 
@@ -233,6 +235,8 @@ def test_new_rows_may_stand_nearer_to_signs_and_all_else_stays(speedrun):
         for other in plain.names
         if other != name
     )
+    rows = torch.ones(2, table.shape[1])
+    assert near.nearer_signs(rows, "lm_head.weight") is rows, "a head of its own predicts no sign"
 
 
 def test_chat_markers_are_instructs_whatever_speech_made_of_them(speedrun, tmp_path):

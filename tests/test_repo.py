@@ -46,7 +46,7 @@ ARROWS = {  # module -> what it may import; design and README draw the same pict
         "vocab",
     },
     "toy": {"runs", "vocab", "audio", "voices"},
-    "manner": {"runs", "audio", "voices", "toy"},
+    "manner": {"runs", "vocab", "audio", "voices", "toy"},
 }
 SOURCES = sorted(ROOT.glob("*.py"))
 PAGES = "README.md", "TEACHING.md", "FORMATS.md", "MESSAGES.md", "bench/README.md"
