@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 
+import mutants
 from conftest import ROOT, call, speedrun_commands
 
 ARROWS = {  # module -> what it may import; design and README draw the same picture
@@ -266,3 +267,9 @@ def test_every_error_message_has_its_cause_on_the_page_of_messages():
         if not told(pieces)
     ]
     assert not lacking, "\n".join(lacking)
+
+
+def test_every_planted_mistake_replaces_what_stands_once_in_its_file():
+    for file, old, new, _ in mutants.planted():
+        assert (ROOT / file).read_text().count(old) == 1, f"{file}: {old!r}"
+        assert old != new
