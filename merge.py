@@ -297,7 +297,10 @@ class Output:
 def signs_of(folder):
     """The --signs of a sum; 0 if its folder does not say."""
     file = Path(folder) / "merge.json"
-    return runs.read_json(file).get("signs", 0.0) if file.exists() else 0.0
+    signs = runs.read_json(file).get("signs", 0.0) if file.exists() else 0.0
+    if not isinstance(signs, int | float) or not 0 <= signs < math.inf:
+        raise ValueError(f"{file}: got signs = {str(signs)[:40]}, wanted a number from 0 on")
+    return signs
 
 
 # --- the report ---------------------------------------------------------------

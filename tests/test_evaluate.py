@@ -19,6 +19,7 @@ import evaluate
 import pretrain
 from conftest import ROOT, call, speedrun_commands
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
+from merge import signs_of
 
 
 def test_wilsons_interval_by_hand():
@@ -532,6 +533,10 @@ def test_the_tables_sums_stand_as_near_to_signs_as_the_merged_one(speedrun, tmp_
     merged = tmp_path / "merged"
     shutil.copytree(speedrun / "merged", merged)
     made = json.loads((merged / "merge.json").read_text())
+    for wrong in ("x", -1, [0.5], math.nan):
+        (merged / "merge.json").write_text(json.dumps(made | {"signs": wrong}))
+        with pytest.raises(ValueError, match="got signs = .*, wanted a number from 0 on"):
+            signs_of(merged)
     (merged / "merge.json").write_text(json.dumps(made | {"signs": 0.5}))
 
     def stop(base, instruct, speech, signs):
