@@ -125,6 +125,8 @@ class Merge:
         self.nearer = None
         if signs:
             ids = sorted({i for sign in SIGNS for i in vocabs["base"].encode(sign)})
+            if not ids:
+                raise ValueError(f"{base}: its tokenizer knows none of {SIGNS}; leave --signs out")
             rows = torch.cat([self.rows("base", TABLES[0], i, i + 1) for i in ids])
             self.nearer = signs * rows.double().mean(0)             # (width,)
 

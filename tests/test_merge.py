@@ -220,7 +220,7 @@ def test_every_row_follows_its_rule(speedrun):
     assert vocab.speech == Vocab(speedrun / "speech").speech
 
 
-def test_new_rows_may_stand_nearer_to_signs_and_all_else_stays(speedrun):
+def test_new_rows_may_stand_nearer_to_signs_and_all_else_stays(speedrun, monkeypatch):
     base, instruct, speech = folders(speedrun)
     name = "model.embed_tokens.weight"
     table, vocab = weights.Tensors(base)[name], Vocab(base)
@@ -237,6 +237,9 @@ def test_new_rows_may_stand_nearer_to_signs_and_all_else_stays(speedrun):
     )
     rows = torch.ones(2, table.shape[1])
     assert near.nearer_signs(rows, "lm_head.weight") is rows, "a head of its own predicts no sign"
+    monkeypatch.setattr("merge.SIGNS", "")
+    with pytest.raises(ValueError, match="knows none of"):
+        Merge(base, instruct, speech, signs=0.5)
 
 
 def test_chat_markers_are_instructs_whatever_speech_made_of_them(speedrun, tmp_path):
