@@ -163,7 +163,7 @@ def unread(document):
     return document._replace(read=[], place=[])
 
 
-def captioned(vocab, corpus, i, rng):
+def captioned(vocab, corpus, i, rng, caption_loss=1):
     """Row i with its text: (caption) text <|speech|>...<|/speech|> (another text) (caption).
 
     What is in brackets stands in some documents. The caption says in words how the text was said.
@@ -175,9 +175,9 @@ def captioned(vocab, corpus, i, rng):
     above = f"{caption}\n" if caption and draw < BEFORE else ""
     count = len(corpus.rows)
     other = corpus.rows[int(rng.integers(count // HELD_OUT, count))].get("text", "")
-    below = f"\n{other}" if rng.random() < BETWEEN and other else ""
-    below += f"\n{caption}." if caption and BEFORE <= draw < BEHIND else ""
-    return vocab.captioned(above, corpus[i], below, ends=draw > ENDS)
+    between = f"\n{other}" if rng.random() < BETWEEN and other else ""
+    below = f"\n{caption}." if caption and BEFORE <= draw < BEHIND else ""
+    return vocab.captioned(above, corpus[i], between, below, draw > ENDS, caption_loss)
 
 
 def some(texts, share, rng):
@@ -217,9 +217,10 @@ class Documents:
     Every source is read in shuffled passes. Of `parts` such streams each has its own documents.
     """
 
-    def __init__(self, vocab, sources, mix, seed, part=0, parts=1):
+    def __init__(self, vocab, sources, mix, seed, part=0, parts=1, caption_loss=1):
         self.vocab, self.sources, self.seed = vocab, sources, seed
         self.part, self.parts = part, parts
+        self.caption_loss = caption_loss  # of a caption's token behind speech; others count 1
         self.names = list(mix)
         weights = np.array(list(mix.values()), dtype=float)
         self.odds = weights / weights.sum()
@@ -249,7 +250,7 @@ class Documents:
         if name == "interleave":
             return interleaved(self.vocab, source, i, rng, self.below)
         if name == "captioned":
-            return captioned(self.vocab, source, i, rng)
+            return captioned(self.vocab, source, i, rng, self.caption_loss)
         return transcribed(self.vocab, source, i, rng, self.progress)
 
     def count(self, name):
@@ -336,7 +337,7 @@ def pack(documents, rows, length, filler):
 
     A batch is tensors (rows, length):
         ids, kind    the documents one behind the other; the number of their layout
-        target       the next id of the same document; `loss` is 1 where it counts
+        target       the next id of the same document; `loss` is how much it counts
         start        where in the row its document begins: attention sees nothing before,
                      positions count from there
     and of the same documents had they been written, (rows, R) with R at most length:
@@ -356,10 +357,8 @@ def pack(documents, rows, length, filler):
 
     # A filler is a document of its own: nothing sees it, and it sees only itself.
     R = max(sum(len(document.read) for document, _ in bin) for bin in bins)
-    batch = {
-        name: np.zeros((rows, length), dtype=np.int64)
-        for name in ("target", "loss", "kind")
-    }
+    batch = {name: np.zeros((rows, length), dtype=np.int64) for name in ("target", "kind")}
+    batch["loss"] = np.zeros((rows, length), dtype=np.float32)
     batch["ids"] = np.full((rows, length), filler)
     batch["start"] = np.tile(np.arange(length), (rows, 1))
     batch["read"] = np.full((rows, R), filler)

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import audio
 import desta
 import listen
+import prosody
 from merge import Merge, signs_of
 from model import LM, Config, generate
 from tokenize_audio import AudioTokenizer, add_ears
@@ -691,26 +692,30 @@ def manner(args):
     heard    the sound
     read     its description in words: the ceiling, what the model says when it is told
     cascade  the transcript alone, as the model's own ears wrote it; if they lack one, the clip's
+    For an adapter of desta.py, and for a model that hears the prosody of words it is told.
     A reply names an attribute if it has the right value's word and no other value's.
     """
     runs.may_write(args.out, args.overwrite)
     clips = desta.described_clips(args.clips)
     told = [desta.description(clip, args.template) for clip in clips]
     model, vocab, ears = listen.load(args.folder, args.device, None, torch.float32)
-    if not isinstance(vocab, desta.Listener):
-        raise ValueError(f"{args.folder}: wanted a folder of desta.py train")
+    if not isinstance(vocab, desta.Listener) and not isinstance(ears, prosody.Ears):
+        raise ValueError(
+            f"{args.folder}: wanted a folder of desta.py train, or a model that hears prosody"
+        )
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
     heard = [listen.hear(ears, audio.load(clip["audio"]), clip["text"]) for clip in bar]
-    written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
-    asked = {
-        "heard": heard,
-        "read": told,
-        "cascade": [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written],
-    }
+    if isinstance(vocab, desta.Listener):
+        written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
+        written = [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written]
+    else:
+        written = [clip["text"] for clip in clips]
+    asked = {"heard": heard, "read": told, "cascade": written}
 
     rows, replied = {}, {}
     for name, contents in runs.Bar(asked.items(), desc="answering", unit="row"):
-        prompts = [vocab.ask(content, args.prompt) for content in contents]
+        turns = [[content, f" {args.prompt}"] for content in contents]
+        prompts = [vocab.turn([{"role": "user", "content": turn}]) for turn in turns]
         replied[name] = replies(model, vocab, prompts, limit=desta.LIMIT, whole=False)
         rows[name] = named(replied[name], clips)
     kept = "text", "speaker", "style"
@@ -838,8 +843,8 @@ def arguments():
         default="test",
         help="questions to report on (default), or to choose settings on",
     )
-    how = commands.add_parser("manner", help="does it name how a clip was said (desta.py)")
-    how.add_argument("folder", help="a folder of desta.py train")
+    how = commands.add_parser("manner", help="does it name how a clip was said")
+    how.add_argument("folder", help="a folder of desta.py train, or a model that hears prosody")
     how.add_argument("--clips", required=True, help='a manifest with "style", new voices')
     how.add_argument("--prompt", required=True, help="what is asked about every clip")
     how.add_argument(

@@ -134,7 +134,7 @@ def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=No
     head = model.lm_head.weight                                     # (V, C)
     row = torch.arange(len(head), device=head.device)
     not_text = (row >= units.start) & (row < units.stop) if units else None
-    weight = torch.where(is_unit, unit_weight, 1.0)                 # (N,)
+    weight = batch["loss"][at] * torch.where(is_unit, unit_weight, 1.0)     # (N,)
     each = torch.zeros_like(weight)                                 # (N,)
     total, each[~is_unit] = linear_cross_entropy(
         hidden[~is_unit], head, target[~is_unit], weight[~is_unit], not_text
@@ -291,7 +291,7 @@ def warn_of_cuts(sources, vocab, args):
     corpus = sources.get("captioned") or sources.get("transcribe")
     for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
         if "captioned" in sources:
-            document = vocab.captioned("", corpus[i], "\n" + row.get("caption", ""))
+            document = vocab.captioned("", corpus[i], "", "\n" + row.get("caption", ""))
         else:
             document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
         lengths.append(len(document.ids))
@@ -404,7 +404,9 @@ def set_up(args, out, rank, world):
     if rank == 0:
         warn_of_cuts(sources, vocab, args)
     streams = {
-        part: Documents(vocab, sources, mix, args.seed, part, args.accumulate)
+        part: Documents(
+            vocab, sources, mix, args.seed, part, args.accumulate, args.caption_loss
+        )
         for part in range(rank, args.accumulate, world)
     }
 
@@ -836,6 +838,13 @@ def add_recipe_flags(add, default):
         help="weight of a unit's loss beside a text token's (default 0)",
     )
     add(
+        "--caption-loss",
+        type=runs.positive,
+        default=1.0,
+        help="weight of the loss of a caption behind speech beside other text's (default 1; a "
+        "large model, which hears a few hundred lines, wants more)",
+    )
+    add(
         "--lora",
         type=runs.number(int, 0),
         default=0,
@@ -950,6 +959,11 @@ def check(parser, args, world):
         )
     if args.unit_loss and not args.units:
         parser.error(f"--unit-loss {args.unit_loss}: no --units are given; leave it out")
+    if args.caption_loss != 1 and not (args.units and is_prosody(args.units)):
+        parser.error(
+            f"--caption-loss {args.caption_loss:g}: only speech of prosody.py has captions; leave "
+            "it out"
+        )
     if args.lora_alpha and not args.lora:
         parser.error("--lora-alpha scales what --lora trains; give both")
     if args.init and args.tokenizer:

@@ -219,7 +219,7 @@ class Document(NamedTuple):
     """A training document. Of one that is partly spoken, also how it reads in writing.
 
     ids    the capital of <|speech|> u17 u3 u9 <|/speech|> is paris
-    loss   1 where a token bears loss, else 0
+    loss   how much a token counts in the loss, most often 1; 0 where it bears none
     read   the capital of france is paris
     place  0 1 2 6 8 9: of each id of `read`, where in `ids` the same is said (a spoken word: at its
            last unit)
@@ -560,18 +560,26 @@ class Vocab:
         first = n - len(self.encode(transcript)) - 1
         return document._replace(loss=[int(at >= first) for at in range(n)])
 
-    def captioned(self, before, said, after, ends=False):
+    def captioned(self, before, said, other, after, ends=False, caption_loss=1):
         """A caption, text and speech, a caption. Text and words bear loss, numbers if wanted.
 
         before, after  captions, or ""
+        other          another text, right behind the speech, or ""
         ends           append the end of a turn, so that the model still predicts it
+        caption_loss   how much a token of `after` counts in the loss: speech alone tells it
         The document's end bears no loss: here a caption may stand last, in a reply more follows.
         """
-        ids = self.begin + self.encode(before) + self.span(said) + self.encode(after)
+        ids = self.begin + self.encode(before) + self.span(said) + self.encode(other)
+        first = len(ids)
+        ids += self.encode(after)
+        last = len(ids)
         if ends:
             ids.append(self.special[self.template().end])
         ids.append(self.eos)
-        return Document(ids, self.all_but_switches(ids))
+
+        loss = self.all_but_switches(ids)
+        loss[first:last] = [caption_loss * bears for bears in loss[first:last]]
+        return Document(ids, loss)
 
     def all_but_switches(self, ids):
         """Which ids of a document bear loss: not where speech begins or ends, nor its own ends."""
@@ -638,7 +646,7 @@ def print_documents(vocab):
     line("page", vocab.page("hi"))
     said = Said([("", [3, 24, 40]), ("hi", [56, 72, 88, 104, 120])])
     if vocab.speech and vocab.reads_prosody():
-        line("captioned", *vocab.captioned("a high fast woman\n", said, "")[:2])
+        line("captioned", *vocab.captioned("a high fast woman\n", said, "", "")[:2])
         if vocab.family:
             line("spoken turn", vocab.turn([{"role": "user", "content": said}]))
     elif vocab.speech:

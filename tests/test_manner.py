@@ -157,6 +157,108 @@ def test_captions_too_long_for_a_row_are_told_and_with_the_length_that_is_named_
     assert told and not run(int(told[1]))
 
 
+def test_a_caption_that_counts_more_leaves_another_model(world, tmp_path, monkeypatch):
+    def rows(name, *flags):
+        words = [
+            "pretrain.py", "--init", str(world / "base"), "--units", str(world / "prosody"),
+            "--mix", "captioned=1", "--steps", "1", "--batch", "4", "--device", "cpu",
+            "--dtype", "float32", *flags, "--out", str(tmp_path / name),
+        ]
+        call(words, monkeypatch)
+        return weights.Tensors(tmp_path / name)["model.embed_tokens.weight"]
+
+    one = rows("one")
+    assert torch.equal(one, rows("same", "--caption-loss", "1"))
+    assert not torch.equal(one, rows("more", "--caption-loss", "8"))
+
+
+def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop(
+    world, tmp_path
+):
+    """One toy model is base and instruct; of six voices two are in the test alone, two choose."""
+    rows = rows_of(world / "world/speech/train.jsonl")[:12]
+    style = {"gender": "man", "rate": "slow", "loudness": "loud"}
+    for n, row in enumerate(rows):
+        row |= {"audio": str(world / "world/speech" / row["audio"]), "style": style}
+        row |= {"speaker": "abcdef"[n % 6], "answer": "paris"}
+    clips, questions = tmp_path / "clips.jsonl", tmp_path / "questions.jsonl"
+    clips.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    words = "speedrun_manner_real.sh", str(world), str(clips), str(tmp_path / "o"), "1"
+    names = {"BASE": "instruct", "INSTRUCT": "instruct", "STEPS": "2", "QUESTIONS": str(questions)}
+
+    def run():
+        return subprocess.run(
+            ["bash", *words], cwd=ROOT, env=os.environ | names, capture_output=True, text=True
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "o/instruct-seed1"
+    made = json.loads((out / "manner-real.json").read_text())
+    assert made["seed"] == 1
+    assert {answer["speaker"] for answer in made["answers"]} == {"b", "e"}
+    assert set(made["rows"]) == {"heard", "read", "cascade"}
+    assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
+    trained, asked = rows_of(out / "train.jsonl"), rows_of(out / "dev.jsonl")
+    assert {row["caption"] for row in trained} == {"A man speaks slowly and loudly"}
+    of_traits = {row["speaker"] for row in asked if row["group"] != "question"}
+    assert not of_traits & {row["speaker"] for row in trained} and not of_traits & {"b", "e"}
+    questions_of = [rows_of(out / f"{name}.jsonl") for name in ("dev", "spoken")]
+    known, new = ({row["text"] for row in rows if row.get("group", "question") == "question"}
+                  for rows in questions_of)
+    assert known and new and not known & new
+
+    again = run()
+    assert again.returncode == 0 and "== python" not in again.stdout
+    clips.write_text(json.dumps(rows[0]) + "\n")
+    other = run()
+    assert other.returncode == 1
+    assert "made with another CLIPS; remove it, or give another OUT" in other.stderr
+    shutil.rmtree(out)
+    few = run()
+    assert few.returncode == 1 and few.stderr.strip().endswith("some test, two choose lam")
+
+
+def test_a_manner_is_asked_on_hearing_a_clip_on_reading_of_it_and_of_its_words_alone(
+    world, tmp_path, monkeypatch
+):
+    asked = []
+
+    def replies(model, vocab, prompts, **words):
+        asked.append(prompts)
+        return ["it is a woman" for _ in prompts]
+
+    monkeypatch.setattr(evaluate, "replies", replies)
+    rows = rows_of(world / "world/test.jsonl")[:4]
+    for row, gender in zip(rows, ("woman", "man", "man", "man")):
+        row["audio"] = str(world / "world" / row["audio"])
+        row["style"] = {"gender": gender}
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "evaluate.py", "manner", str(world / "merged"), "--clips", str(tmp_path / "clips.jsonl"),
+        "--template", "a {gender}: {text}", "--prompt", "who is it", "--device", "cpu",
+        "--out", str(tmp_path / "m.json"),
+    ]
+    call(words, monkeypatch)
+    made = json.loads((tmp_path / "m.json").read_text())
+    assert {name: row["gender"]["value"] for name, row in made["rows"].items()} == {
+        "heard": 0.25, "read": 0.25, "cascade": 0.25,
+    }
+
+    vocab = Vocab(world / "merged")
+    units = range(vocab.speech["first_unit"], vocab.size)
+    for name, prompts in zip(("heard", "read", "cascade"), asked):
+        for prompt, row in zip(prompts, rows):
+            text = vocab.decode([i for i in prompt if i in vocab.bytes_of])
+            assert row["text"] in text and text.rstrip().endswith("who is it\nassistant"), name
+            assert any(i in units for i in prompt) == (name == "heard"), name
+            assert (f"a {row['style']['gender']}: " in text) == (name == "read"), name
+    words[2] = str(world / "instruct")
+    with pytest.raises(ValueError, match="or a model that hears prosody"):
+        call([*words[:-1], str(tmp_path / "i.json")], monkeypatch)
+
+
 def test_the_same_seed_makes_the_same_world(tmp_path, monkeypatch):
     words = [
         sys.executable, "manner.py", "--lines", "6", "--documents", "50", "--dev", "3",

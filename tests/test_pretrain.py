@@ -191,6 +191,13 @@ def test_targets_that_are_silent_or_worth_nothing_bear_no_loss(speedrun, stream)
     assert torch.allclose(whole, (ce * worth).sum() / worth.sum(), rtol=1e-4)
     assert torch.allclose(text, ce_text.mean(), rtol=1e-4)
 
+    batch["loss"] *= torch.where(batch["kind"] == 0, 8, 1)
+    with torch.no_grad():
+        heavy, ce, is_unit, kind = next_token_loss(model, batch, units, unit_weight=0.5)
+    worth = torch.where(is_unit, 0.5, 1.0) * torch.where(kind == 0, 8, 1)
+    assert torch.allclose(heavy, (ce * worth).sum() / worth.sum(), rtol=1e-4)
+    assert (heavy - whole).abs() > 1e-3
+
 
 def test_filtered_changes_are_not_felt_by_text_and_are_by_what_text_never_sends(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
@@ -465,6 +472,7 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
         ("--chat {chat} --lora-alpha 8", "give both"),
         ("--chat {chat} --lora 2 --keep-text 1", "give one of the two"),
         ("--chat {chat} --unit-loss 1", "no --units are given"),
+        ("--units {units} --caption-loss 8", "only speech of prosody.py has captions"),
         ("--chat {chat} --tokenizer {units}", "leave --tokenizer out"),
     ],
 )

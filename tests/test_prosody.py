@@ -306,7 +306,7 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
         "features": {"kind": "prosody"},
     }
     document = vocab.captioned(
-        "a man\n", Said([("", [3]), ("no", [48, 64]), (" yes", [49])]), "", ends=True
+        "a man\n", Said([("", [3]), ("no", [48, 64]), (" yes", [49])]), "", "", ends=True
     )
     names = {i: token for token, i in vocab.special.items()}
     literal = "".join(names.get(i) or vocab.decode([i]) for i in document.ids)
@@ -320,6 +320,16 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
     )
     silent = [names.get(i) for i, loss in zip(*document[:2]) if not loss]
     assert silent == ["<|speech|>", "<|/speech|>", "<|endoftext|>"], "all else bears the plain loss"
+    assert set(document.loss) == {0, 1}
+
+    heavy = [
+        "".join(vocab.decode([i]) for i, loss in zip(*drawn[:2]) if loss == 8)
+        for drawn in (
+            documents.captioned(vocab, corpus, 0, np.random.default_rng(n), 8) for n in range(60)
+        )
+    ]
+    caption = corpus.rows[0]["caption"]
+    assert set(heavy) == {"", f"\n{caption}."}, "a caption that speech tells, alone"
 
     made = [
         documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids for n in range(900)

@@ -41,7 +41,9 @@ ARROWS = {  # module -> what it may import; design and README draw the same pict
     },
     "listen": {"runs", "model", "vocab", "audio", "tokenize_audio", "whisper", "prosody", "desta"},
     "chat": {"runs", "model", "audio", "desta", "listen", "vocab"},
-    "evaluate": {"runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta", "listen"},
+    "evaluate": {
+        "runs", "model", "vocab", "audio", "tokenize_audio", "merge", "desta", "listen", "prosody",
+    },
     "benchmark": {
         "runs", "audio", "tokenize_audio", "evaluate", "listen", "merge", "model", "prosody",
         "vocab",

@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# SpeechCombine as in the paper on open weights: transcripts, tokens of prosody, captions, LoRA.
+#   bash speedrun_manner_real.sh [WEIGHTS] [CLIPS] [OUT] [SEED]    after a stop, run it again
+#
+# WEIGHTS  folders of a base and of an instruct model made from it. The smallest pair (0.6 GB):
+#            hf download HuggingFaceTB/SmolLM2-135M --local-dir weights/SmolLM2-135M
+#            hf download HuggingFaceTB/SmolLM2-135M-Instruct \
+#               --local-dir weights/SmolLM2-135M-Instruct
+#          and others are named by BASE=Qwen2.5-0.5B INSTRUCT=Qwen2.5-0.5B-Instruct. One instruct
+#          model may be both: then hearing is learnt from it, a part of that is added back (lam),
+#          and it answers in chats that no training saw.
+# CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman",
+#          "rate": "fast", "loudness": "quiet"}
+# A third of the speakers is kept for the test: another third for the seeds 0, 1 and 2. Of the
+# others, two choose lam. STEPS=300 of hearing, unless another number is given.
+# QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}. Half
+# of them choose lam, half are the test.
+set -euo pipefail
+cd "$(dirname "$0")"
+weights=${1:-weights}
+clips=${2:-clips.jsonl}
+seed=${4:-0}
+base=$weights/${BASE:-SmolLM2-135M}
+instruct=$weights/${INSTRUCT:-SmolLM2-135M-Instruct}
+out=${3:-out/manner_real}/$(basename "$base")-seed$seed
+
+# What is asked about a clip. As written, for what the model says when it reads the same.
+prompt="Describe the speaker in one sentence."
+template='A {gender} speaks {rate} and {loudness}: "{text}"'
+
+[ -f "$clips" ] || { echo "$clips: no such file; wanted CLIPS, a manifest" >&2; exit 1; }
+
+same() {        # same FILE WORDS...: note what an output is made of; stop if it was something else
+  if [ -e "$1" ] && [ "$(cat "$1")" != "${*:2}" ]; then
+    echo "$(dirname "$1"): made with another $(basename "$1"); remove it, or give another OUT" >&2
+    exit 1
+  fi
+  echo "${*:2}" > "$1"
+}
+
+step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+  local result=${*: -1}
+  if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
+}
+
+# Captions of the clips; of two voices and of half the questions, the rows that choose lam.
+mkdir -p "$out"
+same "$out/CLIPS" "$(cat "$clips" ${QUESTIONS:+"$QUESTIONS"} | cksum)"
+same "$out/STEPS" "${STEPS:-300}"
+python - "$clips" "$out" "$seed" "$prompt" "${QUESTIONS:-}" <<'END'
+import json, random, sys
+from pathlib import Path
+
+clips, out, seed, prompt, questions = sys.argv[1:]
+adverbs = {"slow": "slowly", "normal": "at a normal rate", "loud": "loudly", "quiet": "quietly"}
+traits = "gender", "rate", "loudness"
+
+
+def read(path):
+    rows = [json.loads(line) for line in open(path)]
+    for row in rows:
+        row["audio"] = str((Path(path).parent / row["audio"]).resolve())
+    return rows
+
+
+def write(name, rows):
+    (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+rows = read(clips)
+for number, row in enumerate(rows, 1):
+    if not row.get("text") or not row.get("speaker") or not {*traits} <= {*row.get("style", {})}:
+        sys.exit(f"{clips}, row {number}: wanted text, speaker, and a style of {', '.join(traits)}")
+    row["style"] = {name: adverbs.get(row["style"][name], row["style"][name]) for name in traits}
+    row["caption"] = "A {gender} speaks {rate} and {loudness}".format(**row["style"])
+speakers = sorted({row["speaker"] for row in rows})
+test = speakers[int(seed) % 3 :: 3]
+if len(speakers) < 5:
+    sys.exit(f"{clips}: {len(speakers)} speakers, wanted 5 or more: some test, two choose lam")
+rng = random.Random(seed)
+dev = rng.sample([speaker for speaker in speakers if speaker not in test], 2)
+write("test", [row for row in rows if row["speaker"] in test])
+write("train", [row for row in rows if row["speaker"] not in [*test, *dev]])
+
+asked = []
+for speaker in dev:
+    for row in [row for row in rows if row["speaker"] == speaker][:8]:
+        asked += [
+            row | {"instruction": prompt, "answer": value, "group": name, "metric": "contains"}
+            for name, value in row["style"].items()
+        ]
+if questions:
+    spoken = [row | {"instruction": "Answer it.", "metric": "contains"} for row in read(questions)]
+    texts = sorted({row["text"] for row in spoken})
+    chosen = rng.sample(texts, len(texts) // 2)
+    once = {row["text"]: row for row in spoken if row["text"] in chosen}
+    asked += [row | {"group": "question"} for row in once.values()]
+    spoken = [row for row in spoken if row["text"] not in chosen]
+    write("spoken", spoken)
+    names = "text", "instruction", "answer", "metric"
+    typed = {row["text"]: {name: row[name] for name in names} for row in spoken}
+    write("typed", list(typed.values()))
+write("dev", asked)
+END
+
+step prosody.py "$out/train.jsonl" --out "$out/prosody"
+for part in dev ${QUESTIONS:+spoken}; do
+  step prosody.py "$out/$part.jsonl" --bins "$out/prosody" --out "$out/$part"
+done
+
+# Text as the base itself would write it: read beside speech, so that it stays as it was.
+[ -e "$out/text.jsonl" ] || python - "$base" "$out/text.jsonl" <<'END'
+import json, os, sys
+
+import runs
+import torch
+
+from model import LM, generate
+from vocab import Vocab
+
+folder, out = sys.argv[1:]
+model, vocab = LM.load(folder, dtype=torch.float32).eval(), Vocab(folder)
+start = torch.tensor(vocab.begin or [vocab.eos])
+texts = []
+for seed in runs.Bar(range(10), desc="writing text", unit="batch"):
+    words = {"temperature": 1.0, "top_p": 0.9, "seed": seed}
+    allowed = sorted({*vocab.text_rows(), *vocab.stop})
+    steps = list(generate(model, [start] * 32, 64, vocab.stop, allowed, **words))
+    for ids in torch.stack(steps).T.tolist():
+        end = next((n for n, i in enumerate(ids) if i in vocab.stop), len(ids))
+        texts.append(vocab.decode(ids[:end]).strip())
+with open(f"{out}.partial", "w") as file:
+    file.writelines(json.dumps({"text": text}) + "\n" for text in texts if text)
+os.rename(f"{out}.partial", out)
+END
+
+# Hearing: the documents of speedrun_manner.sh. A caption behind speech is a tenth of their text, and
+# all that speech can tell: with a few hundred clips it has to count more.
+step pretrain.py --init "$base" --units "$out/prosody" --text "$out/text.jsonl" \
+  --mix captioned=0.7,text=0.3 --lora 16 --lr 1e-3 --caption-loss 24 --batch 8 --length 160 \
+  --steps ${STEPS:-300} --seed $seed --out "$out/speech"
+
+# The sum, at the lam that does best on the voices and questions that are kept for it.
+step benchmark.py lam "$out/dev/manifest.jsonl" --base "$base" --instruct "$instruct" \
+  --speech "$out/speech" --out "$out/lam.json"
+lam=$(python -c "import json; print(json.load(open('$out/lam.json'))['lam'])")
+step merge.py --base "$base" --instruct "$instruct" --speech "$out/speech" --lam $lam \
+  --out "$out/merged"
+
+# What it says of unheard voices; what it says on reading about them, and of their transcripts.
+step evaluate.py manner "$out/merged" --clips "$out/test.jsonl" --template "$template" \
+  --prompt "$prompt" --out "$out/manner.json"
+if [ -n "${QUESTIONS:-}" ]; then
+  step benchmark.py rows "$out/merged" "$out/spoken/manifest.jsonl" --out "$out/spoken.json"
+  step benchmark.py rows "$out/merged" "$out/typed.jsonl" --out "$out/typed.json"
+  step benchmark.py rows "$instruct" "$out/typed.jsonl" --out "$out/instruct_typed.json"
+fi
+
+# All of it in one file, with every answer.
+python - "$out" "$seed" "$(basename "$base")" "$(basename "$instruct")" <<'END'
+import json, sys
+from pathlib import Path
+
+out, (seed, base, instruct) = Path(sys.argv[1]), sys.argv[2:]
+read = lambda name: json.loads((out / f"{name}.json").read_text())
+trained = read("speech/training")
+made = {"seed": int(seed), "base": base, "instruct": instruct, "lam": read("lam")["lam"]}
+made |= {"dtype": trained["settings"]["dtype"], "minutes": round(trained["seconds"] / 60, 1)}
+made |= {name: read("manner")[name] for name in ("rows", "answers")}
+for name in "spoken", "typed", "instruct_typed":
+    if (out / f"{name}.json").exists():
+        made[name] = {"score": read(name)["contains"], "said": read(name)["rows"]}
+        print(f"questions {name}: {made[name]['score']['value']:.2f}")
+(out / "manner-real.json").write_text(json.dumps(made, indent=1) + "\n")
+END
