@@ -134,8 +134,8 @@ with open(f"{out}.partial", "w") as file:
 os.rename(f"{out}.partial", out)
 END
 
-# Hearing: the documents of speedrun_manner.sh. A caption behind speech is a tenth of their text, and
-# all that speech can tell: with a few hundred clips it has to count more.
+# Hearing: the documents of speedrun_manner.sh. A caption behind speech is a tenth of their text,
+# and all that speech can tell: with a few hundred clips it has to count more.
 step pretrain.py --init "$base" --units "$out/prosody" --text "$out/text.jsonl" \
   --mix captioned=0.7,text=0.3 --lora 16 --lr 1e-3 --caption-loss 24 --batch 8 --length 160 \
   --steps ${STEPS:-300} --seed $seed --out "$out/speech"
