@@ -163,7 +163,7 @@ def unread(document):
     return document._replace(read=[], place=[])
 
 
-def captioned(vocab, corpus, i, rng, caption_loss=1):
+def captioned(vocab, corpus, i, rng, caption_loss=1, echo_loss=1):
     """Row i with its text: (caption) text <|speech|>...<|/speech|> (another text) (caption).
 
     What is in brackets stands in some documents. The caption says in words how the text was said.
@@ -177,7 +177,9 @@ def captioned(vocab, corpus, i, rng, caption_loss=1):
     other = corpus.rows[int(rng.integers(count // HELD_OUT, count))].get("text", "")
     between = f"\n{other}" if rng.random() < BETWEEN and other else ""
     below = f"\n{caption}." if caption and BEFORE <= draw < BEHIND else ""
-    return vocab.captioned(above, corpus[i], between, below, draw > ENDS, caption_loss)
+    return vocab.captioned(
+        above, corpus[i], between, below, draw > ENDS, caption_loss, echo_loss
+    )
 
 
 def some(texts, share, rng):
@@ -217,10 +219,13 @@ class Documents:
     Every source is read in shuffled passes. Of `parts` such streams each has its own documents.
     """
 
-    def __init__(self, vocab, sources, mix, seed, part=0, parts=1, caption_loss=1):
+    def __init__(
+        self, vocab, sources, mix, seed, part=0, parts=1, caption_loss=1, echo_loss=1
+    ):
         self.vocab, self.sources, self.seed = vocab, sources, seed
         self.part, self.parts = part, parts
         self.caption_loss = caption_loss  # of a caption's token behind speech; others count 1
+        self.echo_loss = echo_loss  # of a word's token inside the speech
         self.names = list(mix)
         weights = np.array(list(mix.values()), dtype=float)
         self.odds = weights / weights.sum()
@@ -250,7 +255,7 @@ class Documents:
         if name == "interleave":
             return interleaved(self.vocab, source, i, rng, self.below)
         if name == "captioned":
-            return captioned(self.vocab, source, i, rng, self.caption_loss)
+            return captioned(self.vocab, source, i, rng, self.caption_loss, self.echo_loss)
         return transcribed(self.vocab, source, i, rng, self.progress)
 
     def count(self, name):

@@ -405,7 +405,14 @@ def set_up(args, out, rank, world):
         warn_of_cuts(sources, vocab, args)
     streams = {
         part: Documents(
-            vocab, sources, mix, args.seed, part, args.accumulate, args.caption_loss
+            vocab,
+            sources,
+            mix,
+            args.seed,
+            part,
+            args.accumulate,
+            args.caption_loss,
+            args.echo_loss,
         )
         for part in range(rank, args.accumulate, world)
     }
@@ -845,6 +852,13 @@ def add_recipe_flags(add, default):
         "large model, which hears a few hundred lines, wants more)",
     )
     add(
+        "--echo-loss",
+        type=runs.not_negative,
+        default=1.0,
+        help="weight of the loss of the words that stand again inside the speech (default 1; 0 "
+        "hears more: copying words teaches to read past the numbers between them)",
+    )
+    add(
         "--lora",
         type=runs.number(int, 0),
         default=0,
@@ -959,11 +973,12 @@ def check(parser, args, world):
         )
     if args.unit_loss and not args.units:
         parser.error(f"--unit-loss {args.unit_loss}: no --units are given; leave it out")
-    if args.caption_loss != 1 and not (args.units and is_prosody(args.units)):
-        parser.error(
-            f"--caption-loss {args.caption_loss:g}: only speech of prosody.py has captions; leave "
-            "it out"
-        )
+    for flag, weight in (("caption", args.caption_loss), ("echo", args.echo_loss)):
+        if weight != 1 and not (args.units and is_prosody(args.units)):
+            parser.error(
+                f"--{flag}-loss {weight:g}: only speech of prosody.py has captions and words; "
+                "leave it out"
+            )
     if args.lora_alpha and not args.lora:
         parser.error("--lora-alpha scales what --lora trains; give both")
     if args.init and args.tokenizer:

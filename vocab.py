@@ -560,13 +560,14 @@ class Vocab:
         first = n - len(self.encode(transcript)) - 1
         return document._replace(loss=[int(at >= first) for at in range(n)])
 
-    def captioned(self, before, said, other, after, ends=False, caption_loss=1):
+    def captioned(self, before, said, other, after, ends=False, caption_loss=1, echo_loss=1):
         """A caption, text and speech, a caption. Text and words bear loss, numbers if wanted.
 
         before, after  captions, or ""
         other          another text, right behind the speech, or ""
         ends           append the end of a turn, so that the model still predicts it
         caption_loss   how much a token of `after` counts in the loss: speech alone tells it
+        echo_loss      how much a word inside the speech counts: it repeats the text before it
         The document's end bears no loss: here a caption may stand last, in a reply more follows.
         """
         ids = self.begin + self.encode(before) + self.span(said) + self.encode(other)
@@ -579,6 +580,9 @@ class Vocab:
 
         loss = self.all_but_switches(ids)
         loss[first:last] = [caption_loss * bears for bears in loss[first:last]]
+        a, b = (ids.index(self.speech[name]) for name in ("speech", "end_speech"))
+        for n in range(a, b):
+            loss[n] *= 1 if ids[n] >= self.speech["first_unit"] else echo_loss
         return Document(ids, loss)
 
     def all_but_switches(self, ids):

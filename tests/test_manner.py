@@ -170,6 +170,7 @@ def test_a_caption_that_counts_more_leaves_another_model(world, tmp_path, monkey
     one = rows("one")
     assert torch.equal(one, rows("same", "--caption-loss", "1"))
     assert not torch.equal(one, rows("more", "--caption-loss", "8"))
+    assert not torch.equal(one, rows("less", "--echo-loss", "0"))
 
 
 def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop(

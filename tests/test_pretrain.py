@@ -473,6 +473,7 @@ def test_bad_inputs_say_what_to_do(words, wanted, speedrun, tmp_path, monkeypatc
         ("--chat {chat} --lora 2 --keep-text 1", "give one of the two"),
         ("--chat {chat} --unit-loss 1", "no --units are given"),
         ("--units {units} --caption-loss 8", "only speech of prosody.py has captions"),
+        ("--chat {chat} --echo-loss 0", "--echo-loss 0: only speech of prosody.py"),
         ("--chat {chat} --tokenizer {units}", "leave --tokenizer out"),
     ],
 )

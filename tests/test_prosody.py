@@ -331,6 +331,15 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
     caption = corpus.rows[0]["caption"]
     assert set(heavy) == {"", f"\n{caption}."}, "a caption that speech tells, alone"
 
+    echo = vocab.captioned(
+        "a man\n", Said([("", [3]), ("no", [48, 64]), (" yes", [49])]), "", "\na man", echo_loss=0
+    )
+    numbers = [i >= first for i, loss in zip(*echo[:2]) if loss]
+    assert vocab.decode([i for i, loss in zip(*echo[:2]) if loss and i < first]) == (
+        "a man\nno yes\na man"
+    ), "not the words inside the speech"
+    assert sum(numbers) == 4, "and all of its numbers"
+
     made = [
         documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids for n in range(900)
     ]
