@@ -403,17 +403,9 @@ def set_up(args, out, rank, world):
         weights.codebook_files(args.units or args.init)  # `save` wants them, after the last step
     if rank == 0:
         warn_of_cuts(sources, vocab, args)
+    counts = {"caption_loss": args.caption_loss, "echo_loss": args.echo_loss}
     streams = {
-        part: Documents(
-            vocab,
-            sources,
-            mix,
-            args.seed,
-            part,
-            args.accumulate,
-            args.caption_loss,
-            args.echo_loss,
-        )
+        part: Documents(vocab, sources, mix, args.seed, part, args.accumulate, **counts)
         for part in range(rank, args.accumulate, world)
     }
 
@@ -804,6 +796,7 @@ def arguments():
     add("--out", required=True, help="model folder to write")
 
     add_recipe_flags(add, default)
+    add_loss_flags(add)
     add_align_flags(add, default)
 
     # The machine.
@@ -839,6 +832,24 @@ def add_recipe_flags(add, default):
         "(default: one each)",
     )
     add(
+        "--lora",
+        type=runs.number(int, 0),
+        default=0,
+        metavar="RANK",
+        help="train changes of this rank beside "
+        "frozen matrices, and add them when saving (default 0: the matrices)",
+    )
+    add(
+        "--lora-alpha",
+        type=runs.not_negative,
+        default=0.0,
+        help="scale of those changes, over the rank (default: twice the rank)",
+    )
+
+
+def add_loss_flags(add):
+    """The flags of what counts how much, beside a token of text."""
+    add(
         "--unit-loss",
         type=runs.not_negative,
         default=0.0,
@@ -857,20 +868,6 @@ def add_recipe_flags(add, default):
         default=1.0,
         help="weight of the loss of the words that stand again inside the speech (default 1; 0 "
         "hears more: copying words teaches to read past the numbers between them)",
-    )
-    add(
-        "--lora",
-        type=runs.number(int, 0),
-        default=0,
-        metavar="RANK",
-        help="train changes of this rank beside "
-        "frozen matrices, and add them when saving (default 0: the matrices)",
-    )
-    add(
-        "--lora-alpha",
-        type=runs.not_negative,
-        default=0.0,
-        help="scale of those changes, over the rank (default: twice the rank)",
     )
 
 
