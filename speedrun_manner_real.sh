@@ -166,7 +166,8 @@ out, (seed, base, instruct) = Path(sys.argv[1]), sys.argv[2:]
 read = lambda name: json.loads((out / f"{name}.json").read_text())
 trained = read("speech/training")
 made = {"seed": int(seed), "base": base, "instruct": instruct, "lam": read("lam")["lam"]}
-made |= {"dtype": trained["settings"]["dtype"], "minutes": round(trained["seconds"] / 60, 1)}
+made |= {"dev": read("lam")["scores"], "minutes": round(trained["seconds"] / 60, 1)}
+made["dtype"] = trained["settings"]["dtype"]
 made |= {name: read("manner")[name] for name in ("rows", "answers")}
 for name in "spoken", "typed", "instruct_typed":
     if (out / f"{name}.json").exists():

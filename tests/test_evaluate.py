@@ -1045,23 +1045,23 @@ def test_a_question_without_a_word_or_an_answer_without_one_is_refused(name, spe
         evaluate.read_questions(tmp_path / "q.jsonl")
 
 
-def test_what_the_readme_says_of_desta_is_in_the_results():
-    (run,) = json.loads((ROOT / "results/desta.json").read_text())
-    said, rows = " ".join((ROOT / "README.md").read_text().split()), run["rows"]
-    value = lambda row: [
-        f"{rows[row][name]['value']:.2f}" for name in ("rate", "loudness", "gender", "accent")
-    ]
-    heard, read, cascade = value("heard"), value("read"), value("cascade")
-    asked = [f"{run[name]['score']['value']:.2f}" for name in ("spoken", "typed")]
-    for name, cells in (
-        ("heard", [*heard, asked[0]]),
-        ("told in words", [*read, asked[1]]),
-        ("a transcript", [*cascade, ""]),
+def test_what_the_readme_says_of_open_weights_is_in_the_results():
+    (desta,) = json.loads((ROOT / "results/desta.json").read_text())
+    (summed,) = json.loads((ROOT / "results/manner-real.json").read_text())
+    said = " ".join((ROOT / "README.md").read_text().split())
+    for name, run, row, asked in (
+        ("SpeechCombine", summed, "heard", "spoken"),
+        ("DeSTA2", desta, "heard", "spoken"),
+        ("told in words", desta, "read", "typed"),
     ):
-        assert f"| {name} | {' | '.join(cells)} |".replace("  ", " ") in said, name
-    assert f"{run['minutes']:.0f} minutes on two cores" in said
-    assert "/" + "work" not in json.dumps(run)
-    assert len(run["answers"]) == rows["heard"]["gender"]["n"]
+        cells = [run["rows"][row][trait] for trait in ("gender", "rate", "loudness")]
+        values = [f"{cell['value']:.2f}" for cell in [*cells, run[asked]["score"]]]
+        assert f"| {name} | {' | '.join(values)} |" in said, name
+        assert "/" + "work" not in json.dumps(run)
+        assert len(run["answers"]) == cells[0]["n"]
+    assert f"{desta['minutes']:.0f} minutes on two cores" in said
+    assert f"lam {summed['lam']:g} (`results/manner-real.json`)" in said
+    assert all(cell["value"] < 0.1 for cell in desta["rows"]["cascade"].values())
 
 
 def test_what_the_readme_says_of_float32_is_in_the_results():
