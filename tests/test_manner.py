@@ -193,9 +193,16 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
             ["bash", *words], cwd=ROOT, env=os.environ | names, capture_output=True, text=True
         )
 
+    # What takes longest, text of the base's own, the search for lam and typed answers, is there.
+    out = tmp_path / "o/instruct-seed1"
+    out.mkdir(parents=True)
+    (out / "text.jsonl").write_text('{"text": "paris is the capital of france"}\n' * 4)
+    (out / "lam.json").write_text('{"lam": 0.5, "scores": {}}')
+    for name in "typed", "instruct_typed":
+        made = {"contains": {"value": 0.5, "n": 1}, "rows": []}
+        (out / f"{name}.json").write_text(json.dumps(made))
     done = run()
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "o/instruct-seed1"
     made = json.loads((out / "manner-real.json").read_text())
     assert made["seed"] == 1
     assert {answer["speaker"] for answer in made["answers"]} == {"b", "e"}
