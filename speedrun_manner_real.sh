@@ -69,7 +69,8 @@ def write(name, rows):
 
 rows = read(clips)
 for number, row in enumerate(rows, 1):
-    if not row.get("text") or not row.get("speaker") or not {*traits} <= {*row.get("style", {})}:
+    style = row.get("style") or {}
+    if not row.get("text") or not row.get("speaker") or not {*traits} <= {*style}:
         sys.exit(f"{clips}, row {number}: wanted text, speaker, and a style of {', '.join(traits)}")
     row["style"] = {name: adverbs.get(row["style"][name], row["style"][name]) for name in traits}
     row["caption"] = "A {gender} speaks {rate} and {loudness}".format(**row["style"])
