@@ -28,7 +28,9 @@ out=${3:-out/manner_real}/$(basename "$base")-seed$seed
 prompt="Describe the speaker in one sentence."
 template='A {gender} speaks {rate} and {loudness}: "{text}"'
 
-[ -f "$clips" ] || { echo "$clips: no such file; wanted CLIPS, a manifest" >&2; exit 1; }
+for file in "$clips" ${QUESTIONS:+"$QUESTIONS"}; do
+  [ -f "$file" ] || { echo "$file: no such file; wanted JSON lines" >&2; exit 1; }
+done
 
 same() {        # same FILE WORDS...: note what an output is made of; stop if it was something else
   if [ -e "$1" ] && [ "$(cat "$1")" != "${*:2}" ]; then
@@ -56,10 +58,17 @@ adverbs = {"slow": "slowly", "normal": "at a normal rate", "loud": "loudly", "qu
 traits = "gender", "rate", "loudness"
 
 
-def read(path):
-    rows = [json.loads(line) for line in open(path)]
-    for row in rows:
-        row["audio"] = str((Path(path).parent / row["audio"]).resolve())
+def read(path, *wanted):
+    rows = []
+    for number, line in enumerate(open(path), 1):
+        try:
+            row = json.loads(line)
+            row["audio"] = str((Path(path).parent / row["audio"]).resolve())
+        except (ValueError, TypeError, KeyError):
+            row = {}
+        if not all(isinstance(row.get(name), str) and row[name] for name in wanted):
+            sys.exit(f"{path}, row {number}: wanted {', '.join(wanted)}; got {line.strip()[:60]}")
+        rows.append(row)
     return rows
 
 
@@ -67,11 +76,11 @@ def write(name, rows):
     (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-rows = read(clips)
+rows = read(clips, "audio", "text", "speaker")
 for number, row in enumerate(rows, 1):
-    style = row.get("style") or {}
-    if not row.get("text") or not row.get("speaker") or not {*traits} <= {*style}:
-        sys.exit(f"{clips}, row {number}: wanted text, speaker, and a style of {', '.join(traits)}")
+    style = row.get("style")
+    if not isinstance(style, dict) or not {*traits} <= {*style}:
+        sys.exit(f"{clips}, row {number}: wanted a style of {', '.join(traits)}; got {style}")
     row["style"] = {name: adverbs.get(row["style"][name], row["style"][name]) for name in traits}
     row["caption"] = "A {gender} speaks {rate} and {loudness}".format(**row["style"])
 speakers = sorted({row["speaker"] for row in rows})
@@ -91,7 +100,8 @@ for speaker in dev:
             for name, value in row["style"].items()
         ]
 if questions:
-    spoken = [row | {"instruction": "Answer it.", "metric": "contains"} for row in read(questions)]
+    asked_aloud = read(questions, "audio", "text", "answer")
+    spoken = [row | {"instruction": "Answer it.", "metric": "contains"} for row in asked_aloud]
     texts = sorted({row["text"] for row in spoken})
     chosen = rng.sample(texts, len(texts) // 2)
     once = {row["text"]: row for row in spoken if row["text"] in chosen}

@@ -1052,7 +1052,7 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
     for name, run, row, asked in (
         ("SpeechCombine", summed, "heard", "spoken"),
         ("DeSTA2", desta, "heard", "spoken"),
-        ("told in words", desta, "read", "typed"),
+        ("instruct, told", desta, "read", "typed"),
     ):
         cells = [run["rows"][row][trait] for trait in ("gender", "rate", "loudness")]
         values = [f"{cell['value']:.2f}" for cell in [*cells, run[asked]["score"]]]
