@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from fused import linear_cross_entropy
 
-NAMING_SHARE = 6  # the first sixth of the blocks turns units into words: nothing to match yet
+NAMING_SHARE = 6  # the first sixth of the blocks turns units into words: no state to match yet
 RIDGE = 0.1  # of the mean eigenvalue, added before a covariance is inverted
 
 
@@ -66,11 +66,10 @@ class Align:
         return {"position": position_gaps(start, self.pace, rng)}
 
     def loss_mask(self, batch):
-        """(B, T): targets that bear no loss; None if all do.
+        """(B, T) bool: targets to leave out of the next-token loss; None: leave out none.
 
-        Interleaved documents that the teacher reads are learnt from its states alone. A
-        loss on what follows speech would teach the merged model to write on, whatever it
-        hears.
+        Interleaved documents that the teacher reads are learnt from its states alone. Next-token
+        loss behind speech would teach the model to continue the text there, not to reply.
         """
         if self.teacher is None:
             return None
@@ -97,8 +96,8 @@ def position_gaps(start, widest, rng):
 
     the cat sat on the mat  ->  0 1 2 3 4 5  or, with gaps, say  0 1 2 9 14 22
 
-    Gaps come in stretches of about eight ids. `widest` is the largest mean gap of a
-    stretch.
+    Gaps come in stretches of about eight ids. `widest` is the largest mean step of a
+    stretch; a step of 1 is no gap.
     """
     place = torch.arange(start.shape[1]).expand_as(start)           # (B, T)
 
@@ -108,8 +107,8 @@ def position_gaps(start, widest, rng):
     # One draw counts for a whole document: the one where it begins.
     plain = (draw() < 0.5).gather(1, start)                         # (B, T)
 
-    # Where the stretch of each id began, and the mean step of that stretch. Half of the draws
-    # fall below 1, and become 1: no gap.
+    # A new stretch begins at one id in eight. Its mean step is drawn from [-widest, widest], and
+    # at least 1: so more than half of the stretches have no gap.
     stretch = torch.where(draw() < 1 / 8, place, 0).cummax(1).values  # (B, T)
     mean = (widest * (2 * draw() - 1)).clamp(min=1).gather(1, stretch)  # (B, T)
     mean = mean.masked_fill(plain, 1)
@@ -129,12 +128,12 @@ def distillation(states, batch, teacher, first_new):
     states  what each block hands on, (B, T, C) each
     batch   `read` (B, R) are the documents' ids in writing, `place` (B, R) where they were said
 
-    word loss    behind the first blocks, the state where a word is heard predicts its
-                 token: cross-entropy over the teacher's rows. (A word of several ids has
-                 them on its last units.)
-    state loss   behind every later block it is the teacher's state on that token, and on
-                 text beside speech behind all: whitened square distance, 0 alike, 2
-                 unrelated
+    word loss    behind the naming blocks, the state on a word's last unit predicts its token:
+                 cross-entropy over the teacher's rows. (A word of several ids has them on its
+                 last units.)
+    state loss   the distance from the teacher's state on that token: for spoken words behind
+                 every later block, for text beside speech behind all. Whitened and squared, for
+                 each of the two 0 if alike, 2 if unrelated
     """
     if not batch["read"].shape[1]:  # a batch without speech
         return 0.0, 0.0
@@ -222,8 +221,8 @@ def text_filters(model, body, batches, strength):
     """{weight (out, in): matrix (in, in)}: it takes out of a change what text would feel.
 
     Let C be the mean of x x' over the inputs x that text sends into a weight, scaled to a
-    mean eigenvalue of 1. A change D of the weight adds D x to what the next layer gets:
-    on average tr(D C D'), squared. D (I + strength * C)^-1 is the change near D that
+    mean eigenvalue of 1. A change D of the weight moves its output by D x: over text, the
+    mean of |D x|^2 is tr(D C D'). D (I + strength * C)^-1 is the change near D that
     keeps that small: it minimises |E - D|^2 + strength * tr(E C E'). Directions that text
     never uses are not damped, so speech can use them. The whole change since the start is
     filtered after every step.

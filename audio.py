@@ -268,6 +268,8 @@ def check_row(row, where):
         raise ValueError(
             f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no text"
         )
+    if not isinstance(row.get("caption") or "", str):
+        raise ValueError(f"{where}: got caption = {str(row['caption'])[:40]}, wanted a string")
     words = row.get("words") or []
     if not isinstance(words, list):
         raise ValueError(f'{where}: got "words" = {str(words)[:40]}, wanted a list')

@@ -246,7 +246,7 @@ def can_hear(args, rows, ears):
 
 def tells_words(row):
     """Is its text what is said, and not what is asked for?"""
-    return bool(row.get("words") and row.get("text", "").strip() and row["metric"] != "wer")
+    return bool(row.get("words") and (row.get("text") or "").strip() and row["metric"] != "wer")
 
 
 def can_open(paths, ears):
@@ -314,7 +314,8 @@ def scores_by_metric(rows, replied):
             scores[metric] = ratio(wrong, [len(w) for w in words])
         elif asked:
             found = [right[metric](text, row) for text, row in asked]
-            facts = [str(row.get("fact", f"row {n}")) for n, (_, row) in enumerate(asked)]
+            facts = [row.get("fact") for _, row in asked]
+            facts = [f"row {n}" if fact is None else str(fact) for n, fact in enumerate(facts)]
             alone = len(set(facts)) == len(facts)
             scores[metric] = share(found) if alone else share_of(found, facts)
     return scores
@@ -351,25 +352,31 @@ def choose_lam(args):
 
     # Before a model is loaded: have the rows groups? Any reply tells; "A" is a choice, too.
     cells_of(scores_of_rows(rows, ["A"] * len(rows)).get("groups"), args.rows)
-    _, vocab, ears = opened(args)  # of --speech: the sum has its tokens
+    vocab, ears = opened(args)[1:]  # of --speech: the sum has its tokens
     can_hear(args, rows, ears)
+    clips = [Path(args.rows).parent / row["audio"] for row in rows if row.get("audio")]
+    clips = [{"audio": str(path)} for path in clips]
     plan = Merge(args.base, args.instruct, args.folder, args.signs)
     config = Config.read(args.folder)
 
-    scores = {}
-    for lam in runs.Bar(LAMS, desc="asking the sum", unit="lam"):
-        work = answering(args, model_at(plan, config, lam, args.device), vocab, ears)
+    def ask(lams):
+        """[{group: its cell}] of the sum at one lam; the sum is gone before the next is made."""
+        work = answering(args, model_at(plan, config, lams[0], args.device), vocab, ears)
         batches = [rows[a : a + BATCH] for a in range(0, len(rows), BATCH)]
         replied = [text for batch in batches for text in work(batch)]
-        scores[lam] = cells_of(scores_of_rows(rows, replied).get("groups"), args.rows)
+        return [cells_of(scores_of_rows(rows, replied).get("groups"), args.rows)]
+
+    recipe = runs.recipe([args.base, args.instruct, args.folder, args.rows])
+    settings = recipe["inputs"] | {"signs": args.signs, "audio": audio.identity(clips)}
+    scores = runs.in_pieces(args.out, settings, LAMS, ask, 1, "asking the sum", "lam")
+    scores = dict(zip(LAMS, scores))
 
     def mean(lam):
         return sum(cell["value"] for cell in scores[lam].values()) / len(scores[lam])
 
     best = max(scores, key=mean)
-    made = {"lam": best, "signs": args.signs, "scores": scores}
-    made["made"] = runs.recipe([args.base, args.instruct, args.folder, args.rows])
-    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    made = {"lam": best, "signs": args.signs, "scores": scores, "made": recipe}
+    runs.finish_pieces(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(table({f"lam {lam:g}": groups for lam, groups in scores.items()}))
     print(f"lam {best:g} has the best mean")
 

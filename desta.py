@@ -285,7 +285,7 @@ class Ears:
 
     @property
     def lacks_words(self):
-        """Must who calls it say the words?"""
+        """Must the caller give the transcript?"""
         return self.has_words and not self.transcriber
 
     @torch.inference_mode()

@@ -178,7 +178,8 @@ def ratio(parts, wholes, groups=None):
 
 def facts(questions):
     """What each question is about; a question that names no fact stands for itself."""
-    return [q.get("fact", q["question"]) for q in questions]
+    named = [q.get("fact") for q in questions]
+    return [q["question"] if fact is None else str(fact) for q, fact in zip(questions, named)]
 
 
 def exact(replied, questions):
@@ -275,7 +276,7 @@ def read_questions(path):
         texts = [row.get(name) for name in ("question", "answer", "split")]
         texts += [row.get(name, "") for name in ("noisy", "text")]
         voices = row.get("audio")
-        heard = isinstance(voices, dict) and set(GROUPS) <= voices.keys()
+        heard = isinstance(voices, dict) and all(isinstance(voices.get(g), str) for g in GROUPS)
         written = all(isinstance(text, str) for text in texts) and all(map(str.strip, texts[:3]))
         if not heard or "seen" not in row or not written:
             raise ValueError(
@@ -572,8 +573,8 @@ def markdown(seeds):
     spoken = [s["rows"]["merged"]["spoken_near"]["value"] for s in seeds]
     shares = [a / b if b else math.nan for a, b in zip(spoken, typed)]
     return means(seeds, ROWS, SHOWN) + (
-        f"\n\nmerged, spoken_near, seed by seed: {', '.join(f'{x:.2f}' for x in spoken)}; "
-        f"of instruct's typed {', '.join(f'{x:.2f}' for x in shares)}."
+        f"\n\nmerged, spoken_near, by seed: {', '.join(f'{x:.2f}' for x in spoken)}; "
+        f"divided by instruct's typed: {', '.join(f'{x:.2f}' for x in shares)}."
     )
 
 
@@ -684,6 +685,7 @@ SAME = [
     {"loud", "loudly"},
     {"quiet", "quietly"},
 ]
+FILLERS = {"a", "an", "the", "at", "in", "with"}  # "in a normal rate" is "at a normal rate"
 
 
 def manner(args):
@@ -759,7 +761,7 @@ def names(words, value):
     """Do these words of a reply name a value, like "slowly" or "non-native"?"""
     wanted = words_of(value)
     same = next((same for same in SAME if same & wanted), set())
-    return wanted - same <= words and bool(same & words or not same)
+    return wanted - same - FILLERS <= words and bool(same & words or not same)
 
 
 def within(value, found):

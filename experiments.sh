@@ -77,8 +77,9 @@ for source, file in ("world/chat.jsonl", "chat"), ("test/manifest.jsonl", "test"
                 if message["role"] == "assistant":
                     message["content"] += words
             if "answer" in row:
-                keys = "said", "instruction", "group", "metric"
-                row = {key: row[key] for key in keys} | {"answer": row["answer"] + words}
+                keys = "said", "instruction", "group", "metric", "fact", "answer"
+                row = {key: row[key] for key in keys if key in row}
+                row["answer"] += words
             out.write(json.dumps(row) + "\n")
 os.rename(f"reuse/{name}.partial", f"reuse/{name}")
 PY
@@ -184,10 +185,11 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
   paper)
     cd "$out/manner"
     seed=$(seed)
+    add=$(strengths)
     for what in captions text; do
       for folder in prosody test; do without $what $folder; done
       train --init base --units paper/$what/prosody --text world/base.jsonl --out paper/$what/speech
-      merge --base base --instruct instruct --speech paper/$what/speech $(strengths) \
+      merge --base base --instruct instruct --speech paper/$what/speech $add \
         --out paper/$what/merged
       ask paper/$what/merged paper/$what/test/manifest.jsonl paper/no_$what.json
     done

@@ -44,7 +44,7 @@ def add(models, name, lam, mu):
     """
     for a, b in models.slices(name):
         speech = models.rows("speech", name, a, b)                  # (n, width)
-        if a >= models.count(name):  # tokens that base has not
+        if a >= models.count(name):  # tokens that only speech has
             new = models.nearer_signs(speech, name)
             models.finite(new, name, a, b)
             yield a, new, None
@@ -95,9 +95,10 @@ class Merge:
     """base, instruct and speech, found to fit, and their sum.
 
     tensors  {"base", "instruct", "speech": weights.Tensors}
-    signs    how much of the mean row of SIGNS the rows of new tokens get
     names    of tensors, the same in all three
     markers  rows that are instruct's: the tokens of its chat template
+    nearer   (width,) what is added to rows of new tokens: `signs` times the mean row of SIGNS; or
+             None
     A ValueError names the first difference that makes a sum impossible.
     """
 
@@ -120,8 +121,8 @@ class Merge:
         special = vocabs["instruct"].special
         self.markers = sorted(i for token, i in special.items() if token in template)
 
-        # New rows are unlike all that instruct has read, and it may lose its place among them.
-        # Signs it reads past.
+        # Instruct has never read the new rows, and loses its place among them. It ignores signs
+        # like #, so in the sum new rows are made more like theirs.
         self.nearer = None
         if signs:
             ids = sorted({i for sign in SIGNS for i in vocabs["base"].encode(sign)})
@@ -156,7 +157,8 @@ class Merge:
         kinds, names = {}, {}
         for which, path in self.paths.items():
             config = runs.read_json(Path(path) / "config.json")
-            kinds[which] = (config.get("architectures") or ["none"])[0]
+            named = config.get("architectures")
+            kinds[which] = named[0] if isinstance(named, list) and named else named
 
             # Some files hold the tied head and the frequencies of rotation beside the rest.
             tied = config.get("tie_word_embeddings")
@@ -252,7 +254,7 @@ class Merge:
         return (new.double() + self.nearer).to(new.dtype)
 
     def finite(self, merged, name, a, b):
-        """A ValueError if rows of the sum hold NaN or infinity; it names who has them, too."""
+        """A ValueError if rows of the sum hold NaN or infinity. It names the files that do, too."""
         if torch.isfinite(merged).all():
             return
         ill = [
@@ -349,7 +351,7 @@ def print_report(report):
     """Print the report as a table."""
     print(
         f"{'block':>6} {'|instruct|/|base|':>18} {'|speech|/|base|':>16} {'cosine':>8} "
-        f"{'signs against':>14}"
+        f"{'opposed':>14}"
     )
     total = {
         "block": "all",

@@ -80,14 +80,17 @@ class Config:
         if not path.exists():
             raise FileNotFoundError(f"{path}: missing; a model folder needs a config.json")
         raw = runs.read_json(path)
-        architecture = (raw.get("architectures") or ["none"])[0]
-        if architecture not in ARCHITECTURES:
+        named = raw.get("architectures")
+        architecture = named[0] if isinstance(named, list) and named else named
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise ValueError(
                 f"{path}: architecture {architecture} is not supported; wanted one of "
                 f"{', '.join(ARCHITECTURES)}"
             )
 
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: got rope_scaling = {rope!r}, wanted an object of numbers")
         kind = rope.get("rope_type", rope.get("type", "default"))
         for what, got, good in [
             ("hidden_act", raw.get("hidden_act", "silu"), ["silu"]),
@@ -109,7 +112,8 @@ class Config:
             "num_hidden_layers",
             "num_attention_heads",
         )
-        for name in needed:
+        known = [name for name in ("num_key_value_heads", "head_dim") if raw.get(name) is not None]
+        for name in (*needed, *known):
             if name not in raw:
                 raise ValueError(f"{path}: the key {name!r} is missing")
             if type(raw[name]) is not int or raw[name] < 1:

@@ -1,4 +1,4 @@
-"""Train a language model, or go on: packed documents, the loss of the next token, a step.
+"""Train a language model, from nothing or from a folder: next-token loss on packed documents.
 
 in   --size and a tokenizer, or --init MODEL; --text, --chat or --units
 out  a model folder, with log.jsonl and loss.png in it
@@ -8,8 +8,8 @@ run  python pretrain.py --init out/base --units out/units --text out/toy/base.js
 
 One loop makes all three models. What is given decides the stage, and the stage the
 settings: text alone trains a base, chats an instruct model, units or prosody a speech model. The
-loop is in `train`. Loss is on text tokens, never on units unless --unit-loss says so (and
-with a teacher not on interleaved text). What a small model needs beyond it is in align.py,
+loop is in `train`. Loss is on text tokens, and on units if --unit-loss says so. Text that a
+teacher reads beside speech bears none. What a small model needs beyond the loop is in align.py,
 and `--plain` turns that off.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
@@ -39,8 +39,7 @@ from muon import Muon
 from prosody import is_prosody
 from vocab import Vocab
 
-# The settings of each stage, for the toy world. A real model wants a tenth of these rates
-# or less.
+# What --plain sets.
 PLAIN = dict(
     pace=1.0,  # positions are not stretched
     imitate=0.0,  # no teacher
@@ -49,11 +48,13 @@ PLAIN = dict(
     layers="0:1",  # all of them
     embeddings="all",  # and every row
 )
+# The settings of each stage, for the toy world. A real model wants a tenth of these rates or
+# less, unless its change is a --lora.
 STAGES = {
     # A base: from nothing, on text, and used to gaps between positions.
     "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, batch=16, length=128, pace=8.0),
     # An instruct model: the upper half of the blocks learns to reply. No word's row
-    # moves, so that a spoken word means there what it meant to the base.
+    # moves, so that a spoken word still looks like the written one.
     "chat": PLAIN
     | dict(
         mix="chat=1",
@@ -252,7 +253,10 @@ def read_sources(args):
     if "interleave" in mix or args.keep_text:  # text stands beside speech, and makes the filter
         unread = [name for name in unread if name != "text"]
     if unread:
-        raise ValueError(f"--{unread[0]} is given, and --mix has none of it; give one of the two")
+        raise ValueError(
+            f"--{unread[0]} is given, and the mix is {', '.join(mix)}; leave it out, or name it in "
+            "--mix"
+        )
     rows = [row for corpus in spoken.values() for row in corpus.rows]
     if rows and not args.unit_loss and not any(row.get("text") for row in rows):
         raise ValueError(
@@ -291,7 +295,8 @@ def warn_of_cuts(sources, vocab, args):
     corpus = sources.get("captioned") or sources.get("transcribe")
     for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
         if "captioned" in sources:
-            document = vocab.captioned("", corpus[i], "", "\n" + row.get("caption", ""))
+            caption = row.get("caption")
+            document = vocab.captioned("", corpus[i], "", f"\n{caption}." if caption else "")
         else:
             document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
         lengths.append(len(document.ids))
@@ -312,7 +317,7 @@ def tell_cut(path, what, lengths, lost, length):
 
 
 def trained(model, layers, embeddings):
-    """(parameters of the blocks, embedding and head): all that the optimizers may move.
+    """(parameters of the blocks and the last norm, embedding and head): all that may move.
 
     layers      two shares of the depth: blocks that begin between them; (0, 0.5) is the lower half
     embeddings  as `frozen_rows` has it. With "new", norms and biases stay too: then every depth
@@ -350,9 +355,9 @@ def trained(model, layers, embeddings):
 
 
 def two_optimizers(body, tables, lr, decay, faster, dtype):
-    """[Muon for the matrices of the blocks, AdamW for norms and, at `faster` times the rate, rows].
+    """[Muon for the matrices of the blocks, AdamW for norms and for embedding rows].
 
-    `dtype` is what Muon multiplies in.
+    Rows learn at `faster` times the rate. `dtype` is what Muon multiplies in.
     """
     matrices = [p for p in body if p.dim() == 2]
     vectors = [p for p in body if p.dim() != 2]
@@ -376,7 +381,7 @@ class Run:
     model: LM
     vocab: Vocab
     units: range  # rows of the embedding that are units
-    body: list  # parameters of the blocks
+    body: list  # parameters of the blocks, and the last norm
     tables: list  # embedding and head
     frozen: torch.Tensor                         # (V,) bool: rows of the tables that stay
     align: Align  # what a small model needs beyond the loss
@@ -625,7 +630,7 @@ class Log:
         self.picture = out / "loss.png"
         self.rank, self.world = runs.processes()
         self.spent = 0.0  # seconds before a stop
-        self.heard = 0  # units trained on; where processes share, one of them estimates it
+        self.heard = 0  # units trained on: this process's, times the number of processes
         corpus = sources.get("interleave") or sources.get("captioned")
         if corpus:
             self.unit_seconds = corpus.unit_seconds()
@@ -866,8 +871,8 @@ def add_loss_flags(add):
         "--echo-loss",
         type=runs.not_negative,
         default=1.0,
-        help="weight of the loss of the words that stand again inside the speech (default 1; 0 "
-        "hears more: copying words teaches to read past the numbers between them)",
+        help="weight of the loss of the words that stand again inside the speech (default 1; with "
+        "0 it hears more: a model that copies words learns to ignore the numbers between them)",
     )
 
 
@@ -876,8 +881,9 @@ def add_align_flags(add, default):
     add(
         "--plain",
         action="store_true",
-        help="nothing of --pace to --embeddings: every parameter is trained, by the loss of the "
-        "next token alone (Muon stays, and the softmax of units apart from that of text)",
+        help="turn off --pace, --imitate, --keep-text, --rows-first, --layers and --embeddings: "
+        "every parameter is trained, by the loss of the next token alone (Muon stays, and the "
+        "softmax of units apart from that of text)",
     )
     add(
         "--pace",

@@ -32,11 +32,11 @@ import audio
 from vocab import Said
 
 STEP = 160  # samples between frames: 10 ms
-SECOND = audio.SAMPLE_RATE // STEP  # frames
+FRAME_RATE = audio.SAMPLE_RATE // STEP  # frames in a second
 WINDOW = 800  # samples that pitch is read from: three periods of the lowest voice
 LOWEST, HIGHEST = 60, 500  # Hz
-VOICED = 0.5  # correlation with the last period, at least, of a voice
-HIGHER = 0.04  # what an octave down costs a candidate: two periods correlate as well as one
+VOICED = 0.5  # the least correlation with the period before that counts as a voice
+OCTAVE_BONUS = 0.04  # for each octave up: two periods together correlate as well as one
 FAR = 0.05  # what an octave away from the clip's median costs it
 
 QUIET = 35  # dB below the loudest frame: no sound of speech
@@ -44,12 +44,12 @@ PAUSE = 0.2  # seconds between words, at least
 STRAIN = 2.0  # what a word costs that lasts e times too long, or too short, for its letters
 FLOOR = 60  # dB below the loudest frame: a cut costs nothing there, and 6 in the loudest
 
-# Three for the speaker, once; the other six for every word.
+# Three for the speaker, once; five for every word; a pause where one follows.
 KINDS = "speaker", "letter", "level", "pitch", "range", "slope", "length", "loud", "pause"
 BINS = 16  # of each kind
-UNVOICED = len(KINDS) * BINS  # the number of a word without pitch
+UNVOICED = len(KINDS) * BINS  # stands for what a word without a voice lacks
 NAMES = [f"{kind}_{i}" for kind in KINDS for i in range(BINS)] + ["unvoiced"]
-PIECE = 64  # clips measured between two marks
+PIECE = 64  # clips measured between two checkpoints
 MOST = 300  # seconds of a clip: measuring takes 5 MB for each
 
 
@@ -106,7 +106,7 @@ def pitch(samples):
     before, here, behind = r[:, shifts - 1], r[:, shifts], r[:, shifts + 1]
     peak = (here > before) & (here >= behind)
     octave = np.log2(audio.SAMPLE_RATE / shifts)
-    strength = np.where(peak, here + HIGHER * octave, -np.inf)  # (frames, shifts)
+    strength = np.where(peak, here + OCTAVE_BONUS * octave, -np.inf)  # (frames, shifts)
 
     loud = level(samples)
 
@@ -168,12 +168,12 @@ def aligned(text, samples):
         best = cost + np.append(cut, 0.0)  # the end of the clip costs nothing
         lasted.append(length)
     if not np.isfinite(best[T]):
-        return by_letters(words, first / SECOND, last / SECOND)
+        return by_letters(words, first / FRAME_RATE, last / FRAME_RATE)
 
     edges = [T]
     for length in reversed(lasted):
         edges.append(edges[-1] - length[edges[-1]])
-    times = [float((first + edge) / SECOND) for edge in reversed(edges)]
+    times = [float((first + edge) / FRAME_RATE) for edge in reversed(edges)]
     return [[word, a, b] for word, a, b in zip(words, times, times[1:])]
 
 
@@ -203,11 +203,11 @@ def measured(samples, words):
     # Each word without the silence around it.
     stretches = []
     for _, begin, end in words:
-        a, b = round(begin * SECOND), round(end * SECOND)
+        a, b = round(begin * FRAME_RATE), round(end * FRAME_RATE)
         inside = a + np.flatnonzero(sounds[a:b])
         stretches.append((inside[0], inside[-1] + 1) if len(inside) else (a, max(b, a + 1)))
     letters = np.array([len(word) + 1 for word, _, _ in words])
-    lasts = np.array([(b - a) / SECOND for a, b in stretches])
+    lasts = np.array([(b - a) / FRAME_RATE for a, b in stretches])
     lengths = np.log2(lasts / letters)                              # (words,)
 
     speaker = {
@@ -220,7 +220,7 @@ def measured(samples, words):
         values = contour(tone[a:b], speaker["speaker"])
         values["length"] = lengths[n] - speaker["letter"]
         values["loud"] = mean_level(loud[a:b]) - speaker["level"]
-        gap = (stretches[n + 1][0] - b) / SECOND if n + 1 < len(words) else 0.0
+        gap = (stretches[n + 1][0] - b) / FRAME_RATE if n + 1 < len(words) else 0.0
         if gap >= PAUSE:
             values["pause"] = np.log2(gap)
         said.append((" " * (n > 0) + word, values))
@@ -235,7 +235,7 @@ def contour(tone, speaker):
         return dict.fromkeys(("pitch", "range", "slope"), np.nan)
     tone = tone[at]
     low, high = np.percentile(tone, [5, 95])
-    slope = np.polyfit(at / SECOND, tone, 1)[0]
+    slope = np.polyfit(at / FRAME_RATE, tone, 1)[0]
     return {"pitch": np.median(tone) - speaker, "range": high - low, "slope": slope}
 
 
@@ -272,7 +272,7 @@ def numbered(said, edges):
 class Ears:
     """Samples -> (`Said`, None): a transcript, and how each word of it was spoken.
 
-    transcriber  samples -> text; None if who calls it says the words
+    transcriber  samples -> text; None if the caller gives the text
     """
 
     hop = audio.HOP
@@ -285,7 +285,7 @@ class Ears:
 
     @property
     def lacks_words(self):
-        """Must who calls it say the words?"""
+        """Must the caller give the transcript?"""
         return not self.transcriber
 
     def __call__(self, samples, text=None):
@@ -346,12 +346,14 @@ def encode(args):
     if args.bins and not Path(args.bins).exists():
         raise FileNotFoundError(f"{args.bins}: no such folder")
     rows = audio.read_manifest(args.manifest)
-    silent = [row["audio"] for row in rows if not row.get("text", "").strip()]
-    if silent or not rows:
-        raise ValueError(
-            f"{args.manifest}: {(silent or ['no clip'])[0]} has no text; wanted a transcript "
-            "of every clip (whisper.py words writes them)"
-        )
+    if not rows:
+        raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
+    for row in rows:
+        if not row.get("text", "").strip():
+            raise ValueError(
+                f"{args.manifest}: {row['audio']} has no text; wanted a transcript of every clip "
+                "(whisper.py words writes them)"
+            )
     edges = read_edges(args.bins) if args.bins else None
     runs.replaceable(Path(args.out), args.overwrite)
     for row, samples in zip(rows, audio.lengths(rows)):
@@ -380,7 +382,7 @@ def encode(args):
         made = {
             "features": {"kind": "prosody"},
             "k": len(NAMES),
-            "frame_rate": SECOND,
+            "frame_rate": FRAME_RATE,
             "sha256": runs.fingerprint(out / "codebook.safetensors"),
         }
         (out / "codebook.json").write_text(json.dumps(made, indent=1) + "\n")

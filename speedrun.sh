@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 seed=${1:-0}
 out=out; [ "$seed" = 0 ] || out=out/seed$seed
 
-step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+step() {        # step SCRIPT FLAGS... --out RESULT: run a command unless its result is there
   local words="$*"
   local result=${words##*--out }
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi

@@ -18,7 +18,7 @@ for made in "$out/hubert" "$instruct" "$out/manner/cascade.json"; do
   }
 done
 
-step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+step() {        # step SCRIPT FLAGS... --out RESULT: run a command unless its result is there
   local words="$*"
   local result=${words##*--out }
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi

@@ -7,9 +7,9 @@
 #               --local-dir weights/SmolLM2-135M-Instruct
 #            hf download openai/whisper-tiny.en --local-dir weights/whisper-tiny.en
 #          and others are named by LLM=Qwen2.5-0.5B-Instruct WHISPER=whisper-small
-# CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman", "accent":
-#          "American", "rate": "fast", "loudness": "quiet"}
-# A third of the speakers is kept for the test: another third for the seeds 0, 1 and 2.
+# CLIPS    a manifest with "audio", "text", "speaker", "seconds" and "style": {"gender": "woman",
+#          "accent": "American", "rate": "fast", "loudness": "quiet"}
+# A third of the speakers is kept for the test, for each of the seeds 0, 1 and 2 a different one.
 # STEPS=600 of training, unless another number is given.
 # QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
 set -euo pipefail
@@ -29,17 +29,27 @@ prompt="Describe the speaker in one sentence."
 # A second prompt, about the words: without it the adapter forgets that there are others.
 answer="Answer it."
 
-[ -f "$clips" ] || { echo "$clips: no such file; wanted CLIPS, a manifest" >&2; exit 1; }
+for file in "$clips" ${QUESTIONS:+"$QUESTIONS"}; do
+  [ -f "$file" ] || { echo "$file: no such file; wanted JSON lines" >&2; exit 1; }
+done
+for folder in "$llm" "$whisper"; do
+  if [ ! -f "$folder/config.json" ]; then
+    echo "$folder: no such model folder; this script's head says what to download" >&2
+    exit 1
+  fi
+done
+for number in "$seed" "${STEPS:-600}"; do
+  case $number in '' | *[!0-9]*) echo "SEED and STEPS are numbers; got $number" >&2; exit 1 ;; esac
+done
 
-same() {        # same FILE WORDS...: note what an output is made of; stop if it was something else
+same() {        # same FILE WORDS...: stop if an output was made of something else
   if [ -e "$1" ] && [ "$(cat "$1")" != "${*:2}" ]; then
     echo "$(dirname "$1"): made with another $(basename "$1"); remove it, or give another OUT" >&2
     exit 1
   fi
-  echo "${*:2}" > "$1"
 }
 
-step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+step() {        # step SCRIPT FLAGS... --out RESULT: run a command unless its result is there
   local result=${*: -1}
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
 }
@@ -47,29 +57,55 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
 # The corpus with adverbs, as the template wants; and the voices of the test, which are in no
 # target.
 mkdir -p "$of"
-same "$out/CLIPS" "$(cksum < "$clips")"
+of_clips=$(cksum < "$clips")
+of_questions=$(cksum < "${QUESTIONS:-/dev/null}")
+same "$out/CLIPS" "$of_clips"
 same "$of/STEPS" "${STEPS:-600}"
-python - "$clips" "$out" "$of" "$seed" <<'END'
+[ -z "${QUESTIONS:-}" ] || same "$of/QUESTIONS" "$of_questions"
+python - "$clips" "$out" "$of" "$seed" "$answer" "${QUESTIONS:-}" <<'END'
 import json, sys
 from pathlib import Path
 
-clips, out, of, seed = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+import audio
+import desta
+
+clips, out, of, seed, answer, questions = sys.argv[1:]
+out, of = Path(out), Path(of)
 adverbs = {
     "rate": {"slow": "slowly", "normal": "at a normal rate"},
     "loudness": {"quiet": "quietly", "normal": "at a normal volume", "loud": "loudly"},
 }
-rows = [json.loads(line) for line in open(clips)]
+try:
+    rows = desta.described_clips(clips)
+    asked = audio.read_manifest(questions) if questions else []
+    audio.lengths(rows + asked)  # all of them can be opened
+except (ValueError, OSError) as error:
+    sys.exit(str(error))
 for number, row in enumerate(rows, 1):
-    if not all(row.get(name) for name in ("audio", "speaker", "style")):
-        sys.exit(f"{clips}, row {number}: wanted audio, speaker and style")
-    row["audio"] = str((clips.parent / row["audio"]).resolve())
+    if not isinstance(row.get("speaker"), str):
+        sys.exit(f"{clips}, row {number}: wanted a speaker")
     for name, value in row["style"].items():
         row["style"][name] = adverbs.get(name, {}).get(value, value)
-unheard = set(sorted({row["speaker"] for row in rows})[seed % 3 :: 3])
+unheard = set(sorted({row["speaker"] for row in rows})[int(seed) % 3 :: 3])
 test = [row for row in rows if row["speaker"] in unheard]
-for path, lines in ((out / "clips.jsonl", rows), (of / "test.jsonl", test)):
+made = {out / "clips.jsonl": rows, of / "test.jsonl": test}
+
+# Questions, spoken and typed.
+typed, heard = [], []
+for number, row in enumerate(asked, 1):
+    if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("text", "answer")):
+        sys.exit(f"{questions}, row {number}: wanted audio, text and answer")
+    wanted = {"answer": row["answer"], "metric": "contains"}
+    typed.append(wanted | {"text": f"{row['text']} {answer}"})
+    heard.append(wanted | {"audio": row["audio"], "instruction": answer})
+if questions:
+    made |= {of / "typed.jsonl": typed, of / "heard.jsonl": heard}
+for path, lines in made.items():
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
 END
+echo "$of_clips" > "$out/CLIPS"
+echo "${STEPS:-600}" > "$of/STEPS"
+[ -z "${QUESTIONS:-}" ] || echo "$of_questions" > "$of/QUESTIONS"
 
 # What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
 targets=$out/targets-$(basename "$llm").jsonl
@@ -96,24 +132,8 @@ step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$templa
 
 # Spoken questions, beside the same ones typed.
 if [ -n "${QUESTIONS:-}" ]; then
-  same "$of/QUESTIONS" "$(cksum < "$QUESTIONS")"
-  python - "$QUESTIONS" "$out" "$answer" <<'END'
-import json, sys
-from pathlib import Path
-
-questions, out, answer = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-rows = [json.loads(line) for line in open(questions)]
-made = {"typed": [], "heard": []}
-for row in rows:
-    wanted = {"answer": row["answer"], "metric": "contains"}
-    made["typed"].append(wanted | {"text": f"{row['text']} {answer}"})
-    sound = str((questions.parent / row["audio"]).resolve())
-    made["heard"].append(wanted | {"audio": sound, "instruction": answer})
-for name, lines in made.items():
-    (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-END
-  step benchmark.py rows "$llm" "$out/typed.jsonl" --out "$of/typed.json"
-  step benchmark.py rows "$of/desta" "$out/heard.jsonl" --out "$of/heard.json"
+  step benchmark.py rows "$llm" "$of/typed.jsonl" --out "$of/typed.json"
+  step benchmark.py rows "$of/desta" "$of/heard.jsonl" --out "$of/heard.json"
 fi
 
 # All of it in one file, with every answer.

@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 seed=${1:-0}
 out=out/manner; [ "$seed" = 0 ] || out=out/seed$seed/manner
 
-step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+step() {        # step SCRIPT FLAGS... --out RESULT: run a command unless its result is there
   local words="$*"
   local result=${words##*--out }
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
@@ -30,8 +30,8 @@ step prosody.py $out/world/speech/train.jsonl --out $out/prosody
 step prosody.py $out/world/dev.jsonl --bins $out/prosody --out $out/dev
 step prosody.py $out/world/test.jsonl --bins $out/prosody --out $out/test
 
-# Hearing, from the base: [caption] text [speech] [another line] [caption], each in some documents;
-# a fifth of it text; the plain loss; 1,600 steps of 16 rows at a rate of 5e-4.
+# Hearing, from the base: (caption) text <speech> (another line) (caption); what is in brackets, in
+# some documents. A fifth is text alone. The plain loss; 1,600 steps of 16 rows at a rate of 5e-4.
 step pretrain.py --init $out/base --units $out/prosody --text $out/world/base.jsonl \
   --seed $seed --out $out/speech
 

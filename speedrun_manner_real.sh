@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# SpeechCombine as in the paper on open weights: transcripts, tokens of prosody, captions, LoRA.
+# SpeechCombine on open weights: the paper's documents (transcripts, tokens of prosody, captions)
+# and LoRA. Captions, and words that stand twice, bear another share of the loss: see below.
 #   bash speedrun_manner_real.sh [WEIGHTS] [CLIPS] [OUT] [SEED]    after a stop, run it again
 #
 # WEIGHTS  folders of a base and of an instruct model made from it. The smallest pair (0.6 GB):
@@ -7,12 +8,11 @@
 #            hf download HuggingFaceTB/SmolLM2-135M-Instruct \
 #               --local-dir weights/SmolLM2-135M-Instruct
 #          and others are named by BASE=Qwen2.5-0.5B INSTRUCT=Qwen2.5-0.5B-Instruct. One instruct
-#          model may be both: then hearing is learnt from it, a part of that is added back (lam),
-#          and it answers in chats that no training saw.
-# CLIPS    a manifest with "text", "speaker", "seconds" and "style": {"gender": "woman",
+#          model may be both: then the sum is instruct + lam * (speech - instruct).
+# CLIPS    a manifest with "audio", "text", "speaker", "seconds" and "style": {"gender": "woman",
 #          "rate": "fast", "loudness": "quiet"}
-# A third of the speakers is kept for the test: another third for the seeds 0, 1 and 2. Of the
-# others, two choose lam. STEPS=300 of hearing, unless another number is given.
+# A third of the speakers is kept for the test, for each of the seeds 0, 1 and 2 a different one. Of
+# the others, two choose lam. STEPS=300 of hearing, unless another number is given.
 # QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}. Half
 # of them choose lam, half are the test.
 set -euo pipefail
@@ -31,58 +31,64 @@ template='A {gender} speaks {rate} and {loudness}: "{text}"'
 for file in "$clips" ${QUESTIONS:+"$QUESTIONS"}; do
   [ -f "$file" ] || { echo "$file: no such file; wanted JSON lines" >&2; exit 1; }
 done
-
-same() {        # same FILE WORDS...: note what an output is made of; stop if it was something else
-  if [ -e "$1" ] && [ "$(cat "$1")" != "${*:2}" ]; then
-    echo "$(dirname "$1"): made with another $(basename "$1"); remove it, or give another OUT" >&2
+for folder in "$base" "$instruct"; do
+  if [ ! -f "$folder/config.json" ]; then
+    echo "$folder: no such model folder; this script's head says what to download" >&2
     exit 1
   fi
-  echo "${*:2}" > "$1"
-}
+done
+for number in "$seed" "${STEPS:-300}"; do
+  case $number in '' | *[!0-9]*) echo "SEED and STEPS are numbers; got $number" >&2; exit 1 ;; esac
+done
 
-step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+made="$base $instruct ${STEPS:-300} $(cat "$clips" ${QUESTIONS:+"$QUESTIONS"} | cksum)"
+if [ -e "$out/MADE_OF" ] && [ "$(cat "$out/MADE_OF")" != "$made" ]; then
+  echo "$out: made of other models, CLIPS, QUESTIONS or STEPS; remove it, or give another OUT" >&2
+  exit 1
+fi
+
+step() {        # step SCRIPT FLAGS... --out RESULT: run a command unless its result is there
   local result=${*: -1}
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
 }
 
 # Captions of the clips; of two voices and of half the questions, the rows that choose lam.
 mkdir -p "$out"
-same "$out/CLIPS" "$(cat "$clips" ${QUESTIONS:+"$QUESTIONS"} | cksum)"
-same "$out/STEPS" "${STEPS:-300}"
 python - "$clips" "$out" "$seed" "$prompt" "${QUESTIONS:-}" <<'END'
 import json, random, sys
 from pathlib import Path
 
+import audio
+import desta
+
 clips, out, seed, prompt, questions = sys.argv[1:]
-adverbs = {"slow": "slowly", "normal": "at a normal rate", "loud": "loudly", "quiet": "quietly"}
-traits = "gender", "rate", "loudness"
-
-
-def read(path, *wanted):
-    rows = []
-    for number, line in enumerate(open(path), 1):
-        try:
-            row = json.loads(line)
-            row["audio"] = str((Path(path).parent / row["audio"]).resolve())
-        except (ValueError, TypeError, KeyError):
-            row = {}
-        if not all(isinstance(row.get(name), str) and row[name] for name in wanted):
-            sys.exit(f"{path}, row {number}: wanted {', '.join(wanted)}; got {line.strip()[:60]}")
-        rows.append(row)
-    return rows
+adverbs = {
+    "gender": {},
+    "rate": {"slow": "slowly", "normal": "at a normal rate"},
+    "loudness": {"quiet": "quietly", "normal": "at a normal volume", "loud": "loudly"},
+}
 
 
 def write(name, rows):
     (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-rows = read(clips, "audio", "text", "speaker")
+try:
+    rows = desta.described_clips(clips)
+    asked_aloud = audio.read_manifest(questions) if questions else []
+    audio.lengths(rows + asked_aloud)  # all of them can be opened
+except (ValueError, OSError) as error:
+    sys.exit(str(error))
 for number, row in enumerate(rows, 1):
-    style = row.get("style")
-    if not isinstance(style, dict) or not {*traits} <= {*style}:
-        sys.exit(f"{clips}, row {number}: wanted a style of {', '.join(traits)}; got {style}")
-    row["style"] = {name: adverbs.get(row["style"][name], row["style"][name]) for name in traits}
+    if not isinstance(row.get("speaker"), str) or not {*adverbs} <= {*row["style"]}:
+        sys.exit(f"{clips}, row {number}: wanted a speaker, and a style of {', '.join(adverbs)}")
+    row["style"] = {
+        name: words.get(row["style"][name], row["style"][name]) for name, words in adverbs.items()
+    }
     row["caption"] = "A {gender} speaks {rate} and {loudness}".format(**row["style"])
+for number, row in enumerate(asked_aloud, 1):
+    if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("text", "answer")):
+        sys.exit(f"{questions}, row {number}: wanted audio, text and answer")
 speakers = sorted({row["speaker"] for row in rows})
 test = speakers[int(seed) % 3 :: 3]
 if len(speakers) < 5:
@@ -100,7 +106,6 @@ for speaker in dev:
             for name, value in row["style"].items()
         ]
 if questions:
-    asked_aloud = read(questions, "audio", "text", "answer")
     spoken = [row | {"instruction": "Answer it.", "metric": "contains"} for row in asked_aloud]
     texts = sorted({row["text"] for row in spoken})
     chosen = rng.sample(texts, len(texts) // 2)
@@ -113,13 +118,14 @@ if questions:
     write("typed", list(typed.values()))
 write("dev", asked)
 END
+echo "$made" > "$out/MADE_OF"
 
 step prosody.py "$out/train.jsonl" --out "$out/prosody"
 for part in dev ${QUESTIONS:+spoken}; do
   step prosody.py "$out/$part.jsonl" --bins "$out/prosody" --out "$out/$part"
 done
 
-# Text as the base itself would write it: read beside speech, so that it stays as it was.
+# Text that the base itself wrote: with it in the mix, hearing leaves the base's text as it was.
 [ -e "$out/text.jsonl" ] || python - "$base" "$out/text.jsonl" <<'END'
 import json, os, sys
 
@@ -155,7 +161,7 @@ step pretrain.py --init "$base" --units "$out/prosody" --text "$out/text.jsonl" 
 # The sum, at the lam that does best on the voices and questions that are kept for it.
 step benchmark.py lam "$out/dev/manifest.jsonl" --base "$base" --instruct "$instruct" \
   --speech "$out/speech" --out "$out/lam.json"
-lam=$(python -c "import json; print(json.load(open('$out/lam.json'))['lam'])")
+lam=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['lam'])" "$out/lam.json")
 step merge.py --base "$base" --instruct "$instruct" --speech "$out/speech" --lam $lam \
   --out "$out/merged"
 

@@ -31,14 +31,21 @@ instruct=${INSTRUCT:-$weights/instruct}
 whisper=${WHISPER:-$weights/whisper}
 hubert=$weights/hubert
 layer=9
-for folder in "$base" "$instruct"; do
+for folder in "$base" "$instruct" "$speech" ${WHISPER:+"$WHISPER"}; do
   if [ ! -e "$folder" ]; then
     echo "$folder: no such folder; this script's head says what to download" >&2
     exit 1
   fi
 done
+made="$base $instruct $whisper $speech ${STEPS:-2000} ${BATCH:-8} ${ACCUMULATE:-4}"
+if [ -e "$out/MADE_OF" ] && [ "$(cat "$out/MADE_OF")" != "$made" ]; then
+  echo "$out: made of $(cat "$out/MADE_OF"), not of $made; remove it, or give another OUT" >&2
+  exit 1
+fi
+mkdir -p "$out"
+echo "$made" > "$out/MADE_OF"
 
-step() {        # step SCRIPT FLAGS...: run a command unless what follows its --out is there already
+step() {        # step SCRIPT FLAGS... --out RESULT: run a command unless its result is there
   local words="$*"
   local result=${words##*--out }
   if [ -e "$result" ]; then echo "== $result is there"; else echo "== python $*"; python "$@"; fi
@@ -46,10 +53,6 @@ step() {        # step SCRIPT FLAGS...: run a command unless what follows its --
 
 # When each word was said: what interleaving by words and the teacher need.
 hearing="--mix interleave=0.5,transcribe=0.3,text=0.2 --imitate 0"
-if [ -n "${WHISPER:-}" ] && [ ! -e "$whisper" ]; then
-  echo "WHISPER=$WHISPER: no such folder" >&2
-  exit 1
-fi
 if [ -e "$whisper" ]; then
   step whisper.py words "$speech" --whisper "$whisper" --out "$out/words.jsonl"
   speech=$out/words.jsonl

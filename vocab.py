@@ -7,18 +7,18 @@ see  tiktoken; ChatML and Llama-3 chat formats; Spirit LM (arXiv:2402.05755) for
 run  python vocab.py show out/speech    # every layout as literal tokens, ids and loss positions
 
 layout       how it reads                                              what bears loss
-interleave   text <|speech|> units <|/speech|> text goes on <eos>      text and units, no switch
-transcribe   <|speech|> units <|/speech|> transcript: text. <eos>      the text behind the cue
+interleave   text <|speech|> units <|/speech|> text goes on <eos>      text; units with --unit-loss
+transcribe   <|speech|> units <|/speech|> transcript: text. <eos>      behind the cue, and <eos>
 text         text <eos>                                                all
 chat         <|im_start|>user\\n...<|im_end|>\\n                       replies and their end
              <|im_start|>assistant\\n...<|im_end|>\\n
 spoken turn  <|im_start|>user\\n<|speech|> units <|/speech|><|im_end|>\\n<|im_start|>assistant\\n
-captioned    caption\\n text <|speech|> word numbers... <|/speech|> <eos>  text and words; numbers
-                                                                       with --unit-loss
+captioned    caption\\n text <|speech|> word numbers... <|/speech|>      text and words; numbers
+             \\n another text \\n caption. <eos>                         with --unit-loss
 page         question: ...\\nanswer:         a plain prompt, for a model that never chatted
 
-`<|/speech|>` alone promises nothing: text may go on, or the cue " transcript:" may ask
-for a transcript.
+A spoken turn of prosody has its transcript in front. What follows `<|/speech|>` is open: text
+goes on, or the cue " transcript:" asks for a transcript.
 """
 
 import argparse
@@ -242,8 +242,10 @@ class Said(list):
     def read(cls, pairs, where):
         """One of JSON; a ValueError that begins with `where` if it has another form."""
         try:
-            said = cls((word, [int(number) for number in numbers]) for word, numbers in pairs)
-            if all(isinstance(word, str) for word, _ in said):
+            said = cls((word, list(numbers)) for word, numbers in pairs)
+            numbers = [number for _, numbers in said for number in numbers]
+            whole = all(type(number) is int and abs(number) < 1 << 31 for number in numbers)
+            if whole and all(isinstance(word, str) for word, _ in said):
                 return said
         except (TypeError, ValueError):
             pass
@@ -520,8 +522,8 @@ class Vocab:
         """parts: text, and what is spoken as a list of (text, units), one for each word.
 
         (Or one for all of them, where word times are not known.) Switches bear no loss:
-        decoding holds which modality comes next. Nor does the end: speech stops anywhere,
-        and replies should not.
+        decoding holds which modality comes next. Nor does the end: speech is cut off anywhere,
+        which would teach replies to stop anywhere.
         """
         ids, read = list(self.begin), list(self.begin)
         place = list(range(len(self.begin)))
@@ -533,7 +535,8 @@ class Vocab:
                 read += written
                 continue
 
-            # A word is known at its last unit: there stands the last of its ids.
+            # A word is known at its last unit, so its ids stand on its last units, in order; if
+            # it has fewer units than ids, the first ids share its first unit.
             first = last = len(ids) + 1
             for text, units in part:
                 written = self.encode(text)
@@ -545,7 +548,7 @@ class Vocab:
         place.append(len(ids))
         ids.append(self.eos)
         read.append(self.eos)
-        return Document(ids, self.all_but_switches(ids), read, place)
+        return Document(ids, self.content_loss(ids), read, place)
 
     def transcribe(self, spoken):
         """spoken: a list of (text, units), as above; then the cue, and the text.
@@ -578,15 +581,15 @@ class Vocab:
             ids.append(self.special[self.template().end])
         ids.append(self.eos)
 
-        loss = self.all_but_switches(ids)
+        loss = self.content_loss(ids)
         loss[first:last] = [caption_loss * bears for bears in loss[first:last]]
         a, b = (ids.index(self.speech[name]) for name in ("speech", "end_speech"))
         for n in range(a, b):
             loss[n] *= 1 if ids[n] >= self.speech["first_unit"] else echo_loss
         return Document(ids, loss)
 
-    def all_but_switches(self, ids):
-        """Which ids of a document bear loss: not where speech begins or ends, nor its own ends."""
+    def content_loss(self, ids):
+        """1 for each id that bears loss; 0 for speech markers, a document's begin and its end."""
         no_loss = {self.speech["speech"], self.speech["end_speech"], self.eos, *self.begin}
         return [int(i not in no_loss) for i in ids]
 

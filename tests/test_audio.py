@@ -248,9 +248,14 @@ def test_raw_samples_without_a_header_are_refused_in_one_line(tmp_path):
         audio.load(tmp_path / "a.raw")
 
 
-def test_a_text_that_is_no_string_is_named_before_anything_is_encoded(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n{"audio": "b.wav", "text": null}\n')
-    with pytest.raises(ValueError, match="row 2: got text = None"):
+@pytest.mark.parametrize("name, value, shown", [("text", "null", "None"), ("caption", "5", "5")])
+def test_a_text_that_is_no_string_is_named_before_anything_is_encoded(
+    name, value, shown, tmp_path
+):
+    (tmp_path / "m.jsonl").write_text(
+        f'{{"audio": "a.wav", "caption": null}}\n{{"audio": "b.wav", "{name}": {value}}}\n'
+    )
+    with pytest.raises(ValueError, match=f"row 2: got {name} = {shown}"):
         audio.read_manifest(tmp_path / "m.jsonl")
 
 

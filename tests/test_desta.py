@@ -370,6 +370,13 @@ def test_a_reply_names_a_value_or_not_and_speakers_are_drawn_together():
     assert row["gender"]["n"] == 6
 
 
+def test_a_value_of_several_words_is_named_by_those_that_say_something():
+    values = "at a normal rate", "slowly"
+    clips = [{"style": {"rate": value}, "speaker": n} for n, value in enumerate(values)]
+    said = ["speaks in a normal rate", "a normal man speaks slowly"]
+    assert evaluate.named(said, clips)["rate"]["value"] == 1.0
+
+
 def test_a_value_that_is_a_part_of_another_is_told_from_it():
     values = ["Irish", "Northern Irish", "fast", "very fast"]
     clips = [{"style": {"accent": value}, "speaker": n} for n, value in enumerate(values)]

@@ -1059,6 +1059,8 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         assert f"| {name} | {' | '.join(values)} |" in said, name
         assert "/" + "work" not in json.dumps(run)
         assert len(run["answers"]) == cells[0]["n"]
+        answers = run["answers"]
+        assert run["rows"][row] == evaluate.named([answer[row] for answer in answers], answers)
     assert f"{desta['minutes']:.0f} minutes on two cores" in said
     assert f"lam {summed['lam']:g} (`results/manner-real.json`)" in said
     assert all(cell["value"] < 0.1 for cell in desta["rows"]["cascade"].values())
@@ -1075,8 +1077,7 @@ def test_what_the_readme_says_of_float32_is_in_the_results():
     assert all(seed["dtype"] == ["float32"] for seed in seeds)
     said = " ".join((ROOT / "README.md").read_text().split())
     assert (
-        f"In float32 (`results/toy-float32.json`): spoken {spoken:.2f}, "
-        f"{spoken / typed:.2f} of instruct's typed; typed keeps "
-        f"{round(100 * kept / typed)} %."
+        f"In float32 (`results/toy-float32.json`): merged spoken {spoken:.2f}. "
+        f"Divided by instruct's typed: spoken {spoken / typed:.2f}, typed {kept / typed:.2f}."
         in said
     )

@@ -1,5 +1,6 @@
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -154,7 +155,14 @@ def test_captions_too_long_for_a_row_are_told_and_with_the_length_that_is_named_
         return re.search(r"--length (\d+) would hold them", "".join(capsys.readouterr()))
 
     told = run(32)
-    assert told and not run(int(told[1]))
+    assert told and not run(int(told[1])) and run(int(told[1]) - 1)
+
+    corpus = prosody.Prosody(world / "prosody")
+    corpus.rows = [row | {"caption": None} for row in corpus.rows]
+    args = argparse.Namespace(chat=None, units="corpus", length=1)
+    sources = {"chat": None, "captioned": corpus}
+    pretrain.warn_of_cuts(sources, Vocab(world / "speech"), args)
+    assert "are cut" in "".join(capsys.readouterr())
 
 
 def test_a_caption_that_counts_more_leaves_another_model(world, tmp_path, monkeypatch):
@@ -222,10 +230,13 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     clips.write_text(json.dumps(rows[0]) + "\n")
     other = run()
     assert other.returncode == 1
-    assert "made with another CLIPS; remove it, or give another OUT" in other.stderr
+    assert "made of other models, CLIPS, QUESTIONS or STEPS; remove it, or" in other.stderr
     shutil.rmtree(out)
     few = run()
     assert few.returncode == 1 and few.stderr.strip().endswith("some test, two choose lam")
+    assert not list(out.iterdir()), "so the next file is not another one"
+    names["INSTRUCT"] = "none"
+    assert "none: no such model folder" in run().stderr
 
 
 def test_a_manner_is_asked_on_hearing_a_clip_on_reading_of_it_and_of_its_words_alone(
@@ -688,10 +699,15 @@ def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(
         *(f"--{name}={world / name}" for name in ("base", "instruct", "speech")),
         "--device", "cpu",
     ]
+    # It stops at the second; the first is not asked again.
+    second = replies.pop(0.6)
+    with pytest.raises(KeyError):
+        call([*words, "--out", str(tmp_path / "lam.json")], monkeypatch)
+    replies[0.6] = second
     call([*words, "--out", str(tmp_path / "lam.json")], monkeypatch)
     made = json.loads((tmp_path / "lam.json").read_text())
     assert made["lam"] == 0.6
-    assert asked == [0.5, 0.6, 0.7]
+    assert asked == [0.5, 0.6, 0.6, 0.7]
     near = Merge(*(world / name for name in ("base", "instruct", "speech")), signs=0.5).nearer
     assert all(torch.equal(plan.nearer, near) for plan in plans)
     assert made["scores"]["0.5"]["a"]["value"] == 1.0
@@ -813,10 +829,10 @@ def test_the_pages_tell_what_the_results_hold():
     seeds = seeds["seeds"]
     assert " ".join(benchmark.markdown(seeds).split()) in readme
     named = [format(seed["rows"]["merged"]["stress"]["value"], ".2f") for seed in seeds]
-    assert f"stressed words: {', '.join(named)}." in readme
+    assert f"Stress, seed by seed: {', '.join(named)}." in readme
     earlier = json.loads((ROOT / "results/manner-earlier.json").read_text())["seeds"][-3:]
     facts = sum(seed["rows"]["merged"]["fact"]["value"] for seed in earlier) / 3
-    assert f"Without this, these models had facts {facts:.2f} (" in readme
+    assert f"Without this, facts were {facts:.2f} (" in readme
     alone = [seed["rows"]["instruct_rows"]["manner"]["value"] for seed in seeds]
     assert f"(new rows: {sum(alone) / len(alone):.2f})" in readme
     assert (
@@ -830,7 +846,7 @@ def test_the_pages_tell_what_the_results_hold():
         *(value(reuse, f"reuse/{name}", "stress") for name in ("thanks", "over")),
     ]
     assert "facts {} both, stress {} and {} (`results".format(*told) in readme
-    without = {"no_text": "speech", "no_captions": "captions", "from_instruct": "learns to hear"}
+    without = {"no_text": "speech", "no_captions": "captions", "from_instruct": "learns to hear)"}
     for name, what in without.items():
         scores = [value(paper, f"paper/{name}", group) for group in ("fact", "manner", "stress")]
         assert f"{what} {', '.join(scores)}" in readme
@@ -853,6 +869,9 @@ def test_the_pages_tell_what_the_results_hold():
     [
         ({"said": 5}, "wanted [[word"),
         ({"said": [["a", ["x"]]]}, "wanted [[word"),
+        ({"said": [["a", [1.7]]]}, "wanted [[word"),
+        ({"said": [["a", [math.inf]]]}, "wanted [[word"),
+        ({"said": [["a", [10**30]]]}, "wanted [[word"),
         ({"said": [["a", [-1]]]}, "unit -1 is outside"),
         ({"said": [["a", [900]]]}, "unit 900 is outside"),
         ({"text": "hi", "group": ["a"]}, "wanted a string"),

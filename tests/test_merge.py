@@ -402,7 +402,7 @@ def test_a_dry_run_reports_and_writes_nothing_and_equal_folders_are_noticed(
     said = capsys.readouterr().out
     assert "instruct equals base in every block: it adds no behaviour" in said
     assert "shared" in said
-    assert "signs against" in said
+    assert "opposed" in said
 
 
 def test_nothing_is_overwritten_and_lam_must_be_a_number(speedrun, tmp_path, monkeypatch):

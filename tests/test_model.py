@@ -191,6 +191,8 @@ def test_real_configs_are_read(name, tmp_path):
     "change",
     [
         {"architectures": ["MambaForCausalLM"]},
+        {"architectures": 5},
+        {"architectures": {"a": 1}},
         {"hidden_act": "gelu"},
         {"rope_scaling": {"rope_type": "yarn"}},
         {"mlp_bias": True},
@@ -201,6 +203,14 @@ def test_what_the_model_cannot_do_is_refused_by_name(change, tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | change))
     with pytest.raises(ValueError, match="not supported; wanted"):
+        Config.read(tmp_path)
+
+
+def test_a_rope_scaling_that_is_no_object_is_shown(tmp_path):
+    Config().write(tmp_path, torch.float32)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"rope_scaling": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="got rope_scaling = 'x'"):
         Config.read(tmp_path)
 
 
@@ -329,6 +339,7 @@ def test_a_row_that_has_ended_repeats_its_end_while_others_go_on():
 @pytest.mark.parametrize("size", ["300", 0, 1.5, True])
 def test_a_size_that_is_no_number_is_named(size, speedrun, tmp_path):
     made = json.loads((speedrun / "base/config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(made | {"vocab_size": size}))
-    with pytest.raises(ValueError, match="got vocab_size = .*, wanted a number from 1 on"):
-        Config.read(tmp_path)
+    for name in "vocab_size", "head_dim":
+        (tmp_path / "config.json").write_text(json.dumps(made | {name: size}))
+        with pytest.raises(ValueError, match=f"got {name} = .*, wanted a number from 1 on"):
+            Config.read(tmp_path)

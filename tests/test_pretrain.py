@@ -516,9 +516,9 @@ def test_a_model_from_nothing_learns_all_of_itself_or_is_refused(
     [
         (
             "--units {units} --text {text} --chat {chat}",
-            "--chat is given, and --mix has none of it",
+            "--chat is given, and the mix is ",
         ),
-        ("--chat {chat} --text {text}", "--text is given, and --mix has none of it"),
+        ("--chat {chat} --text {text}", "--text is given, and the mix is chat;"),
     ],
 )
 def test_what_is_given_is_read_or_refused(flags, wanted, speedrun, tmp_path, monkeypatch):

@@ -282,6 +282,9 @@ def test_a_clip_without_text_is_refused_before_anything_is_measured(spoken, tmp_
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n')
     with pytest.raises(ValueError, match="has no text"):
         call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
+    (tmp_path / "m.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty; wanted at least one clip"):
+        call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         call(
             [
