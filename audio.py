@@ -33,6 +33,7 @@ PAD = (WINDOW - HOP) // 2  # on each side, so that frames = samples // HOP exact
 CROSSINGS = 48  # of zero, on either side of a resampling filter
 PHASES = 512  # filters an odd rate is interpolated between: -110 dB of error
 SEEK = 30  # seconds read before a stretch: Ogg's last page has no places
+LOUDEST = 1e6  # sound lies between -1 and 1: a sample beyond this is damage
 RATES = 1000, 1_000_000  # samples a second of a recording: another rate is damage
 HOURS = 1000  # of the longest recording: more is damage
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"}
@@ -74,8 +75,8 @@ def load(path, begin=0, end=None):
     if len(samples) == 0:
         where = f" from {begin / SAMPLE_RATE:.1f} s on, though its header promises {seconds:.1f} s"
         raise ValueError(f"{path}: no samples in it" + where * (begin > 0))
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: holds NaN or infinite samples")
+    if not (np.abs(samples) < LOUDEST).all():
+        raise ValueError(f"{path}: holds samples that are no sound: NaN, or above {LOUDEST:.0e}")
     mono = resample(samples.mean(axis=1), rate)
     return mono[begin - first * up : end and end - first * up]
 
@@ -341,6 +342,7 @@ def files_under(folder):
     """
     files = []
     for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             inner = Path(here, name)
             if inner.is_symlink() and Path(here).resolve().is_relative_to(inner.resolve()):
@@ -369,11 +371,14 @@ class Units:
         keys = ["features", "k", "frame_rate", "codebook_sha256"]
         self.meta = runs.read_json(folder / "meta.json", keys)
         self.rows = read_manifest(folder / "manifest.jsonl")
-        self.offsets = np.load(folder / "index.npy")
+        try:
+            self.offsets = np.load(folder / "index.npy")
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{folder / 'index.npy'}: damaged ({error}); encode again") from None
         self.units = mapped(folder / "units.bin")
         self.durations = mapped(folder / "durations.bin")
-        counts = len(self.rows) + 1, len(self.units), len(self.units)
-        if (len(self.offsets), self.offsets[-1], len(self.durations)) != counts:
+        counts = len(self.units), len(self.durations)
+        if self.offsets.shape != (len(self.rows) + 1,) or counts != (self.offsets[-1],) * 2:
             raise ValueError(
                 f"{folder}: index, units and manifest disagree; encode again with "
                 "--overwrite"

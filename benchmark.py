@@ -241,19 +241,12 @@ def can_hear(args, rows, ears):
     ]
     if not all(tells_words(row) for row in heard):
         listen.wants_words(args.folder, ears)
-    can_open([Path(args.rows).parent / row["audio"] for row in heard], ears)
+    listen.can_open([Path(args.rows).parent / row["audio"] for row in heard], ears)
 
 
 def tells_words(row):
     """Is its text what is said, and not what is asked for?"""
     return bool(row.get("words") and (row.get("text") or "").strip() and row["metric"] != "wer")
-
-
-def can_open(paths, ears):
-    """An error for the first file that cannot be opened, or that is too long to be heard."""
-    for path, samples in zip(paths, audio.lengths([{"audio": str(path)} for path in paths])):
-        if samples > ears.most * audio.SAMPLE_RATE:
-            raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
 
 
 def tell_cut(args, vocab, replied):
@@ -479,7 +472,7 @@ def score_pairs(args):
         raise ValueError(f"{args.folder}: does not hear units; give a speech model that does")
     first, k = vocab.speech["first_unit"], vocab.speech["k"]
     clips = [folder / pair[side] for pair in pairs for side in ("good", "bad")]
-    can_open(clips, ears)
+    listen.can_open(clips, ears)
     before = len(vocab.begin) + 1  # ids that stand before the units
 
     def span(path):

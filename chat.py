@@ -263,7 +263,7 @@ def take(chat, parts, transcribe):
 def one_line(error):
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- answering: on a screen, for programs -------------------------------------
@@ -292,7 +292,7 @@ def turn(chat, parts, transcribe=False):
             f"{took['first_token_seconds']:.2f} s]"
         )
         return True
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU's memory is full
         print(f"cannot answer that: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print(" [stopped]")
@@ -307,12 +307,9 @@ def for_programs(chat, lines, transcribe):
     for line in lines:
         try:
             answer = answer_json(chat, line, transcribe)
-        except (ValueError, OSError, TypeError, RecursionError) as error:
+        except (ValueError, OSError, TypeError, RuntimeError) as error:
             answer = {"error": one_line(error)}
-
-        # Half a surrogate pair cannot be printed.
-        text = json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace").decode()
-        print(text, flush=True)
+        print(json.dumps(answer), flush=True)  # in ASCII, which any terminal or pipe takes
 
 
 def answer_json(chat, line, transcribe):
@@ -414,6 +411,7 @@ def main():
     add_ears(parser)
     # Flags may stand between the folder and the audio.
     args = parser.parse_intermixed_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     chat = Chat(args.folder, args.device, args.hubert, args.temperature, args.transcriber)
     if args.json:
         lines = [json.dumps({"audio": path}) for path in args.audio]

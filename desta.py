@@ -18,6 +18,7 @@ data but descriptions: nobody wrote an answer.
 """
 
 import argparse
+import functools
 import json
 import math
 from pathlib import Path
@@ -621,11 +622,13 @@ def write_log(path, step, steps, loss, rate):
 
 def drawn(n, batch, seed, step):
     """Which of n rows a step has: shuffled passes, one behind the other."""
-    out = []
-    for at in range((step - 1) * batch, step * batch):
-        passes, i = divmod(at, n)
-        out.append(int(np.random.default_rng([seed, passes]).permutation(n)[i]))
-    return out
+    places = [divmod(at, n) for at in range((step - 1) * batch, step * batch)]
+    return [int(shuffled(n, seed, passes)[i]) for passes, i in places]
+
+
+@functools.lru_cache(2)  # a batch lies in one pass, or across two
+def shuffled(n, seed, passes):
+    return np.random.default_rng([seed, passes]).permutation(n)
 
 
 # --- the command --------------------------------------------------------------

@@ -77,12 +77,13 @@ BATCH = 64  # questions answered at once
 # --- answering ----------------------------------------------------------------
 
 
-def replies(model, vocab, prompts, extra_stop=(), limit=LIMIT, whole=True):
-    """The text a model writes after each prompt (lists of ids).
+def replies(model, vocab, prompts, limit=LIMIT, whole=True, page=False):
+    """The text a model writes after each prompt (lists of ids), up to a line's end if `page`.
 
     Where it did not stop within the limit, None; if not `whole`, what it wrote so far.
     """
-    stop = [*vocab.stop, *extra_stop]
+    ends = [i for i, text in vocab.bytes_of.items() if page and b"\n" in text]
+    stop = [*vocab.stop, *ends]
     out = [None] * len(prompts)
 
     # Like lengths together: less padding.
@@ -93,7 +94,12 @@ def replies(model, vocab, prompts, extra_stop=(), limit=LIMIT, whole=True):
         steps = list(generate(model, starts, limit, stop, vocab.text_rows()))
         for i, ids in zip(part, torch.stack(steps).T.tolist()):     # (B, steps)
             end = next((n for n, token in enumerate(ids) if token in stop), None)
-            out[i] = None if end is None and whole else vocab.decode(ids[:end])
+            if end is None and whole:
+                continue
+            if end is not None and ids[end] in ends:  # with a full stop before it, say
+                end += 1
+            text = vocab.decode(ids[:end])
+            out[i] = text.split("\n")[0] if page else text
     return out
 
 
@@ -108,7 +114,7 @@ def answers(model, vocab, contents, prompt):
         turns = [vocab.turn([{"role": "user", "content": content}]) for content in contents]
         return replies(model, vocab, turns)
     pages = [vocab.page(content) for content in contents]
-    return replies(model, vocab, pages, vocab.encode("\n")[:1])
+    return replies(model, vocab, pages, page=True)
 
 
 def better_prompt(model, vocab, dev):
@@ -330,6 +336,9 @@ def table(args):
     folder = Path(args.questions).parent
     runs.may_write(args.out, args.overwrite)
     runs.unchanged(args.merged, [args.base, args.instruct, args.speech])
+    for parent in (args.base, args.instruct, args.speech):
+        if not runs.made_from(args.merged, parent):
+            raise ValueError(f"{args.merged} was not made from {parent}, as its recipe.json says")
     test, dev = read_questions(args.questions)
     plan = Merge(args.base, args.instruct, args.speech, signs_of(args.merged))
     config = Config.read(args.speech)
@@ -705,6 +714,7 @@ def manner(args):
         raise ValueError(
             f"{args.folder}: wanted a folder of desta.py train, or a model that hears prosody"
         )
+    listen.can_open([clip["audio"] for clip in clips], ears)
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
     heard = [listen.hear(ears, audio.load(clip["audio"]), clip["text"]) for clip in bar]
     if isinstance(vocab, desta.Listener):
@@ -739,7 +749,8 @@ def manner(args):
 
 def named(replied, clips):
     """{attribute: share of replies that name its value}, with intervals by speakers."""
-    speakers = [str(clip.get("speaker") or n) for n, clip in enumerate(clips)]
+    speakers = [clip.get("speaker") for clip in clips]
+    speakers = [f"clip {n}" if who in (None, "") else str(who) for n, who in enumerate(speakers)]
     row = {}
     for attribute in clips[0]["style"]:
         values = {clip["style"][attribute] for clip in clips}

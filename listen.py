@@ -64,6 +64,13 @@ def wants_words(folder, ears):
         )
 
 
+def can_open(paths, ears):
+    """An error for the first file that cannot be opened, or that is too long to be heard."""
+    for path, samples in zip(paths, audio.lengths([{"audio": str(path)} for path in paths])):
+        if samples > ears.most * audio.SAMPLE_RATE:
+            raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
+
+
 def hear(ears, samples, text):
     """What a turn may hold of samples. Ears that lack the words are told them, `text`."""
     return (ears(samples, text) if ears.lacks_words else ears(samples))[0]

@@ -29,6 +29,14 @@ import weights
 from fused import attention
 
 # What differs between the families: (biases of q, k and v; norms of q and k).
+SIZED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 ARCHITECTURES = {
     "LlamaForCausalLM": (False, False),  # Llama 2 and 3, TinyLlama, SmolLM2
     "Qwen2ForCausalLM": (True, False),  # Qwen2, Qwen2.5
@@ -52,6 +60,19 @@ SIZES = {
     "small": shape(8, 512, 8, 1536),  #    27 M, any GPU
     "medium": shape(12, 768, 12, 2048),  #    85 M, one big GPU
 }
+
+
+def check_numbers(path, raw, numbers):
+    """A ValueError for a size of a config.json, or another number of it, that cannot be one."""
+    given = [name for name in ("num_key_value_heads", "head_dim") if raw.get(name) is not None]
+    for name in (*SIZED, *given):
+        if name not in raw:
+            raise ValueError(f"{path}: the key {name!r} is missing")
+        if type(raw[name]) is not int or raw[name] < 1:
+            raise ValueError(f"{path}: got {name} = {raw[name]!r}, wanted a number from 1 on")
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{path}: got {name} = {value!r}, wanted a number above 0")
 
 
 @dataclass
@@ -105,28 +126,19 @@ class Config:
                     f"{' or '.join(map(str, good))}"
                 )
 
-        needed = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        known = [name for name in ("num_key_value_heads", "head_dim") if raw.get(name) is not None]
-        for name in (*needed, *known):
-            if name not in raw:
-                raise ValueError(f"{path}: the key {name!r} is missing")
-            if type(raw[name]) is not int or raw[name] < 1:
-                raise ValueError(f"{path}: got {name} = {raw[name]!r}, wanted a number from 1 on")
+        numbers = {
+            "max_position_embeddings": raw.get("max_position_embeddings", 2048),
+            "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
+            "rope_theta": raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
+        }
+        check_numbers(path, raw, numbers | {n: rope.get(n) for n in LLAMA3 if kind == "llama3"})
         heads = raw["num_attention_heads"]
         return cls(
             architecture=architecture,
-            **{name: raw[name] for name in needed},
+            **{name: raw[name] for name in SIZED},
+            **numbers,
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
             rope_scaling=rope if kind == "llama3" else None,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             raw=raw,
@@ -506,7 +518,8 @@ def generate(model, prompts, limit, stop, allowed=None, temperature=0.0, top_p=1
         if temperature == 0:
             ids = logits.argmax(-1)                                 # (B,)
         else:
-            ids = sample(logits / temperature, top_p, sampler)
+            largest = logits.amax(-1, keepdim=True)  # so that no temperature makes it infinite
+            ids = sample((logits - largest) / temperature, top_p, sampler)
         if last is not None:
             ids = torch.where(ended, last, ids)
         yield ids

@@ -872,7 +872,7 @@ def add_loss_flags(add):
         type=runs.not_negative,
         default=1.0,
         help="weight of the loss of the words that stand again inside the speech (default 1; with "
-        "0 it hears more: a model that copies words learns to ignore the numbers between them)",
+        "0 open weights heard more: what copies words learns to ignore the numbers between them)",
     )
 
 

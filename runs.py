@@ -192,12 +192,12 @@ def new_folder(out, inputs=(), overwrite=False, notes=None, scratch=()):
     scratch   files that only a resume needs. An earlier OUT.partial with one of them is kept, for
               its owner to go on from; any other is emptied. They go after the rename, so a stop
               costs nothing
-    Where OUT is a link, what it points to is replaced.
+    Where OUT is a link, what it points to is replaced. OUT.partial and OUT.replaced are ours.
     """
     out = Path(out)
     out = out.resolve() if out.is_symlink() else out
     partial = out.with_name(out.name + ".partial")
-    old = out.with_name(out.name + ".old")
+    old = out.with_name(out.name + ".replaced")
     replaceable(out, overwrite)
     partial.mkdir(parents=True, exist_ok=True)
 

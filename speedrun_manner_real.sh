@@ -186,9 +186,14 @@ made = {"seed": int(seed), "base": base, "instruct": instruct, "lam": read("lam"
 made |= {"dev": read("lam")["scores"], "minutes": round(trained["seconds"] / 60, 1)}
 made["dtype"] = trained["settings"]["dtype"]
 made |= {name: read("manner")[name] for name in ("rows", "answers")}
-for name in "spoken", "typed", "instruct_typed":
+for name, rows in (("spoken", "spoken"), ("typed", "typed"), ("instruct_typed", "typed")):
     if (out / f"{name}.json").exists():
-        made[name] = {"score": read(name)["contains"], "said": read(name)["rows"]}
+        asked = map(json.loads, (out / f"{rows}.jsonl").read_text().splitlines())
+        said = [
+            {"text": row["text"], "answer": row["answer"], "reply": reply}
+            for row, reply in zip(asked, read(name)["rows"])
+        ]
+        made[name] = {"score": read(name)["contains"], "said": said}
         print(f"questions {name}: {made[name]['score']['value']:.2f}")
 (out / "manner-real.json").write_text(json.dumps(made, indent=1) + "\n")
 END

@@ -30,7 +30,7 @@ GAP = 6  # pause between words in 10 ms: a careful speaker's, for a listener who
 SCALE = 32768  # of a 16-bit sample
 
 # Constants of speak_lib.h.
-RETRIEVAL, UTF8, SSML, AT_CHARACTER, WORD = 2, 1, 16, 1, 1
+SYNCHRONOUS, UTF8, SSML, AT_CHARACTER, WORD = 2, 1, 16, 1, 1
 STAY = 0x8000  # without it, missing data would end this process
 RATE, PITCH, WORDGAP = 1, 3, 7
 STRESS = '<prosody pitch="{pitch}" rate="65%" volume="+6dB">', "</prosody>"  # around a word
@@ -58,7 +58,7 @@ class Speaker:
     def __init__(self):
         self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
         self.data = Path(espeakng_loader.get_data_path())
-        self.rate = self.lib.espeak_Initialize(RETRIEVAL, 0, str(self.data).encode(), STAY)
+        self.rate = self.lib.espeak_Initialize(SYNCHRONOUS, 0, str(self.data).encode(), STAY)
         if self.rate <= 0:
             raise OSError(
                 f"eSpeak NG did not start with its data in {self.data}; reinstall "

@@ -1,5 +1,4 @@
-"""Kill every command that can go on, at random moments, and see that it ends with the same
-bytes.
+"""Kill commands that can go on (COMMANDS), at random moments; they must end with the same bytes.
 
 in   nothing
 out  a line a command; exit status 1 if any output differs

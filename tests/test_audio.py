@@ -1,4 +1,6 @@
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +242,30 @@ def test_a_header_with_an_absurd_rate_is_refused_at_once(tmp_path, rate):
     for read in (audio.load, audio.Recording):
         with pytest.raises(ValueError, match="samples a second, wanted 1000 to 1000000|not audio"):
             read(tmp_path / "a.wav")
+
+
+def test_samples_that_are_no_sound_are_refused(tmp_path):
+    for bad in (1e20, math.nan):
+        soundfile.write(tmp_path / "a.wav", np.array([0.1, bad, 0.2] * 200), 16000, "FLOAT")
+        with pytest.raises(ValueError, match="samples that are no sound"):
+            audio.load(tmp_path / "a.wav")
+
+
+def test_an_index_of_units_that_is_cut_is_named(speedrun, tmp_path):
+    shutil.copytree(speedrun / "units", tmp_path / "u")
+    (tmp_path / "u/index.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="index.npy: damaged"):
+        audio.Units(tmp_path / "u")
+    np.save(tmp_path / "u/index.npy", np.zeros(0, int))
+    with pytest.raises(ValueError, match="index, units and manifest disagree"):
+        audio.Units(tmp_path / "u")
+
+
+def test_what_lies_in_a_hidden_folder_is_not_read(tmp_path):
+    for name in ("a.wav", ".trash/b.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, np.zeros(400), 16000)
+    assert [Path(row["audio"]).name for row in audio.read_manifest(tmp_path)] == ["a.wav"]
 
 
 def test_raw_samples_without_a_header_are_refused_in_one_line(tmp_path):

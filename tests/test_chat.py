@@ -243,6 +243,7 @@ def test_programs_write_and_read_json_lines(speedrun, tmp_path):
         input=lines,
         capture_output=True,
         timeout=120,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     said = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert done.returncode == 0 and len(said) == 15 and not done.stderr, done.stderr

@@ -365,6 +365,13 @@ def test_a_reply_names_a_value_or_not_and_speakers_are_drawn_together():
         "the man is fast", "female",
     ]
     row = evaluate.named(said, clips)
+    letters = [clip | {"speaker": "ab"[clip["speaker"]]} for clip in clips]
+    assert row == evaluate.named(said, letters), "0 is a speaker, too"
+    unnamed, alone = (
+        evaluate.named(said, [clip | {"speaker": who} for clip, who in zip(clips, six)])
+        for six in ([None] * 6, "abcdef")
+    )
+    assert unnamed == alone != row
     assert row["gender"]["value"] == round(4 / 6, 4)
     assert row["rate"]["value"] == 0.5
     assert row["gender"]["n"] == 6

@@ -17,7 +17,7 @@ import audio
 import benchmark
 import evaluate
 import pretrain
-from conftest import ROOT, call, speedrun_commands
+from conftest import ROOT, call, shared, speedrun_commands
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
 from merge import signs_of
 
@@ -53,16 +53,16 @@ def test_the_prompt_decides_how_a_question_is_asked(speedrun, monkeypatch):
     vocab = evaluate.Vocab(speedrun / "merged")
     asked = []
 
-    def replies(model, vocab, prompts, extra_stop=()):
-        asked.append((prompts[0], list(extra_stop)))
+    def replies(model, vocab, prompts, page=False):
+        asked.append((prompts[0], page))
         return ["x"]
 
     monkeypatch.setattr(evaluate, "replies", replies)
     evaluate.answers(None, vocab, ["hi"], "chat")
     evaluate.answers(None, vocab, ["hi"], "page")
     assert asked == [
-        (vocab.turn([{"role": "user", "content": "hi"}]), []),
-        (vocab.page("hi"), vocab.encode("\n")),
+        (vocab.turn([{"role": "user", "content": "hi"}]), False),
+        (vocab.page("hi"), True),
     ]
 
 
@@ -966,8 +966,23 @@ def test_replies_come_from_text_rows_alone_and_only_those_that_stopped(monkeypat
         return iter(torch.tensor([ids[len(p)] for p in prompts]).T)
 
     monkeypatch.setattr(evaluate, "generate", generate)
-    assert evaluate.replies(None, vocab, [[1, 2, 3], [1]], [letter["a"] + 10_000]) == ["a", None]
-    assert given == [(2, evaluate.LIMIT, [*vocab.stop, letter["a"] + 10_000], vocab.text_rows())]
+    assert evaluate.replies(None, vocab, [[1, 2, 3], [1]]) == ["a", None]
+    assert given == [(2, evaluate.LIMIT, vocab.stop, vocab.text_rows())]
+
+
+def test_a_page_ends_with_its_line_also_where_a_full_stop_and_two_ends_are_one_token(
+    monkeypatch, tmp_path
+):
+    shutil.copytree(shared("tokenizers/qwen2.5"), tmp_path / "v")
+    (tmp_path / "v/config.json").write_text(json.dumps({"vocab_size": 152064}))
+    vocab = evaluate.Vocab(tmp_path / "v")
+    ids = vocab.encode(" paris.\n\nquestion: where")
+    assert vocab.decode(ids[1:2]) == ".\n\n"
+    monkeypatch.setattr(
+        evaluate, "generate", lambda *_: iter(torch.tensor([[i] for i in ids]))
+    )
+    assert evaluate.replies(None, vocab, [[1]], page=True) == [" paris."]
+    assert evaluate.replies(None, vocab, [[1]]) == [None], "a chat's reply goes on"
 
 
 def test_the_loss_of_a_text_is_taken_over_text_rows_alone(speedrun):
@@ -1049,24 +1064,35 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
     (desta,) = json.loads((ROOT / "results/desta.json").read_text())
     (summed,) = json.loads((ROOT / "results/manner-real.json").read_text())
     said = " ".join((ROOT / "README.md").read_text().split())
+
+    def share_right(rows):
+        """How many replies hold the answer to their question."""
+        right = [benchmark.contains(normal(row["reply"]), row["answer"]) for row in rows]
+        return sum(right) / len(right)
+
+    texts = {row["text"] for row in summed["spoken"]["said"]}
     for name, run, row, asked in (
         ("SpeechCombine", summed, "heard", "spoken"),
         ("DeSTA2", desta, "heard", "spoken"),
         ("instruct, told", desta, "read", "typed"),
     ):
         cells = [run["rows"][row][trait] for trait in ("gender", "rate", "loudness")]
-        values = [f"{cell['value']:.2f}" for cell in [*cells, run[asked]["score"]]]
-        assert f"| {name} | {' | '.join(values)} |" in said, name
+        rows = run[asked]["said"]
+        assert run[asked]["score"]["value"] == round(share_right(rows), 4)
+        same = [row for row in rows if row["text"].removesuffix(" Answer it.") in texts]
+        assert len(same) == 48
+        values = [cell["value"] for cell in cells] + [share_right(same)]
+        assert f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |" in said, name
         assert "/" + "work" not in json.dumps(run)
         assert len(run["answers"]) == cells[0]["n"]
         answers = run["answers"]
         assert run["rows"][row] == evaluate.named([answer[row] for answer in answers], answers)
     assert f"{desta['minutes']:.0f} minutes on two cores" in said
-    assert f"lam {summed['lam']:g} (`results/manner-real.json`)" in said
+    assert f"lam {summed['lam']:g} (`results/manner-real.json`;" in said
     assert all(cell["value"] < 0.1 for cell in desta["rows"]["cascade"].values())
 
 
-def test_what_the_readme_says_of_float32_is_in_the_results():
+def test_what_the_teachers_page_says_of_float32_is_in_the_results():
     seeds = json.loads((ROOT / "results/toy-float32.json").read_text())["seeds"]
     mean = lambda row, column: sum(seed["rows"][row][column]["value"] for seed in seeds) / len(
         seeds
@@ -1075,9 +1101,9 @@ def test_what_the_readme_says_of_float32_is_in_the_results():
     kept = mean("merged", "typed")
     spoken = mean("merged", "spoken_near")
     assert all(seed["dtype"] == ["float32"] for seed in seeds)
-    said = " ".join((ROOT / "README.md").read_text().split())
+    said = " ".join((ROOT / "TEACHING.md").read_text().split())
     assert (
-        f"In float32 (`results/toy-float32.json`): merged spoken {spoken:.2f}. "
+        f"In float32 (`results/toy-float32.json`, three seeds): merged spoken {spoken:.2f}. "
         f"Divided by instruct's typed: spoken {spoken / typed:.2f}, typed {kept / typed:.2f}."
         in said
     )

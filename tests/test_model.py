@@ -336,6 +336,20 @@ def test_a_row_that_has_ended_repeats_its_end_while_others_go_on():
     raise AssertionError("no seed gave a row that ends and one that does not")
 
 
+def test_numbers_of_a_config_that_are_none_are_named(tmp_path):
+    Config().write(tmp_path, torch.float32)
+    made = json.loads((tmp_path / "config.json").read_text())
+    for change, name in (
+        ({"max_position_embeddings": None}, "max_position_embeddings"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"rope_theta": "1e4"}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(made | change))
+        with pytest.raises(ValueError, match=f"got {name} = .*, wanted a number above 0"):
+            Config.read(tmp_path)
+
+
 @pytest.mark.parametrize("size", ["300", 0, 1.5, True])
 def test_a_size_that_is_no_number_is_named(size, speedrun, tmp_path):
     made = json.loads((speedrun / "base/config.json").read_text())

@@ -218,11 +218,13 @@ def made(out, text, **given):
 
 def test_what_a_killed_replacement_left_behind_does_not_stop_the_next_one(tmp_path):
     made(tmp_path / "out", "1")
-    made(tmp_path / "out.old", "0")
+    made(tmp_path / "out.old", "somebody's own copy")
+    made(tmp_path / "out.replaced", "0")
     made(tmp_path / "out", "2", overwrite=True)
-    assert (tmp_path / "out/x").read_text() == "2" and not (tmp_path / "out.old").exists()
-    (tmp_path / "out.old").mkdir()
-    with pytest.raises(FileExistsError, match="out.old was not made by this project"):
+    assert (tmp_path / "out/x").read_text() == "2" and not (tmp_path / "out.replaced").exists()
+    assert (tmp_path / "out.old/x").read_text() == "somebody's own copy"
+    (tmp_path / "out.replaced").mkdir()
+    with pytest.raises(FileExistsError, match="out.replaced was not made by this project"):
         made(tmp_path / "out", "3", overwrite=True)
     assert (tmp_path / "out/x").read_text() == "2"
 
