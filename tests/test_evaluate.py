@@ -566,6 +566,35 @@ def test_the_teachers_page_shows_the_experiments_of_the_results():
     assert evaluate.grid(json.loads((ROOT / "results/ablations.json").read_text())["rows"]) in page
 
 
+def test_the_sentences_about_experiments_say_what_the_results_hold():
+    readme, page = (
+        " ".join((ROOT / name).read_text().split()) for name in ("README.md", "TEACHING.md")
+    )
+    start = json.loads((ROOT / "results/start.json").read_text())["rows"]
+    cells = (
+        ("merged_plain", "spoken_near"), ("merged_plain", "typed"), ("merged", "spoken_near"),
+        ("merged", "typed"), ("from_instruct", "spoken_near"),
+    )
+    values = [f"{start[row][column]['value']:.2f}" for row, column in cells]
+    assert (
+        "Its sum answers {} of spoken questions and {} of typed ones, at lam 1.15; with teacher "
+        "and filter {} and {}. But the *instruct* model, trained to hear with the same teacher "
+        "and filter, answers {}."
+    ).format(*values) in readme
+
+    ahead = json.loads((ROOT / "results/ablations.json").read_text())["ahead"]
+    more = {name.split("/")[1] for name, cell in ahead.items() if cell["low"] > 0}
+    names = "no_teacher", "no_filter", "rows_at_once", "chat_all_blocks", "chat_all_rows"
+    assert more == set(names)
+    values = [f"{ahead[f'ablate/{name}/merged']['value']:.2f}" for name in (*names, "all_rows")]
+    assert (
+        "five differ by more than chance (`results/ablations.json` has the intervals): a teacher "
+        "({}), a filter ({}), rows that learn first ({}), chats in the upper half ({}), and chats "
+        "that move no word's row ({}). Whether speech training may move the rows of words "
+        "(`all_rows`: {})"
+    ).format(*values) in page
+
+
 def test_a_finding_claims_no_more_than_the_questions_compared_one_by_one_allow():
     row = lambda right, n: {
         "spoken_near": share([True] * right + [False] * (n - right)),
