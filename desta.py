@@ -182,9 +182,10 @@ class Encoder:
         out = []
         for clip in clips:
             samples = torch.as_tensor(clip)[None].to(self.device)   # (1, N)
+            states = []  # of every block
             with runs.autocast(self.device, self.dtype):
-                states = [self.hubert(samples, tap + 1) for tap in self.taps]
-            out.append(torch.cat(states).float())
+                self.hubert(samples, self.taps[-1] + 1, states=states)
+            out.append(torch.cat([states[tap] for tap in self.taps]).float())
         return out
 
 

@@ -152,17 +152,20 @@ def cell(value, n, low, high):
     return {"value": round(float(value), 4), "n": int(n), "low": low, "high": high}
 
 
-def share(right):
-    """The cell of a list of 0 to 1, mostly booleans, with Wilson's interval; None of none."""
-    n = len(right)
+def share(right, n=None):
+    """The cell of a list of 0 to 1, mostly booleans, with Wilson's interval; None of none.
+
+    n is how many of them count as drawn apart; all, if it is not given.
+    """
+    n = n or len(right)
     z = 1.96
     if not n:
         return None
-    p = sum(right) / n
+    p = sum(right) / len(right)
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return cell(p, n, (middle - half) / scale, (middle + half) / scale)
+    return cell(p, len(right), (middle - half) / scale, (middle + half) / scale)
 
 
 def ratio(parts, wholes, groups=None):
@@ -196,11 +199,12 @@ def exact(replied, questions):
 
 def share_of(right, groups):
     """The share of right replies; its interval draws whole groups, like the questions on a fact."""
-    count = len(set(groups))
-    if count < 2:
-        return share(right)
-    if all(right) or not any(right):  # no draw differs: Wilson's interval, of so many groups
-        return share(right[:count]) | {"n": len(right)}
+    by_group = {}
+    for one, group in zip(right, groups):
+        by_group.setdefault(group, []).append(one)
+    means = {sum(part) / len(part) for part in by_group.values()}
+    if len(means) < 2:  # no draw differs: Wilson's interval, of so many groups
+        return share(right, len(by_group))
     return ratio(right, [1] * len(right), groups)
 
 

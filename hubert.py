@@ -241,12 +241,14 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm_first = config.do_stable_layer_norm
 
-    def forward(self, x, layer, real=None):
+    def forward(self, x, layer, real=None, states=None):
         x = x + self.pos_conv_embed(x, real)
         if not self.norm_first:
             x = self.layer_norm(x)
         for block in self.layers[:layer]:
             x = block(x, real)
+            if states is not None:
+                states.append(x)
         return x
 
 
@@ -263,12 +265,13 @@ class Hubert(nn.Module):
         """Samples per frame: 320, or 640 for a model of 25 Hz."""
         return math.prod(self.config.conv_stride)
 
-    def forward(self, samples, layer, hidden=None, lengths=None):
+    def forward(self, samples, layer, hidden=None, lengths=None, states=None):
         """Layer `layer`'s residual stream, (B, T, C), of samples (B, N); T = N // hop exactly.
 
         lengths  (B,) int: clips of unequal length, filled up; the first lengths // hop frames of
                  each are what it gives alone
         hidden   (B, T) bool: frames replaced by the mask vector before the encoder
+        states   a list, which gets what every layer hands on
         """
         # 40 samples more on each side, for 320 a frame: 50 frames a second, not 49.
         hop = self.hop()
@@ -294,7 +297,7 @@ class Hubert(nn.Module):
         x = self.feature_projection(x)[:, :T]                       # (B, T, C)
         if hidden is not None:
             x = torch.where(hidden[:, :, None], self.masked_spec_embed, x)
-        return self.encoder(x, layer, real)
+        return self.encoder(x, layer, real, states)
 
     def receptive_field(self):
         """Samples one frame is computed from: 400 for the published strides and kernels."""

@@ -17,6 +17,7 @@ import torch
 import audio
 import desta
 import evaluate
+import hubert
 import runs
 from chat import Chat, parts_of, take
 from conftest import ROOT, call
@@ -356,6 +357,17 @@ def test_a_model_or_an_encoder_that_has_changed_is_refused(clips, trained, tmp_p
     )
     with pytest.raises(ValueError, match="has changed since"):
         desta.load(tmp_path)
+
+
+def test_a_hubert_runs_once_and_hands_on_the_states_behind_its_taps(speedrun, tmp_path):
+    config = hubert.Config.read(speedrun / "hubert")
+    config.num_hidden_layers = 8
+    hubert.Hubert.fresh(config, 0).save(tmp_path)
+    encoder, samples = desta.Encoder(tmp_path), np.ones(6400, np.float32)
+    [states] = encoder.states([samples])
+    with torch.inference_mode():
+        for tap, got in zip((1, 3, 5, 7), states, strict=True):
+            assert torch.equal(got, encoder.hubert(torch.tensor(samples)[None], tap + 1)[0])
 
 
 def test_a_reply_names_a_value_or_not_and_speakers_are_drawn_together():

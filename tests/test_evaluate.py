@@ -1046,6 +1046,13 @@ def test_four_questions_about_a_fact_say_no_more_than_one():
     assert exact([], []) is None
 
 
+def test_an_interval_of_few_groups_is_wide():
+    one, two = (evaluate.share_of([True] * 100, groups) for groups in ([0] * 100, [0, 1] * 50))
+    assert one["low"] < two["low"] < 0.4 and one["n"] == two["n"] == 100
+    alike = evaluate.share_of([True, False] * 4, [0] * 4 + [1] * 4)
+    assert alike["low"] < 0.2 and alike["value"] == 0.5 and alike["high"] > 0.8
+
+
 def test_word_errors_and_losses_of_a_fact_are_drawn_together_too(speedrun):
     """Asked four times, a fact counts once: value and interval are those of one question each."""
     texts = ["the capital of france is paris.", "anna eats.", "x y z.", "it is a cat."]
