@@ -197,7 +197,8 @@ def answering(args, model, vocab, ears):
         if row.get("said") and not heard:  # its text is in it
             units = Said.read(row["said"], args.rows)
         elif row.get("audio"):
-            units = listen.hear(ears, audio.load(folder / row["audio"]), row.get("text"))
+            samples = audio.load(folder / row["audio"])
+            units = listen.hear(ears, samples, row.get("text"), row.get("words"))
         else:
             return [text]
         return [units] + ([" " + text] if text else [])

@@ -720,7 +720,10 @@ def manner(args):
         )
     listen.can_open([clip["audio"] for clip in clips], ears)
     bar = runs.Bar(clips, desc=f"hearing {len(clips)} clips", unit="clip")
-    heard = [listen.hear(ears, audio.load(clip["audio"]), clip["text"]) for clip in bar]
+    heard = [
+        listen.hear(ears, audio.load(clip["audio"]), clip["text"], clip.get("words"))
+        for clip in bar
+    ]
     if isinstance(vocab, desta.Listener):
         written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
         written = [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written]

@@ -71,9 +71,15 @@ def can_open(paths, ears):
             raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
 
 
-def hear(ears, samples, text):
-    """What a turn may hold of samples. Ears that lack the words are told them, `text`."""
-    return (ears(samples, text) if ears.lacks_words else ears(samples))[0]
+def hear(ears, samples, text, words=None):
+    """What a turn may hold of samples.
+
+    Ears that lack the words are told them, `text`; those of prosody also when each was said,
+    where a manifest has `words`.
+    """
+    if not ears.lacks_words:
+        return ears(samples)[0]
+    return ears(samples, *((text, words) if isinstance(ears, prosody.Ears) else (text,)))[0]
 
 
 def writer(folder, device, hubert):

@@ -288,10 +288,11 @@ class Ears:
         """Must the caller give the transcript?"""
         return not self.transcriber
 
-    def __call__(self, samples, text=None):
+    def __call__(self, samples, text=None, words=None):
+        """`words` are [["the", start, end] in seconds] of a text, where they are known."""
         if text is None:
             text = self.transcriber(samples)
-        return numbered(measured(samples, aligned(text, samples)), self.edges), None
+        return numbered(measured(samples, words or aligned(text, samples)), self.edges), None
 
     def forget(self):
         """Nothing is kept of a clip."""

@@ -8,6 +8,7 @@ import soundfile
 
 import audio
 import documents
+import listen
 import prosody
 import runs
 import voices
@@ -240,6 +241,19 @@ def test_measuring_goes_on_after_a_stop_and_ends_with_the_same_bytes(spoken, tmp
     for name in ("manifest.jsonl", "codebook.json", "codebook.safetensors"):
         assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert not (tmp_path / "p.rows").exists()
+
+
+def test_a_chat_hears_a_clip_with_word_times_as_training_did(spoken, tmp_path, monkeypatch):
+    row = json.loads((spoken / "m.jsonl").read_text().splitlines()[0])
+    row["audio"] = str(spoken / row["audio"])
+    row["words"] = [[word, 0.9 * begin, 0.9 * end] for word, begin, end in row["words"]]
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    call(["prosody.py", str(spoken / "m.jsonl"), "--out", str(tmp_path / "bins")], monkeypatch)
+    words = ["prosody.py", str(tmp_path / "m.jsonl"), "--bins", str(tmp_path / "bins")]
+    call([*words, "--out", str(tmp_path / "p")], monkeypatch)
+    ears, samples = prosody.Ears(tmp_path / "bins"), audio.load(row["audio"])
+    assert listen.hear(ears, samples, LINE, row["words"]) == prosody.Prosody(tmp_path / "p")[0]
+    assert listen.hear(ears, samples, LINE) != prosody.Prosody(tmp_path / "p")[0]
 
 
 @pytest.mark.parametrize("script", ["prosody.py", "whisper.py"])
