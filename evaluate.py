@@ -334,15 +334,24 @@ def load_rows(args, plan, config):
     return models
 
 
+def same_parents(args):
+    """A ValueError if --merged is not, or no longer, the sum of the other three."""
+    parents = args.base, args.instruct, args.speech
+    runs.unchanged(args.merged, parents)
+    for parent in parents:
+        if not runs.made_from(args.merged, parent):
+            raise ValueError(
+                f"{args.merged}: its recipe.json does not name {parent}; give the three that it is "
+                "the sum of"
+            )
+
+
 def table(args):
     """Ask all rows everything, and write down what share they answer."""
     began = time.time()
     folder = Path(args.questions).parent
     runs.may_write(args.out, args.overwrite)
-    runs.unchanged(args.merged, [args.base, args.instruct, args.speech])
-    for parent in (args.base, args.instruct, args.speech):
-        if not runs.made_from(args.merged, parent):
-            raise ValueError(f"{args.merged} was not made from {parent}, as its recipe.json says")
+    same_parents(args)
     test, dev = read_questions(args.questions)
     plan = Merge(args.base, args.instruct, args.speech, signs_of(args.merged))
     config = Config.read(args.speech)

@@ -555,6 +555,22 @@ def test_the_tables_sums_stand_as_near_to_signs_as_the_merged_one(speedrun, tmp_
         )
 
 
+def test_a_table_of_a_sum_and_other_parents_is_refused(speedrun, tmp_path, monkeypatch):
+    shutil.copytree(speedrun / "speech", tmp_path / "other")
+    (tmp_path / "other/log.jsonl").write_text("{}")
+    folders = {name: speedrun / name for name in ("base", "instruct", "merged")}
+    with pytest.raises(ValueError, match="does not name .*other; give the three"):
+        call(
+            [
+                "evaluate.py", "table", *(f"--{name}={path}" for name, path in folders.items()),
+                f"--speech={tmp_path / 'other'}", "--device", "cpu",
+                "--questions", str(speedrun / "toy/questions.jsonl"),
+                "--out", str(tmp_path / "t.json"),
+            ],
+            monkeypatch,
+        )
+
+
 def test_the_teachers_page_shows_the_experiments_of_the_results():
     page = (ROOT / "TEACHING.md").read_text()
     start = json.loads((ROOT / "results/start.json").read_text())
