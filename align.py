@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from fused import linear_cross_entropy
 
-NAMING_SHARE = 6  # the first sixth of the blocks turns units into words: no state to match yet
+NAMING_SHARE = 6  # the first sixth of the blocks turns units into words: no states to match
 RIDGE = 0.1  # of the mean eigenvalue, added before a covariance is inverted
 
 
@@ -68,8 +68,9 @@ class Align:
     def loss_mask(self, batch):
         """(B, T) bool: targets to leave out of the next-token loss; None: leave out none.
 
-        Interleaved documents that the teacher reads are learnt from its states alone. Next-token
-        loss behind speech would teach the model to continue the text there, not to reply.
+        Interleaved documents that the teacher reads are learnt from its states alone.
+        Next-token loss behind speech would teach the model to go on with the text there, not
+        to reply.
         """
         if self.teacher is None:
             return None
@@ -107,8 +108,8 @@ def position_gaps(start, widest, rng):
     # One draw counts for a whole document: the one where it begins.
     plain = (draw() < 0.5).gather(1, start)                         # (B, T)
 
-    # A new stretch begins at one id in eight. Its mean step is drawn from [-widest, widest], and
-    # at least 1: so more than half of the stretches have no gap.
+    # A new stretch begins at one id in eight. Its mean step is drawn from [-widest, widest],
+    # and at least 1: so more than half of the stretches have no gap.
     stretch = torch.where(draw() < 1 / 8, place, 0).cummax(1).values  # (B, T)
     mean = (widest * (2 * draw() - 1)).clamp(min=1).gather(1, stretch)  # (B, T)
     mean = mean.masked_fill(plain, 1)
@@ -128,12 +129,12 @@ def distillation(states, batch, teacher, first_new):
     states  what each block hands on, (B, T, C) each
     batch   `read` (B, R) are the documents' ids in writing, `place` (B, R) where they were said
 
-    word loss    behind the naming blocks, the state on a word's last unit predicts its token:
-                 cross-entropy over the teacher's rows. (A word of several ids has them on its
-                 last units.)
-    state loss   the distance from the teacher's state on that token: for spoken words behind
-                 every later block, for text beside speech behind all. Whitened and squared, for
-                 each of the two 0 if alike, 2 if unrelated
+    word loss    behind the naming blocks, the state on a word's last unit predicts its
+                 token: cross-entropy over the teacher's rows. (A word of several ids has
+                 them on its last units.)
+    state loss   the distance from the teacher's state on that token: for spoken words
+                 behind every later block, for text beside speech behind all. Whitened and
+                 squared, for each of the two 0 if alike, 2 if unrelated
     """
     if not batch["read"].shape[1]:  # a batch without speech
         return 0.0, 0.0

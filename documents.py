@@ -25,9 +25,9 @@ from vocab import Document, Vocab
 ALONE, GROWTH = 0.1, 20
 ROLES = "system", "user", "assistant", "tool"  # another role could spell a chat's markers
 HELD_OUT = 100  # one document in a hundred is for validation only
-# One draw in [0, 1) places the caption of a spoken line: up to BEFORE above the line, up to BEHIND
-# last, else nowhere. From ENDS on the document ends like a turn of a chat, without a caption, so
-# that the model still predicts that end.
+# One draw in [0, 1) places the caption of a spoken line: up to BEFORE above the line, up to
+# BEHIND last, else nowhere. From ENDS on the document ends like a turn of a chat, without a
+# caption, so that the model still predicts that end.
 BEFORE, BEHIND, ENDS = 0.3, 0.6, 0.8
 BETWEEN = 0.5  # of all lines have another line behind the speech, before any caption
 WAITING = 1.3  # batches' worth of documents to choose from: more choice, fuller rows
@@ -166,9 +166,9 @@ def unread(document):
 def captioned(vocab, corpus, i, rng, caption_loss=1, echo_loss=1):
     """Row i with its text: (caption) text <|speech|>...<|/speech|> (another text) (caption).
 
-    What is in brackets stands in some documents. The caption says in words how the text was said.
-    Behind speech another text may come first: if only captions followed speech, the model would
-    write one there whatever it is asked.
+    What is in brackets stands in some documents. The caption says in words how the text was
+    said. Behind speech another text may come first: if only captions followed speech, the
+    model would write one there whatever it is asked.
     """
     caption = corpus.rows[i].get("caption")
     draw = rng.random()
@@ -269,8 +269,8 @@ class Documents:
         kind = int(rng.choice(len(self.names), p=self.odds))
         name = self.names[kind]
 
-        # Which one: the next of this pass through the source. Streams take documents by turns, and
-        # every pass has its own order.
+        # Which one: the next of this pass through the source. Streams take documents by
+        # turns, and every pass has its own order.
         n = self.count(name)
         held_out = n // HELD_OUT
         passes, at = divmod(self.drawn[name] * self.parts + self.part, n - held_out)

@@ -82,7 +82,7 @@ def replies(model, vocab, prompts, limit=LIMIT, whole=True, page=False):
 
     Where it did not stop within the limit, None; if not `whole`, what it wrote so far.
     """
-    ends = [i for i, text in vocab.bytes_of.items() if page and b"\n" in text]
+    ends = [i for i, text in vocab.bytes_of.items() if b"\n" in text] if page else []
     stop = [*vocab.stop, *ends]
     out = [None] * len(prompts)
 

@@ -65,8 +65,9 @@ def wants_words(folder, ears):
 
 
 def can_open(paths, ears):
-    """An error for the first file that cannot be opened, or that is too long to be heard."""
-    for path, samples in zip(paths, audio.lengths([{"audio": str(path)} for path in paths])):
+    """An error for the first file that cannot be opened or is too long to be heard."""
+    lengths = audio.lengths([{"audio": str(path)} for path in paths])
+    for path, samples in zip(paths, lengths):
         if samples > ears.most * audio.SAMPLE_RATE:
             raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
 
@@ -74,12 +75,13 @@ def can_open(paths, ears):
 def hear(ears, samples, text, words=None):
     """What a turn may hold of samples.
 
-    Ears that lack the words are told them, `text`; those of prosody also when each was said,
-    where a manifest has `words`.
+    Ears that lack the words are told them, `text`; those of prosody also when each was
+    said, where a manifest has `words`.
     """
     if not ears.lacks_words:
         return ears(samples)[0]
-    return ears(samples, *((text, words) if isinstance(ears, prosody.Ears) else (text,)))[0]
+    told = (text, words) if isinstance(ears, prosody.Ears) else (text,)
+    return ears(samples, *told)[0]
 
 
 def writer(folder, device, hubert):

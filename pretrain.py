@@ -1,4 +1,4 @@
-"""Train a language model, from nothing or from a folder: next-token loss on packed documents.
+"""Train a language model, from nothing or from a folder, by next-token loss on documents.
 
 in   --size and a tokenizer, or --init MODEL; --text, --chat or --units
 out  a model folder, with log.jsonl and loss.png in it
@@ -9,8 +9,8 @@ run  python pretrain.py --init out/base --units out/units --text out/toy/base.js
 One loop makes all three models. What is given decides the stage, and the stage the
 settings: text alone trains a base, chats an instruct model, units or prosody a speech model. The
 loop is in `train`. Loss is on text tokens, and on units if --unit-loss says so. Text that a
-teacher reads beside speech bears none. What a small model needs beyond the loop is in align.py,
-and `--plain` turns that off.
+teacher reads beside speech bears none. What a small model needs beyond the loop is in
+align.py, and `--plain` turns that off.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
 on a CPU the result is then bit-identical.
@@ -48,8 +48,8 @@ PLAIN = dict(
     layers="0:1",  # all of them
     embeddings="all",  # and every row
 )
-# The settings of each stage, for the toy world. A real model wants a tenth of these rates or
-# less, unless its change is a --lora.
+# The settings of each stage, for the toy world. A real model wants a tenth of these rates
+# or less, unless its change is a --lora.
 STAGES = {
     # A base: from nothing, on text, and used to gaps between positions.
     "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, batch=16, length=128, pace=8.0),
@@ -254,8 +254,8 @@ def read_sources(args):
         unread = [name for name in unread if name != "text"]
     if unread:
         raise ValueError(
-            f"--{unread[0]} is given, and the mix is {', '.join(mix)}; leave it out, or name it in "
-            "--mix"
+            f"--{unread[0]} is given, and the mix is {', '.join(mix)}; leave it out, or name "
+            "it in --mix"
         )
     rows = [row for corpus in spoken.values() for row in corpus.rows]
     if rows and not args.unit_loss and not any(row.get("text") for row in rows):
@@ -296,7 +296,8 @@ def warn_of_cuts(sources, vocab, args):
     for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
         if "captioned" in sources:
             caption = row.get("caption")
-            document = vocab.captioned("", corpus[i], "", f"\n{caption}." if caption else "")
+            after = f"\n{caption}." if caption else ""
+            document = vocab.captioned("", corpus[i], "", after)
         else:
             document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
         lengths.append(len(document.ids))
@@ -871,8 +872,9 @@ def add_loss_flags(add):
         "--echo-loss",
         type=runs.not_negative,
         default=1.0,
-        help="weight of the loss of the words that stand again inside the speech (default 1; with "
-        "0 open weights heard more: what copies words learns to ignore the numbers between them)",
+        help="weight of the loss of the words that stand again inside the speech (default 1; "
+        "with 0 open weights heard more: what copies words learns to ignore the numbers "
+        "between them)",
     )
 
 
@@ -881,9 +883,9 @@ def add_align_flags(add, default):
     add(
         "--plain",
         action="store_true",
-        help="turn off --pace, --imitate, --keep-text, --rows-first, --layers and --embeddings: "
-        "every parameter is trained, by the loss of the next token alone (Muon stays, and the "
-        "softmax of units apart from that of text)",
+        help="turn off --pace, --imitate, --keep-text, --rows-first, --layers and "
+        "--embeddings: every parameter is trained, by the loss of the next token alone (Muon "
+        "stays, and the softmax of units apart from that of text)",
     )
     add(
         "--pace",

@@ -17,8 +17,8 @@ captioned    caption\\n text <|speech|> word numbers... <|/speech|>      text an
              \\n another text \\n caption. <eos>                         with --unit-loss
 page         question: ...\\nanswer:         a plain prompt, for a model that never chatted
 
-A spoken turn of prosody has its transcript in front. What follows `<|/speech|>` is open: text
-goes on, or the cue " transcript:" asks for a transcript.
+A spoken turn of prosody has its transcript in front. What follows `<|/speech|>` is open:
+text goes on, or the cue " transcript:" asks for a transcript.
 """
 
 import argparse
@@ -522,8 +522,8 @@ class Vocab:
         """parts: text, and what is spoken as a list of (text, units), one for each word.
 
         (Or one for all of them, where word times are not known.) Switches bear no loss:
-        decoding holds which modality comes next. Nor does the end: speech is cut off anywhere,
-        which would teach replies to stop anywhere.
+        decoding holds which modality comes next. Nor does the end: speech is cut off
+        anywhere, which would teach replies to stop anywhere.
         """
         ids, read = list(self.begin), list(self.begin)
         place = list(range(len(self.begin)))
@@ -535,8 +535,8 @@ class Vocab:
                 read += written
                 continue
 
-            # A word is known at its last unit, so its ids stand on its last units, in order; if
-            # it has fewer units than ids, the first ids share its first unit.
+            # A word is known at its last unit, so its ids stand on its last units, in order;
+            # if it has fewer units than ids, the first ids share its first unit.
             first = last = len(ids) + 1
             for text, units in part:
                 written = self.encode(text)
@@ -589,7 +589,7 @@ class Vocab:
         return Document(ids, loss)
 
     def content_loss(self, ids):
-        """1 for each id that bears loss; 0 for speech markers, a document's begin and its end."""
+        """1 for each id that bears loss; 0 for speech markers, and a document's own ends."""
         no_loss = {self.speech["speech"], self.speech["end_speech"], self.eos, *self.begin}
         return [int(i not in no_loss) for i in ids]
 
