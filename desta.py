@@ -335,7 +335,7 @@ def load(folder, device="cpu", dtype=None):
             f"{' or '.join(ADAPTERS)}"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), weights.Unfilled():
             adapter = Adapter(made["adapter"])
     except KeyError as lacking:
         raise ValueError(f"{folder}/desta.json: its adapter has no {lacking}") from None

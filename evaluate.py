@@ -302,8 +302,7 @@ def read_questions(path):
 
 def model_at(plan, config, lam, device):
     """The sum at a lam, in memory. lam = 0 is instruct_rows."""
-    with torch.device("meta"):
-        model = LM(config)
+    model = LM.unfilled(config)
     state = {name: plan.merged(name, lam).float() for name in plan.names}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()

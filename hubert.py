@@ -325,7 +325,8 @@ class Hubert(nn.Module):
     @classmethod
     def load(cls, folder, device="cpu"):
         """A HuBERT from a Hugging Face folder, saved bare or under a head, which is dropped."""
-        with torch.device("meta"):
+        # Not on the meta device: weight_norm takes a norm, which imports the compiler there.
+        with weights.Unfilled():
             model = cls(Config.read(folder))
         stored = weights.Tensors(folder)
         headed = any(name.startswith("hubert.") for name in stored)
@@ -341,11 +342,9 @@ class Hubert(nn.Module):
                 )
             return name
 
+        # Some folders lack it; only training hides frames.
+        nn.init.zeros_(model.masked_spec_embed)
         weights.load_into(model, folder, ours, optional=["masked_spec_embed"])
-        if (
-            model.masked_spec_embed.is_meta
-        ):  # some folders lack it; only training hides frames
-            model.masked_spec_embed = nn.Parameter(torch.zeros(model.config.hidden_size))
         return model.to(device, torch.float32).eval()
 
     def save(self, folder):

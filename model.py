@@ -339,12 +339,17 @@ class LM(nn.Module):
         return model
 
     @classmethod
+    def unfilled(cls, config):
+        """A model of names and shapes, on the meta device."""
+        with torch.device("meta"), weights.Unfilled():
+            return cls(config)
+
+    @classmethod
     def load(cls, folder, device="cpu", dtype=None):
         """A model from a Hugging Face folder, in `dtype` or as stored."""
         config = Config.read(folder)
         tied = config.tie_word_embeddings
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.unfilled(config)
 
         # Some files hold the tied head and the frequencies of rotation beside the rest.
         def ours(name):

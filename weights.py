@@ -17,6 +17,7 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 # As safetensors and torch name them.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -155,6 +156,20 @@ class Tensors:
                 "was opened"
             )
         return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules that are made inside get no first values: `load_into` fills them.
+
+    Torch draws even the values that the meta device then drops, and imports its compiler for
+    that, which takes as long as all the rest of a start.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def load_into(module, folder, rename=lambda name: name, optional=()):

@@ -242,7 +242,7 @@ class Whisper(nn.Module):
         super().__init__()
         self.config, self.vocab = Config.read(folder), Vocab(folder)
         self.device, self.dtype = device, dtype
-        with torch.device("meta"):
+        with torch.device("meta"), weights.Unfilled():
             self.model = Model(self.config)
 
         # The head is the embedding, whether or not the file has it twice.

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 import audio  # noqa: E402
 import documents  # noqa: E402
+from model import generate  # noqa: E402
 from vocab import Vocab  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,7 @@ def pytest_cmdline_main(config):
     if getattr(config.option, "numprocesses", 0) is None and not alone:
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # files of few tests are the longest; not last
 
 
 def shared(name):
@@ -100,10 +102,35 @@ def call(words, monkeypatch):
     import_module(words[0].removesuffix(".py")).main()
 
 
+def six_tokens(model, starts, limit, *rest):
+    """For evaluate.generate: models as small as these never end an answer, which takes long."""
+    return generate(model, starts, min(limit, 6), *rest)
+
+
+def first_on_path(folder):
+    """The environment with a folder in front of all others on PATH."""
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """A folder with a `python` that starts at once, see forked.py."""
+    folder = tmp_path_factory.mktemp("quick")
+    script, at = ROOT / "tests/forked.py", folder / "socket"
+    server = subprocess.Popen([sys.executable, script, at], stdout=subprocess.PIPE, text=True)
+    assert server.stdout.readline() == "ready\n"
+    (folder / "python").write_text(f'#!/bin/bash\nexec {sys.executable} -IS {script} {at} "$@"\n')
+    (folder / "python").chmod(0o755)
+    yield folder
+    server.kill()
+    server.wait()
+
+
 @pytest.fixture(scope="session")
 def speedrun(tmp_path_factory):
     """The out folder of a whole shrunken speedrun."""
     out, patch = tmp_path_factory.mktemp("speedrun"), pytest.MonkeyPatch()
+    patch.setattr("evaluate.generate", six_tokens)
     for words in speedrun_commands(out):
         # Chat.py ends with its status.
         try:
@@ -128,13 +155,13 @@ def stream(speedrun):
 
 
 @pytest.fixture
-def asked(tmp_path):
+def asked(tmp_path, quick):
     """What experiments.sh asks `python` for on a finished run: it writes that down, and makes
     a folder of what is named behind --out. Its trainings take hours.
     """
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(f"""#!/bin/bash
-[[ "$1" = -* ]] && exec {sys.executable} "$@"
+[[ "$1" = -* ]] && exec {quick}/python "$@"
 echo "$@" >> {tmp_path}/asked
 [[ "$*" =~ --out\ ([^ ]+) ]] && mkdir -p "${{BASH_REMATCH[1]}}"; true
 """)
@@ -142,13 +169,12 @@ echo "$@" >> {tmp_path}/asked
 
     def run(name, finished, inside=""):
         shutil.copytree(finished, tmp_path / "out" / inside)
-        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         done = subprocess.run(
             ["bash", str(ROOT / "experiments.sh"), name, str(tmp_path / "out")],
             capture_output=True,
             text=True,
             check=True,
-            env=env,
+            env=first_on_path(tmp_path / "bin"),
         )
         return done.stdout, [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
 

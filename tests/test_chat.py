@@ -78,7 +78,9 @@ def test_a_line_of_any_letters_is_a_turn_or_one_line_of_refusal(chat, line, caps
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_every_bad_input_is_one_clear_line_and_the_loop_lives_on(speedrun, tmp_path):
+def test_every_bad_input_is_one_clear_line_and_the_loop_lives_on(
+    speedrun, quick, tmp_path
+):
     soundfile.write(tmp_path / "short.wav", np.zeros(50, np.float32), 16000)
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "not audio.wav").write_bytes(b"hello" * 100)
@@ -86,7 +88,7 @@ def test_every_bad_input_is_one_clear_line_and_the_loop_lives_on(speedrun, tmp_p
         str(tmp_path / name) for name in ("missing.wav", "empty.wav", "not audio.wav", "short.wav")
     ] + [str(tmp_path), f"'{speedrun}/question.wav'", "hi", ":help", ":quit"]
     done = subprocess.run(
-        [sys.executable, ROOT / "chat.py", speedrun / "merged", "--device", "cpu"],
+        [quick / "python", ROOT / "chat.py", speedrun / "merged", "--device", "cpu"],
         input="\n".join(lines),
         capture_output=True,
         text=True,
@@ -99,7 +101,7 @@ def test_every_bad_input_is_one_clear_line_and_the_loop_lives_on(speedrun, tmp_p
     assert done.stdout.count("model: ") == 2 and "units]" in done.stdout
 
 
-def test_answers_to_given_files_end_with_a_status(speedrun, tmp_path, monkeypatch):
+def test_answers_to_given_files_end_with_a_status(speedrun, quick, tmp_path, monkeypatch):
     for words, status in ((tmp_path / "gone.wav",), 1), (
         ("--temperature", "0.5", speedrun / "question.wav"),
         0,
@@ -111,7 +113,7 @@ def test_answers_to_given_files_end_with_a_status(speedrun, tmp_path, monkeypatc
             )
         assert int(end.value.code or 0) == status
     done = subprocess.run(
-        [sys.executable, ROOT / "chat.py", tmp_path, speedrun / "question.wav"],
+        [quick / "python", ROOT / "chat.py", tmp_path, speedrun / "question.wav"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -17,7 +17,7 @@ import audio
 import benchmark
 import evaluate
 import pretrain
-from conftest import ROOT, call, shared, speedrun_commands
+from conftest import ROOT, call, first_on_path, shared, six_tokens, speedrun_commands
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
 from merge import signs_of
 
@@ -117,6 +117,7 @@ def test_the_lam_sweep_never_sees_a_test_question(speedrun, tmp_path, monkeypatc
         return real(model, vocab, contents, prompt)
 
     monkeypatch.setattr(evaluate, "answers", spy)
+    monkeypatch.setattr(evaluate, "generate", six_tokens)
     call([*table_of(speedrun), "--out", str(tmp_path / "t.json")], monkeypatch)
     rows = [
         json.loads(line) for line in (speedrun / "toy/questions.jsonl").read_text().splitlines()
@@ -715,12 +716,12 @@ def test_a_comparison_asks_a_split_in_the_prompt_that_each_model_does_better_wit
     ]
 
 
-def test_the_experiments_of_the_teachers_page_want_a_finished_run(speedrun, tmp_path):
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
+def test_the_experiments_of_the_teachers_page_want_a_finished_run(
+    speedrun, quick, tmp_path
+):
     def run(*words):
         words = ["bash", str(ROOT / "experiments.sh"), *words]
-        return subprocess.run(words, capture_output=True, text=True, env=env)
+        return subprocess.run(words, capture_output=True, text=True, env=first_on_path(quick))
 
     swept = run("lam", str(speedrun))
     nowhere = run("start", str(tmp_path))

@@ -148,8 +148,10 @@ def test_a_folder_without_the_mask_vector_hears_as_one_with_it(tmp_path):
     }
     weights.save(tmp_path / "m", kept)
     samples = torch.randn(1, 4000)
+    loaded = Hubert.load(tmp_path / "m")
+    assert not loaded.masked_spec_embed.any()
     with torch.no_grad():
-        assert torch.equal(Hubert.load(tmp_path / "m")(samples, 2), model.eval()(samples, 2))
+        assert torch.equal(loaded(samples, 2), model.eval()(samples, 2))
 
 
 def test_the_loss_is_on_hidden_and_on_seen_frames_alike_and_not_on_what_filled_a_clip_up():

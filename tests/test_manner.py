@@ -22,7 +22,7 @@ import prosody
 import toy
 import weights
 from chat import Chat, parts_of, take
-from conftest import ROOT, call, shrink, speedrun_commands
+from conftest import ROOT, call, first_on_path, shrink, six_tokens, speedrun_commands
 from merge import Merge
 from vocab import Vocab
 
@@ -31,6 +31,7 @@ from vocab import Vocab
 def world(tmp_path_factory):
     """The out folder of a whole shrunken speedrun_manner.sh."""
     out, patch = tmp_path_factory.mktemp("manner"), pytest.MonkeyPatch()
+    patch.setattr("evaluate.generate", six_tokens)
     for words in speedrun_commands(out, "speedrun_manner.sh"):
         call(shrink(words), patch)
     patch.undo()
@@ -182,7 +183,7 @@ def test_a_caption_that_counts_more_leaves_another_model(world, tmp_path, monkey
 
 
 def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop(
-    world, tmp_path
+    world, quick, tmp_path
 ):
     """One toy model is base and instruct; of six voices two are in the test alone, two choose."""
     rows = rows_of(world / "world/speech/train.jsonl")[:12]
@@ -197,9 +198,8 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     names = {"BASE": "instruct", "INSTRUCT": "instruct", "STEPS": "2", "QUESTIONS": str(questions)}
 
     def run():
-        return subprocess.run(
-            ["bash", *words], cwd=ROOT, env=os.environ | names, capture_output=True, text=True
-        )
+        env = first_on_path(quick) | names
+        return subprocess.run(["bash", *words], cwd=ROOT, env=env, capture_output=True, text=True)
 
     # What takes longest, text of the base's own, the search for lam and typed answers, is there.
     out = tmp_path / "o/instruct-seed1"
@@ -278,14 +278,14 @@ def test_a_manner_is_asked_on_hearing_a_clip_on_reading_of_it_and_of_its_words_a
         call([*words[:-1], str(tmp_path / "i.json")], monkeypatch)
 
 
-def test_the_same_seed_makes_the_same_world(tmp_path, monkeypatch):
+def test_the_same_seed_makes_the_same_world(quick, tmp_path):
     words = [
-        sys.executable, "manner.py", "--lines", "6", "--documents", "50", "--dev", "3",
-        "--test", "6", "--out",
+        "manner.py", "--lines", "6", "--documents", "50", "--dev", "3", "--test", "6", "--out",
     ]
-    # ESpeak goes on where it was: a process each.
-    for name in ("a", "b"):
-        subprocess.run([*words, str(tmp_path / name)], cwd=ROOT, check=True, capture_output=True)
+    # ESpeak goes on where it was: a process each. And they hash words differently.
+    for python, name in ((sys.executable, "a"), (quick / "python", "b")):
+        line = [python, *words, tmp_path / name]
+        subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
     files = [
         path.relative_to(tmp_path / "a")
         for path in (tmp_path / "a").rglob("*")
@@ -576,7 +576,7 @@ def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_agai
 
 
 def test_desta_learns_from_what_the_same_instruct_model_says_of_captions(
-    asked, world, speedrun, tmp_path
+    asked, world, speedrun, quick, tmp_path
 ):
     """speedrun_desta.sh behind the other two, with two steps, and its experiment."""
     home, bin = tmp_path / "home", tmp_path / "two_steps"
@@ -586,14 +586,13 @@ def test_desta_learns_from_what_the_same_instruct_model_says_of_captions(
         shutil.copy(file, home)
     (bin / "python").write_text(f"""#!/bin/bash
 [ "$1 $2" = "desta.py train" ] && fewer="--steps 2 --batch 2"
-exec {sys.executable} "$@" $fewer
+exec {quick}/python "$@" $fewer
 """)
     (bin / "python").chmod(0o755)
-    env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"}
 
     def run():
         words = ["bash", str(home / "speedrun_desta.sh")]
-        return subprocess.run(words, capture_output=True, text=True, env=env)
+        return subprocess.run(words, capture_output=True, text=True, env=first_on_path(bin))
 
     (home / "out/hubert").symlink_to(speedrun / "hubert")
     first = run()

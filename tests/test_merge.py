@@ -174,7 +174,7 @@ def test_what_an_open_base_holds_a_second_time_is_left_out(speedrun, tmp_path, m
     ],
 )
 def test_killed_or_out_of_space_it_leaves_no_folder_and_the_next_try_a_whole_one(
-    speedrun, tmp_path, end
+    speedrun, quick, tmp_path, end
 ):
     """A process of its own, that ends in the middle of its writing."""
     words = [
@@ -186,14 +186,14 @@ def test_killed_or_out_of_space_it_leaves_no_folder_and_the_next_try_a_whole_one
         f"def dying(*given):\n  left[0] -= 1\n  return write(*given) if left[0] else {end}\n"
         f"weights.write_slice = dying; sys.argv = ['merge.py', *{words!r}]; runs.run(merge.main)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([quick / "python", "-c", script], capture_output=True, text=True)
     assert done.returncode and not (tmp_path / "m").exists()
-    if done.returncode > 0:
+    if "OSError" in end:
         assert done.stderr.strip().splitlines()[-1].endswith("No space left on device")
         assert "Traceback" not in done.stderr
-    subprocess.run([sys.executable, ROOT / "merge.py", *words], check=True, capture_output=True)
+    subprocess.run([quick / "python", ROOT / "merge.py", *words], check=True, capture_output=True)
     subprocess.run(
-        [sys.executable, ROOT / "merge.py", *words[:-1], tmp_path / "straight"],
+        [quick / "python", ROOT / "merge.py", *words[:-1], tmp_path / "straight"],
         check=True,
         capture_output=True,
     )

@@ -635,7 +635,9 @@ def same_weights(a, b, tolerance):
     return all((a[name] - b[name]).abs().max() <= tolerance for name in a)
 
 
-def test_two_processes_train_what_one_does_with_twice_the_batches(speedrun, tmp_path, monkeypatch):
+def test_two_processes_train_what_one_does_with_twice_the_batches(
+    speedrun, quick, tmp_path, monkeypatch
+):
     call(trained_with(tmp_path / "one", speedrun, "--accumulate", "2"), monkeypatch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -643,7 +645,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batches(speedrun, tmp_
     words = trained_with(tmp_path / "two", speedrun)
     runs = [
         subprocess.Popen(
-            [sys.executable, *words],
+            [quick / "python", *words],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,

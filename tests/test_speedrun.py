@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import runs
-from conftest import ROOT, call, shared
+from conftest import ROOT, call, first_on_path, shared
 from hubert import Config as HubertConfig
 from hubert import Hubert
 from model import LM, Config
@@ -182,11 +182,10 @@ def test_the_script_skips_what_is_done_and_stops_at_the_first_failure(tmp_path):
         (tmp_path / f"{name}.py").write_text(stand_in)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    paths = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
     def run(**env):
         words = ["bash", tmp_path / "speedrun.sh", "7"]
-        env = os.environ | paths | env
+        env = first_on_path(tmp_path / "bin") | env
         return subprocess.run(words, capture_output=True, text=True, env=env)
 
     broken = run(FAIL="codebook")
