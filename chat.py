@@ -63,13 +63,19 @@ class Chat:
         self.draw = random.SystemRandom()  # at a temperature no two replies are alike
         self.room = self.model.config.max_position_embeddings - LIMIT  # tokens of a prompt
 
-    def hear(self, sound, name, words=None):
-        """(units, seconds) of samples, or of an audio.Recording. words: what is said, if told."""
+    def can_hear(self, words=None):
+        """A ValueError for a model that hears nothing, or would have to be told the words."""
         if not self.ears:
             raise ValueError(
                 f"{self.folder} cannot hear (no speech.json); chat with a merged "
                 "model, or type"
             )
+        if words is None:
+            wants_words(self.folder, self.ears)
+
+    def hear(self, sound, name, words=None):
+        """(units, seconds) of samples, or of an audio.Recording. words: what is said, if told."""
+        self.can_hear(words)
         seconds = len(sound) / audio.SAMPLE_RATE
         if len(sound) < self.ears.hop:
             raise ValueError(
@@ -85,8 +91,6 @@ class Chat:
                 f"{name}: {seconds:.0f} s of sound, more than the model's context of "
                 f"{self.room} tokens can hold; give a part of it"
             )
-        if words is None:
-            wants_words(self.folder, self.ears)
         return hear(self.ears, sound[:], words), seconds
 
     def prompt(self, content):
@@ -373,6 +377,7 @@ def converse(chat, transcribe):
             print(chat.vocab.spelled(ids) if chat.messages else "nothing was said yet")
         elif command == ":rec":
             try:
+                chat.can_hear()  # told before anyone speaks
                 turn(chat, [record()], transcribe)
             except (ValueError, OSError, EOFError) as error:
                 print(f"cannot answer that: {error}", file=sys.stderr)

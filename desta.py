@@ -164,11 +164,13 @@ class Encoder:
         self.whisper = Whisper(folder, device, dtype) if is_whisper(folder) else None
         if self.whisper:
             config = self.whisper.config
+            self.hop = audio.HOP
             blocks, self.width = config.encoder_layers, config.d_model
             self.heads = config.encoder_attention_heads
         else:
             self.hubert = Hubert.load(folder, device)
             config = self.hubert.config
+            self.hop = self.hubert.hop()
             blocks, self.width = config.num_hidden_layers, config.hidden_size
             self.heads = config.num_attention_heads
         # Of 12 blocks the 3rd, 6th, 9th and 12th. Where there are fewer than TAPS, all of them.
@@ -176,7 +178,7 @@ class Encoder:
 
     @torch.inference_mode()
     def states(self, clips):
-        """(taps, frames, C) float32 of every clip of at most 30 seconds, N // 320 frames."""
+        """(taps, frames, C) float32 of every clip of at most 30 seconds, N // hop frames."""
         if self.whisper:
             return self.whisper.states(clips, self.taps)
         out = []
@@ -275,12 +277,12 @@ class Ears:
     transcriber  samples -> text; None if there is none, or who calls it says the words
     """
 
-    hop = audio.HOP
     most = SECONDS  # of a clip
     makes = "vectors"
 
     def __init__(self, encoder, adapter, table, listener, has_words):
         self.encoder, self.adapter = encoder, adapter
+        self.hop = encoder.hop
         self.table, self.listener = table, listener
         self.has_words = has_words
         self.transcriber = None
@@ -294,8 +296,8 @@ class Ears:
     def __call__(self, samples, text=None):
         if len(samples) > SECONDS * audio.SAMPLE_RATE:
             raise ValueError(f"more than {SECONDS} seconds; give a part of it")
-        if len(samples) < audio.HOP:
-            raise ValueError(f"{len(samples)} samples are under one frame ({audio.HOP})")
+        if len(samples) < self.hop:
+            raise ValueError(f"{len(samples)} samples are under one frame ({self.hop})")
         states = [x.to(self.table.weight.device) for x in self.encoder.states([samples])]
         first = len(self.table.heard)
         self.table.heard = torch.cat([self.table.heard, *self.adapter(states)])
@@ -400,9 +402,10 @@ def encode(args, out):
     for row, samples in zip(rows, audio.lengths(rows)):
         if samples > SECONDS * audio.SAMPLE_RATE:
             raise ValueError(f"{row['audio']}: longer than {SECONDS} s; cut it first")
-        if samples < audio.HOP:
+        if samples < encoder.hop:
             raise ValueError(
-                f"{row['audio']}: {samples} samples are under one frame ({audio.HOP}); take it out"
+                f"{row['audio']}: {samples} samples are under one frame ({encoder.hop}); "
+                "take it out"
             )
     settings = {"audio": audio.identity(rows), "dtype": args.dtype}
     settings["encoder"] = runs.fingerprint(args.encoder)

@@ -48,6 +48,7 @@ from hubert import Config, Hubert
 # many frames a centroid the start is drawn.
 PREVIEW, PASSES_AFTER, SPREAD = 1, 20, 200
 ROWS = 2048  # frames compared with all centroids at a time, on a CPU
+LAYER = 9  # of HuBERT, unless told: the stream after nine of its blocks
 STEADY = 3  # HuBERT units then change some 15 times a second, near phones
 LONG = 60 * audio.SAMPLE_RATE  # a longer clip is heard in windows of a minute ...
 AROUND = 2 * audio.SAMPLE_RATE  # ... and two seconds more on each side
@@ -433,14 +434,17 @@ def feature_recipe(args):
             "give --hubert FOLDER --layer N for HuBERT features, or --features mfcc"
         )
     if not args.hubert:
+        if args.layer is not None:
+            raise ValueError(f"--layer {args.layer}: MFCCs have no layers; leave it out")
         return {"kind": "mfcc"}
+    layer = LAYER if args.layer is None else args.layer
     depth = Config.read(args.hubert).num_hidden_layers
-    if not 0 <= args.layer <= depth:
-        raise ValueError(f"--layer {args.layer}: {args.hubert} has layers 0 to {depth}")
+    if not 0 <= layer <= depth:
+        raise ValueError(f"--layer {layer}: {args.hubert} has layers 0 to {depth}")
     return {
         "kind": "hubert",
         "path": str(Path(args.hubert).resolve()),
-        "layer": args.layer,
+        "layer": layer,
         "sha256": runs.fingerprint(args.hubert),
     }
 
@@ -823,8 +827,7 @@ def add_fit_flags(command):
     add(
         "--layer",
         type=int,
-        default=9,
-        help="HuBERT layer: 9 is the stream after nine blocks (default 9)",
+        help=f"HuBERT layer, the stream after so many blocks (default {LAYER})",
     )
     add("--k", type=runs.number(int, 1, 1 << 16), default=500, help="centroids (default 500)")
     add(

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 import audio
-from chat import Chat, for_programs, parts_of, take, turn
+from chat import Chat, converse, for_programs, parts_of, take, turn
 from conftest import ROOT, call
 
 
@@ -153,9 +153,14 @@ def test_a_recording_that_is_stopped_or_fails_leaves_the_conversation(
     assert said.out.count("<|im_start|>") == 2, "the conversation is still there"
 
 
-def test_a_deaf_model_can_be_typed_to_but_not_spoken_to(speedrun, capsys):
+def test_a_deaf_model_can_be_typed_to_but_not_spoken_to(speedrun, monkeypatch, capsys):
     chat = Chat(speedrun / "instruct")
     assert turn(chat, ["hi"]) and not turn(chat, [speedrun / "question.wav"])
+    assert "cannot hear" in capsys.readouterr().err
+    lines = iter([":rec", ":quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("chat.record", lambda: pytest.fail("it let someone speak first"))
+    converse(chat, False)
     assert "cannot hear" in capsys.readouterr().err
 
 

@@ -22,6 +22,7 @@ import runs
 from chat import Chat, parts_of, take
 from conftest import ROOT, call, first_on_path
 from model import LM
+from test_hubert import KINDS, SMALL
 from test_whisper import folder_of
 
 STYLES = [{"gender": "man", "rate": "fast"}, {"gender": "woman", "rate": "slow"}]
@@ -476,6 +477,14 @@ def test_a_clip_that_cannot_be_heard_is_told_before_the_first_is_encoded(
         with pytest.raises(ValueError, match=said):
             call(encode(tmp_path, speedrun, tmp_path / "s"), monkeypatch)
         assert not (tmp_path / "s.partial/states.bin").exists()
+    # A HuBERT of 25 frames a second has longer ones.
+    (tmp_path / "slow").mkdir()
+    hubert.Hubert.fresh(hubert.Config(**SMALL | KINDS["mhubert-25hz"]), 0).save(tmp_path / "slow")
+    soundfile.write(tmp_path / "odd.wav", np.zeros(600, np.float32), 16_000)
+    words = encode(tmp_path, speedrun, tmp_path / "s")
+    words[words.index("--encoder") + 1] = str(tmp_path / "slow")
+    with pytest.raises(ValueError, match=r"600 samples are under one frame \(640\)"):
+        call(words, monkeypatch)
     with pytest.raises(ValueError, match="300 samples are under one frame"):
         desta.load(trained["concat"])[2](np.zeros(300, np.float32))
     (tmp_path / "clips.jsonl").write_text("\n")

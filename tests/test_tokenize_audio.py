@@ -152,6 +152,10 @@ def test_a_clip_shorter_than_a_frame_and_a_bad_layer_are_refused(speedrun, tmp_p
             monkeypatch,
         )
     assert not (tmp_path / "u").exists()
+    fit = ["tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl")]
+    with pytest.raises(ValueError, match="--layer 9: MFCCs have no layers"):
+        words = ["--features", "mfcc", "--layer", "9", "--out", str(tmp_path / "c")]
+        call([*fit, *words], monkeypatch)
     with pytest.raises(ValueError, match="layers 0 to 5"):
         call(
             [
