@@ -201,7 +201,7 @@ class QFormer(nn.Module):
     def __init__(self, shape):
         super().__init__()
         taps, width, queries = shape["taps"], shape["width"], shape["queries"]
-        self.queries = nn.Parameter(torch.randn(taps, queries, width))
+        self.queries = nn.Parameter(nn.init.normal_(torch.empty(taps, queries, width)))
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
                 width, shape["heads"], 4 * width, DROPOUT, "gelu", batch_first=True

@@ -259,7 +259,7 @@ class Hubert(nn.Module):
         self.feature_extractor = FeatureExtractor(config)
         self.feature_projection = FeatureProjection(config)
         self.encoder = Encoder(config)
-        self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
+        self.masked_spec_embed = nn.Parameter(nn.init.uniform_(torch.empty(config.hidden_size)))
 
     def hop(self):
         """Samples per frame: 320, or 640 for a model of 25 Hz."""

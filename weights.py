@@ -159,10 +159,10 @@ class Tensors:
 
 
 class Unfilled(TorchFunctionMode):
-    """Modules that are made inside get no first values: `load_into` fills them.
+    """Modules that are made inside get no values of torch.nn.init: `load_into` fills them.
 
-    Torch draws even the values that the meta device then drops, and imports its compiler for
-    that, which takes as long as all the rest of a start.
+    Torch would draw values for the meta device, too, which keeps none. For that it imports its
+    compiler, which is half of a start.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

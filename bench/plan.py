@@ -17,6 +17,7 @@ import torch
 from bench import ROOT
 
 sys.path.insert(0, str(ROOT))
+import weights
 from fused import CHUNK
 from model import LM, Config, add_lora
 
@@ -49,7 +50,7 @@ def rate(kind, name, field):
 
 
 def rows():
-    with torch.device("meta"):
+    with torch.device("meta"), weights.Unfilled():
         model = LM(Config(**SHAPE))
         plain = sum(p.numel() for p in model.parameters())
         add_lora(model, RANK, RANK)

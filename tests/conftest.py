@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def pytest_cmdline_main(config):
     if getattr(config.option, "numprocesses", 0) is None and not alone:
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
-        config.option.loadscopereorder = False  # files of few tests are the longest; not last
+        # Xdist would begin with files of many tests. Ours of few tests take longest.
+        config.option.loadscopereorder = False
 
 
 def shared(name):
@@ -114,16 +116,25 @@ def first_on_path(folder):
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
-    """A folder with a `python` that starts at once, see forked.py."""
+    """A folder with a `python` that starts at once, see forked.py; on a Mac, whose libraries
+    may not be forked, with the one that runs the tests.
+    """
     folder = tmp_path_factory.mktemp("quick")
-    script, at = ROOT / "tests/forked.py", folder / "socket"
-    server = subprocess.Popen([sys.executable, script, at], stdout=subprocess.PIPE, text=True)
-    assert server.stdout.readline() == "ready\n"
-    (folder / "python").write_text(f'#!/bin/bash\nexec {sys.executable} -IS {script} {at} "$@"\n')
-    (folder / "python").chmod(0o755)
-    yield folder
-    server.kill()
-    server.wait()
+    if sys.platform == "darwin":
+        (folder / "python").symlink_to(sys.executable)
+        yield folder
+        return
+
+    # A socket's path has some hundred letters at most.
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        words = [sys.executable, str(ROOT / "tests/forked.py"), f"{short}/socket"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(words, text=True, **pipes) as server:
+            assert server.stdout.readline() == "ready\n"
+            ask = shlex.join([words[0], "-IS", *words[1:]])
+            (folder / "python").write_text(f'#!/bin/bash\nexec {ask} "$@"\n')
+            (folder / "python").chmod(0o755)
+            yield folder
 
 
 @pytest.fixture(scope="session")

@@ -2,27 +2,28 @@
 
 in   a socket, and what python is given: a script, `-` or `-c CODE`, and words
 out  what python would print, and its exit status
-run  python tests/forked.py SOCKET             # the server; it says so when it is ready
+run  python tests/forked.py SOCKET             # the server, until its stdin ends
      python tests/forked.py SOCKET merge.py -h # the same as `python merge.py -h`
 
 A script starts a dozen commands, and each takes two to five seconds to import torch. Here one
-server imports it, and every command is a fork of the server: a process of its own, with its own
-files, memory and end. What Python reads when it starts (PYTHONHASHSEED) is the server's, and what
-it does last (atexit) is left out: to take torch down again lasts half a second.
+server imports it, and every command is a fork of the server: a process with its own files, memory
+and end. What Python reads when it starts (PYTHONHASHSEED) is the server's. What it does last
+(atexit) is left out: to take torch down again lasts half a second.
 """
 
 import contextlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
 
 
 def serve(at):
-    """Fork for every command. Only a fork that has one to run returns, with (words, folder,
-    environment) and its own stdin, stdout and stderr.
+    """Fork for every command, until stdin ends. Only a fork that has one to run returns, with
+    (words, folder, environment) and its own stdin, stdout and stderr.
     """
     # What takes so long.
     import torch  # noqa: F401
@@ -36,6 +37,8 @@ def serve(at):
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no one waits for these forks
     while True:
+        if sys.stdin in select.select([door, sys.stdin], [], [])[0]:
+            sys.exit()  # who started it is gone
         asked, _ = door.accept()
         if os.fork() == 0:
             break
@@ -43,12 +46,19 @@ def serve(at):
     door.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    # The first fork waits for a second one, which runs the command, and sends its status.
+    # The first fork waits for a second one, which runs the command, and sends its status. Where
+    # no one waits any more, the command is killed.
     size, files, _, _ = socket.recv_fds(asked, 4, 3)
     given = json.loads(asked.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     command = os.fork()
     if command:
-        status = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
+        ended, status = 0, 0
+        while not ended:
+            if select.select([asked], [], [], 0.02)[0]:
+                os.kill(command, signal.SIGKILL)
+                os._exit(1)
+            ended, status = os.waitpid(command, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(status)
         asked.sendall(bytes([status if status >= 0 else 128 - status]))
         os._exit(0)
     asked.close()

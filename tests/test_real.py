@@ -2,8 +2,8 @@
 $REAL_WEIGHTS, or at ../weights.
 
 Wanted there: SmolLM2-135M-Instruct, whisper-tiny.en, whisper-base, Hugging Face folders. No
-base of it is at hand, so the merge takes surrogates: the instruct model as base, itself after a
-hundred steps on the toy's chats as instruct, and after a hundred on units as speech.
+base of it is at hand, so the merge takes surrogates: the instruct model as base, itself after
+forty steps on the toy's chats as instruct, and after forty on units as speech.
 """
 
 import json
@@ -140,7 +140,8 @@ def sum_of_surrogates(folder, speedrun, tmp_path_factory):
     """{name: folder} of instruct, speech and their sum, each of the real size."""
     out, patch = tmp_path_factory.mktemp("real"), pytest.MonkeyPatch()
     text = speedrun / "toy/base.jsonl"
-    cut = "--lora 8 --batch 1 --length 64 --steps 100 --device cpu".split()
+    patch.setattr("pretrain.LOG_EVERY", 5)
+    cut = "--lora 8 --batch 1 --length 64 --steps 40 --device cpu".split()
     call(
         [
             "pretrain.py", "--init", str(folder), "--chat", str(speedrun / "toy/chat.jsonl"),
@@ -183,7 +184,7 @@ def test_both_deltas_were_learnt_at_the_real_size(folder, sum_of_surrogates):
             json.loads(line)["loss"]
             for line in (sum_of_surrogates / name / "log.jsonl").read_text().splitlines()
         ]
-        assert losses[-1] < losses[0]
+        assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
 def test_at_lam_0_the_sum_is_instruct_and_without_a_second_delta_it_is_speech_to_the_bit(
