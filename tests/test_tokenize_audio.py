@@ -419,7 +419,7 @@ def test_a_long_file_of_any_length_is_encoded_in_the_memory_of_its_windows(
         )
         assert done.returncode == 0, done.stderr
         peaks[name] = int(done.stdout.rpartition("PEAK")[2])
-    # By windows of a minute it is 380 here; read at once, 1,840.
+    # By windows of a minute it is 360 here; read at once, 1,200.
     assert peaks["long.flac"] - peaks["short.wav"] < 700, f"MB: {peaks}"
     assert audio.Units(tmp_path / "long")[0][1].sum() == 6 * 60 * 50
 
