@@ -152,6 +152,12 @@ def speedrun(tmp_path_factory):
     return out
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Training draws no picture of its loss: half of a run of a step or two. (`speedrun` does.)"""
+    monkeypatch.setattr("pretrain.Log.draw", lambda log: None)
+
+
 @pytest.fixture
 def stream(speedrun):
     """Documents of the shrunken speedrun, by mix and seed."""
