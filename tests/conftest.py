@@ -120,8 +120,13 @@ def quick(tmp_path_factory):
     may not be forked, with the one that runs the tests.
     """
     folder = tmp_path_factory.mktemp("quick")
+
+    def begin_with(*words):
+        (folder / "python").write_text(f'#!/bin/bash\nexec {shlex.join(words)} "$@"\n')
+        (folder / "python").chmod(0o755)
+
     if sys.platform == "darwin":
-        (folder / "python").symlink_to(sys.executable)
+        begin_with(sys.executable)
         yield folder
         return
 
@@ -131,9 +136,7 @@ def quick(tmp_path_factory):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen(words, text=True, **pipes) as server:
             assert server.stdout.readline() == "ready\n"
-            ask = shlex.join([words[0], "-IS", *words[1:]])
-            (folder / "python").write_text(f'#!/bin/bash\nexec {ask} "$@"\n')
-            (folder / "python").chmod(0o755)
+            begin_with(words[0], "-IS", *words[1:])
             yield folder
 
 
