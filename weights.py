@@ -162,7 +162,7 @@ class Unfilled(TorchFunctionMode):
     """Modules that are made inside get no values of torch.nn.init: `load_into` fills them.
 
     Torch would draw values for the meta device, too, which keeps none. For that it imports its
-    compiler, which is half of a start.
+    compiler, which is nearly half of a start.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

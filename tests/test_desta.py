@@ -534,7 +534,7 @@ def test_a_transcriber_that_lacks_files_is_told_before_training(
 
 
 def test_a_chat_does_not_wait_for_torchs_compiler(speedrun, trained, quick, tmp_path):
-    """Torch imports it to draw first values on the meta device: half of a start."""
+    """Torch imports it to draw first values on the meta device: nearly half of a start."""
     folder_of(tmp_path / "whisper", many=False)
     code = (
         "import sys; sys.path.append(sys.argv[1]); import listen, whisper\n"
