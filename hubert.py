@@ -71,7 +71,15 @@ class Config:
                 raise ValueError(
                     f"{path}: {name} {raw[name]!r} is not supported; wanted 'gelu'"
                 )
-        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
+        given = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        for name, own in vars(cls()).items():
+            value = given.get(name, own)
+            listed = isinstance(value, (list, tuple))
+            numbers = value if listed else [value]
+            whole = all(type(number) is int and number > 0 for number in numbers)
+            if type(own) in (int, tuple) and not (whole and listed == isinstance(own, tuple)):
+                raise ValueError(f"{path}: got {name} = {value!r}, wanted whole numbers above 0")
+        return cls(**given)
 
     def write(self, folder):
         raw = {name: value for name, value in vars(self).items() if name != "do_normalize"}

@@ -3,11 +3,9 @@ and a small random Whisper.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import runs
 import torch
@@ -152,6 +154,14 @@ def test_a_folder_without_the_mask_vector_hears_as_one_with_it(tmp_path):
     assert not loaded.masked_spec_embed.any()
     with torch.no_grad():
         assert torch.equal(loaded(samples, 2), model.eval()(samples, 2))
+
+
+@pytest.mark.parametrize("wrong", [{"conv_stride": [5, 0]}, {"hidden_size": "48"}, {"conv_dim": 3}])
+def test_a_config_with_a_size_that_is_none_is_refused(wrong, tmp_path):
+    raw = {"model_type": "hubert"} | wrong
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="wanted whole numbers above 0"):
+        Config.read(tmp_path)
 
 
 def test_the_loss_is_on_hidden_and_on_seen_frames_alike_and_not_on_what_filled_a_clip_up():

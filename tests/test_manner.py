@@ -1,7 +1,6 @@
 import argparse
 import json
 import math
-import os
 import random
 import re
 import shutil

@@ -706,7 +706,8 @@ def test_what_saves_memory_or_time_changes_nothing_else(flag, speedrun, tmp_path
     """Blocks are traced, forward and backward, as torch.compile does; no C++ compiler then
     spends a minute on them. The teacher's are counted, as they would take as long again.
     """
-    compiled, blocks = torch.nn.Module.compile, []
+    blocks = []
+    compiled = torch.nn.Module.compile
     layers = LM.load(speedrun / "base").config.num_hidden_layers
 
     def traced(block):
