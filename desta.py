@@ -459,6 +459,14 @@ class States:
             raise ValueError(f"{file}: cut, or of another encoding; encode again")
         self.data = np.memmap(file, dtype=np.float16, mode="r")
 
+    def must_have(self, rows):
+        """Refuse rows of a manifest that were not encoded."""
+        for row in rows:
+            if row["audio"] not in self.number:
+                raise ValueError(
+                    f"{row['audio']}: has no encoder states; encode the manifest it is in"
+                )
+
     def __getitem__(self, path):
         n = self.number[path]
         a, b = self.at[n] * self.per_frame, self.at[n + 1] * self.per_frame
@@ -562,9 +570,7 @@ def train(args, out):
     """An adapter, into the folder `out`."""
     torch.manual_seed(args.seed)
     rows, states = read_targets(args.targets), States(args.states)
-    for path in (row["audio"] for row in rows):
-        if path not in states.number:
-            raise ValueError(f"{path}: has no encoder states; encode the manifest it is in")
+    states.must_have(rows)
     made = provenance(args, states.meta)
     model, table, listener = frozen(args.model, args.device, torch.float32)
     adapter = Adapter(shape_of(args, states.meta, table)).to(args.device)

@@ -706,6 +706,7 @@ SAME = [
     {"loud", "loudly"},
     {"quiet", "quietly"},
 ]
+RIDGE = 1.0  # of the probe: weight decay, in units of a clip's likeness to itself
 FILLERS = {"a", "an", "the", "at", "in", "with"}  # "in a normal rate" is "at a normal rate"
 
 
@@ -758,14 +759,12 @@ def manner(args):
     }
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     for name, row in rows.items():
-        cells = [f"{attribute} {cell['value']:.2f}" for attribute, cell in row.items()]
-        print(f"{name:8} {'  '.join(cells)}")
+        print_row(name, row)
 
 
 def named(replied, clips):
     """{attribute: share of replies that name its value}, with intervals by speakers."""
-    speakers = [clip.get("speaker") for clip in clips]
-    speakers = [f"clip {n}" if who in (None, "") else str(who) for n, who in enumerate(speakers)]
+    speakers = speakers_of(clips)
     row = {}
     for attribute in clips[0]["style"]:
         values = {clip["style"][attribute] for clip in clips}
@@ -793,6 +792,64 @@ def names(words, value):
 def within(value, found):
     """Is a value a part of another that was found, as "Irish" is of "Northern Irish"?"""
     return any(words_of(value) < words_of(other) for other in found)
+
+
+def probe(args):
+    """What an encoder alone knows of how clips were said, after so many voices.
+
+    A linear map from the mean of its states, of all the blocks that an adapter hears, to the
+    values of each attribute. It is fitted to the clips that the adapter learns from, by ridge
+    regression, and asked about voices that it never met.
+    """
+    runs.may_write(args.out, args.overwrite)
+    learnt = list({row["audio"]: row for row in desta.described_clips(args.learnt)}.values())
+    clips = desta.described_clips(args.clips)
+    states = desta.States(args.states)
+    states.must_have(learnt + clips)
+    both = {row["audio"] for row in learnt} & {clip["audio"] for clip in clips}
+    if both:
+        raise ValueError(f"{min(both)}: is in {args.learnt} too; wanted clips that are not")
+    if {*learnt[0]["style"]} != {*clips[0]["style"]}:
+        raise ValueError(
+            f"{args.clips}: its style has {', '.join(clips[0]['style'])}; wanted "
+            f"{', '.join(learnt[0]['style'])}, as in {args.learnt}"
+        )
+
+    def means(rows):
+        """(clips, taps * C): each block as loud as the others, its mean over time."""
+        of_clips = [states[row["audio"]] for row in rows]           # (taps, frames, C) each
+        return torch.stack([F.layer_norm(x, x.shape[-1:]).mean(1).flatten() for x in of_clips])
+
+    x, asked = means(learnt), means(clips)
+    middle, spread = x.mean(0), x.std(0) + 1e-6
+    x, asked = (x - middle) / spread, (asked - middle) / spread
+
+    # More numbers than clips: the weights are a sum of the clips, so solve for their shares.
+    alike = x @ x.T / x.shape[1] + RIDGE * torch.eye(len(x))         # (learnt, learnt)
+    row = {}
+    for attribute in learnt[0]["style"]:
+        values = sorted({clip["style"][attribute] for clip in learnt})
+        y = [[float(clip["style"][attribute] == value) for value in values] for clip in learnt]
+        y = torch.tensor(y)                                         # (learnt, values)
+        shares = torch.linalg.solve(alike, y - y.mean(0))
+        scores = y.mean(0) + asked @ x.T / x.shape[1] @ shares      # (clips, values)
+        said = [values[n] for n in scores.argmax(1)]
+        right = [value == clip["style"][attribute] for value, clip in zip(said, clips)]
+        row[attribute] = share_of(right, speakers_of(clips))
+    made = {"probe": row, "made": runs.recipe([args.learnt, args.clips, args.states])}
+    runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
+    print_row("probe", row)
+
+
+def speakers_of(clips):
+    """Who says each clip; a clip that does not tell is a speaker of its own."""
+    who = [clip.get("speaker") for clip in clips]
+    return [f"clip {n}" if name in (None, "") else str(name) for n, name in enumerate(who)]
+
+
+def print_row(name, row):
+    cells = [f"{attribute} {cell['value']:.2f}" for attribute, cell in row.items()]
+    print(f"{name:8} {'  '.join(cells)}")
 
 
 # --- units --------------------------------------------------------------------
@@ -878,6 +935,10 @@ def arguments():
     how.add_argument(
         "--template", default=desta.TEMPLATE, help="of a description (default: %(default)s)"
     )
+    knows = commands.add_parser("probe", help="what an encoder knows of how clips were said")
+    knows.add_argument("states", help="a folder of desta.py encode")
+    knows.add_argument("--learnt", required=True, help="targets, or a manifest, to learn from")
+    knows.add_argument("--clips", required=True, help='a manifest with "style", new voices')
     units = commands.add_parser(
         "units",
         help="used units, perplexity, rate, and how alike a word is across voices",
@@ -892,7 +953,7 @@ def arguments():
             help="questions.jsonl of toy.py world, or of that form",
         )
         add_ears(command)
-    for command in (one, two, three, how):
+    for command in (one, two, three, how, knows):
         command.add_argument(
             "--out",
             required=True,
@@ -909,6 +970,7 @@ def main():
     if hasattr(args, "out") and Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
     actions = {"table": table, "report": report, "compare": compare, "manner": manner}
+    actions["probe"] = probe
     actions["show"] = lambda args: print(shown(read_table(args.table)))
     actions["lam"] = lambda args: print(swept(read_table(args.table)["lam_sweep"]))
     actions["units"] = lambda args: print(json.dumps(units_report(args.folder), indent=1))

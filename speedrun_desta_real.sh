@@ -131,6 +131,10 @@ step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --querie
 step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$template" \
   --prompt "$prompt" --out "$of/manner.json"
 
+# What the encoder alone knows after the same voices: a linear probe of its states.
+step evaluate.py probe "$states" --learnt "$of/train.jsonl" --clips "$of/test.jsonl" \
+  --out "$of/probe.json"
+
 # Spoken questions, beside the same ones typed.
 if [ -n "${QUESTIONS:-}" ]; then
   step benchmark.py rows "$llm" "$of/typed.jsonl" --out "$of/typed.json"
@@ -150,6 +154,7 @@ made = {"seed": int(seed), "model": llm, "encoder": whisper}
 made["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
 made["targets"] = len((of / "train.jsonl").read_text().splitlines())
 made |= {name: read("manner.json")[name] for name in ("rows", "answers")}
+made["probe"] = read("probe.json")["probe"]
 for name, file in (("typed", "typed.json"), ("spoken", "heard.json")):
     if (of / file).exists():
         asked = map(json.loads, (of / "typed.jsonl").read_text().splitlines())

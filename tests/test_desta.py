@@ -440,6 +440,69 @@ def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcrip
     assert made["answers"][1]["style"] == STYLES[1]
 
 
+@pytest.fixture
+def stated(tmp_path):
+    """States of 60 clips, of which one direction is how loud they are; a coin is in none.
+
+    The last 20 are asked about.
+    """
+    random = np.random.default_rng(0)
+    x = random.normal(size=(60, 3, 2, 8)).astype(np.float16)  # clips, frames, taps, width
+    loud = random.integers(2, size=60)
+    coin = random.integers(2, size=60)
+    x[..., 0] += 6 * (loud[:, None, None] - 0.5)
+    rows = [
+        {
+            "audio": str(tmp_path / f"{n}.wav"), "text": "hello", "seconds": 1.0,
+            "speaker": f"voice {n % 20}",
+            "style": {"loudness": ["quiet", "loud"][loud[n]], "coin": ["head", "tail"][coin[n]]},
+        }
+        for n in range(60)
+    ]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "learnt.jsonl").write_text("".join(lines[:40] + lines[:3]))
+    (tmp_path / "clips.jsonl").write_text("".join(lines[40:]))
+    folder = tmp_path / "states"
+    folder.mkdir()
+    (folder / "manifest.jsonl").write_text("".join(lines))
+    (folder / "states.bin").write_bytes(x.transpose(0, 2, 1, 3).tobytes())
+    np.save(folder / "index.npy", np.arange(61) * 3)
+    meta = {"encoder": "none", "taps": [0, 1], "width": 8, "heads": 1, "sha256": ""}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return tmp_path
+
+
+def probe(folder):
+    return [
+        "evaluate.py", "probe", str(folder / "states"), "--learnt", str(folder / "learnt.jsonl"),
+        "--clips", str(folder / "clips.jsonl"), "--out", str(folder / "probe.json"),
+    ]
+
+
+def test_a_probe_finds_what_states_hold_and_no_more(stated, monkeypatch, capsys):
+    call(probe(stated), monkeypatch)
+    made = json.loads((stated / "probe.json").read_text())["probe"]
+    assert made["loudness"]["value"] == 1.0 and made["loudness"]["n"] == 20
+    assert 0.2 < made["coin"]["value"] < 0.8
+    assert "loudness 1.00  coin 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (lambda row: row | {"audio": "61.wav"}, "61.wav: has no encoder states"),
+        (lambda row: row | {"audio": "3.wav"}, "3.wav: is in .*learnt.jsonl too"),
+        (lambda row: row | {"style": {"coin": "head"}}, "has coin; wanted loudness, coin"),
+    ],
+)
+def test_a_probe_of_other_clips_is_refused(harm, said, stated, monkeypatch):
+    row = json.loads((stated / "clips.jsonl").read_text().splitlines()[0])
+    (stated / "clips.jsonl").write_text(json.dumps(harm(row)) + "\n")
+    with pytest.raises(ValueError, match=said):
+        call(probe(stated), monkeypatch)
+    assert not (stated / "probe.json").exists()
+
+
 def test_what_cannot_go_well_is_refused_before_the_work(
     clips, speedrun, trained, tmp_path, monkeypatch
 ):
@@ -633,6 +696,7 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     targets = [json.loads(line) for line in (of / "train.jsonl").read_text().splitlines()]
     assert {row["speaker"] for row in targets} <= {"a", "c"}
     assert set(made["rows"]) == {"heard", "read", "cascade"}
+    assert set(made["probe"]) == set(style)
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
 
     again = run()
