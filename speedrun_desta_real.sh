@@ -27,7 +27,9 @@ of=$out/$(basename "$llm")-$(basename "$whisper")-seed$seed     # what depends o
 # says a tenth of rates and loudness, and runs on.
 template='A {gender} with a {accent} accent, speaking {rate} and {loudness}, says: "{text}"'
 prompt="Describe the speaker in one sentence."
-# A second prompt, about the words: without it the adapter forgets that there are others.
+# A second prompt, about the words: without it the adapter forgets that there are others. Its
+# answers are written on reading the words alone. Told who speaks, and how, the model answers two
+# thirds as many questions.
 answer="Answer it."
 
 for file in "$clips" ${QUESTIONS:+"$QUESTIONS"}; do
@@ -110,19 +112,24 @@ echo "${STEPS:-600}" > "$of/STEPS"
 
 # What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
 targets=$out/targets-$(basename "$llm").jsonl
+answers=$out/answers-$(basename "$llm").jsonl
 states=$out/states-$(basename "$whisper")
 step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" \
-  --prompt "$prompt" --prompt "$answer" --out "$targets"
+  --prompt "$prompt" --out "$targets"
+step desta.py write "$out/clips.jsonl" --model "$llm" --template "{text}" \
+  --prompt "$answer" --out "$answers"
 step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$states"
 
 # The adapter. Targets of the test's voices are left out.
-python - "$targets" "$of/test.jsonl" > "$of/train.jsonl" <<'END'
+python - "$of/test.jsonl" "$targets" "$answers" > "$of/train.jsonl" <<'END'
 import json, sys
 
-unheard = {json.loads(line)["speaker"] for line in open(sys.argv[2])}
-for line in open(sys.argv[1]):
-    if json.loads(line)["speaker"] not in unheard:
-        print(line, end="")
+test, *targets = sys.argv[1:]
+unheard = {json.loads(line)["speaker"] for line in open(test)}
+for path in targets:
+    for line in open(path):
+        if json.loads(line)["speaker"] not in unheard:
+            print(line, end="")
 END
 step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --queries 16 \
   --steps ${STEPS:-600} --seed "$seed" --out "$of/desta"

@@ -676,9 +676,10 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     words = [ROOT / "speedrun_desta_real.sh", tmp_path, tmp_path / "clips.jsonl", tmp_path / "o"]
     # So small a model does not end its replies: its targets are there already.
     (tmp_path / "o").mkdir()
-    (tmp_path / "o/targets-llm.jsonl").write_text(
-        "".join(json.dumps(row | {"prompt": "who", "target": "a man"}) + "\n" for row in rows)
-    )
+    for name, prompt, target in (("targets", "who", "a man"), ("answers", "what", "paris")):
+        (tmp_path / f"o/{name}-llm.jsonl").write_text(
+            "".join(json.dumps(row | {"prompt": prompt, "target": target}) + "\n" for row in rows)
+        )
     names = {"LLM": "llm", "WHISPER": "whisper", "STEPS": "2"}
     names["QUESTIONS"] = str(tmp_path / "questions.jsonl")
 
@@ -695,6 +696,7 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert {answer["style"]["rate"] for answer in made["answers"]} == {"slowly"}
     targets = [json.loads(line) for line in (of / "train.jsonl").read_text().splitlines()]
     assert {row["speaker"] for row in targets} <= {"a", "c"}
+    assert {row["target"] for row in targets} == {"a man", "paris"}
     assert set(made["rows"]) == {"heard", "read", "cascade"}
     assert set(made["probe"]) == set(style)
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
