@@ -580,7 +580,8 @@ def test_the_teachers_page_shows_the_experiments_of_the_results():
         in page
     )
     assert evaluate.grid(start["rows"]) in page
-    assert evaluate.grid(json.loads((ROOT / "results/ablations.json").read_text())["rows"]) in page
+    for run in json.loads((ROOT / "results/ablations.json").read_text()):
+        assert evaluate.grid(run["rows"]) in page
 
 
 def test_the_sentences_about_experiments_say_what_the_results_hold():
@@ -599,17 +600,23 @@ def test_the_sentences_about_experiments_say_what_the_results_hold():
         "and filter, answers {}."
     ).format(*values) in readme
 
-    ahead = json.loads((ROOT / "results/ablations.json").read_text())["ahead"]
-    more = {name.split("/")[1] for name, cell in ahead.items() if cell["low"] > 0}
-    names = "no_teacher", "no_filter", "rows_at_once", "chat_all_blocks", "chat_all_rows"
-    assert more == set(names)
+    one, two = json.loads((ROOT / "results/ablations.json").read_text())
+    ahead = one["ahead"] | two["ahead"]
+    left_out = {name.split("/")[1] for name in ahead if "plain" not in name}
+    more = {name for name in left_out if ahead[f"ablate/{name}/merged"]["low"] > 0}
+    names = "no_teacher", "no_filter", "rows_at_once", "chat_all_blocks", "chat_all_rows", "no_gaps"
+    assert more == set(names) and left_out == more | {"all_rows"}
     values = [f"{ahead[f'ablate/{name}/merged']['value']:.2f}" for name in (*names, "all_rows")]
     assert (
-        "five differ by more than chance (`results/ablations.json` has the intervals): a teacher "
-        "({}), a filter ({}), rows that learn first ({}), chats in the upper half ({}), and chats "
-        "that move no word's row ({}). Whether speech training may move the rows of words "
-        "(`all_rows`: {})"
+        "six differ by more than chance (`results/ablations.json` has the intervals): a teacher "
+        "({}), a filter ({}), rows that learn first ({}), chats in the upper half ({}), chats "
+        "that move no word's row ({}), and gaps ({}). Whether speech training may move the rows of "
+        "words (`all_rows`: {})"
     ).format(*values) in page
+    spoken = lambda name: two["rows"][name]["spoken_near"]["value"]
+    assert spoken("ablate/plain/merged") == spoken("ablate/plain_teacher/merged") == 0
+    whole = spoken("ablate/plain_teacher_upper/merged"), spoken("merged")
+    assert "no word's row, {:.2f}; the rest, {:.2f}.".format(*whole) in page
 
 
 def test_a_finding_claims_no_more_than_the_questions_compared_one_by_one_allow():
