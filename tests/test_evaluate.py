@@ -1151,7 +1151,11 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
 
     # All runs, on the teacher's page.
     page = " ".join((ROOT / "TEACHING.md").read_text().split())
-    both = lambda numbers: " and ".join(f"{number:.2f}" for number in numbers)
+
+    def listed(values):
+        *first, last = (f"{value:.2f}" for value in values)
+        return f"{', '.join(first)} and {last}"
+
     for run in runs:
         assert all(value["value"] < 0.1 for value in run["rows"]["cascade"].values())
         for row, cells in run["rows"].items():
@@ -1160,13 +1164,20 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         for asked in ("typed", "spoken"):
             assert run[asked]["score"]["value"] == round(share_right(run[asked]["said"]), 4)
     told = [
-        f"{trait} in {both(run['rows']['heard'][trait]['value'] for run in runs)} (reading "
-        f"{both(run['rows']['read'][trait]['value'] for run in runs)})"
+        f"{trait} in {listed(run['rows']['heard'][trait]['value'] for run in runs)} (reading "
+        f"{listed(run['rows']['read'][trait]['value'] for run in runs)})"
         for trait in ("gender", "rate", "loudness")
     ]
-    answered = both(run["spoken"]["score"]["value"] for run in runs)
+    answered = listed(run["spoken"]["score"]["value"] for run in runs)
     assert f"names {', '.join(told)}, and answers {answered} of spoken questions" in page
-    assert f"{desta['minutes']:.0f} minutes on two cores" in said
+    probed = listed(run["probe"]["gender"]["value"] for run in runs)
+    assert f"after the same voices, tells gender in {probed}:" in page
+    told = desta["probe"]["gender"]["value"]
+    assert f"Its encoder, probed, tells gender in {told:.2f}." in said
+    for run in runs:  # it answers: it does not say again what it heard
+        assert all(normal(row["heard"]) != normal(row["text"]) for row in run["answers"])
+        said_again = [normal(row["reply"]) == normal(row["text"]) for row in run["spoken"]["said"]]
+        assert not any(said_again)
     assert f"lam {summed['lam']:g} (`results/manner-real.json`;" in said
 
 
