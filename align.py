@@ -19,8 +19,8 @@ distillation    A frozen copy of the base, the teacher, reads the transcript. Wh
                 (`--imitate`).
 a filter        What text uses of a matrix is damped in every step, so that the speech delta
                 leaves text as it was (`--keep-text`).
-frozen rows     Hearing moves only the embedding rows of its new tokens, and behaviour only those
-                of special tokens. So a written word has the same row in all three models
+frozen rows     Of the embedding, hearing moves only the rows of its new tokens, and behaviour
+                only those of special tokens. So a written word has the same row in all three models
                 (`--embeddings`).
 """
 

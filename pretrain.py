@@ -8,9 +8,9 @@ run  python pretrain.py --init out/base --units out/units --text out/toy/base.js
 
 One loop makes all three models. What is given decides the stage, and the stage the
 settings: text alone trains a base, chats an instruct model, units or prosody a speech model. The
-loop is in `train`. Loss is on text tokens, and on units if --unit-loss says so. Text that a
-teacher reads beside speech bears none. What a small model needs beyond the loop is in
-align.py, and `--plain` turns that off.
+loop is in `train`. Loss is on text tokens, and on units if --unit-loss says so. Interleaved
+text that a teacher reads bears none. What a small model needs beyond the loop is in
+align.py; `--plain` turns that off, and --layers and --rows-first with it.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
 on a CPU the result is then bit-identical.
@@ -79,8 +79,8 @@ STAGES = {
         keep_text=0.01,
         rows_first=0.05,
     ),
-    # A speech model with the paper's documents and loss: transcripts beside the speech. Muon
-    # is ours, and so is the choice of parameters that move.
+    # A speech model with the paper's documents and loss: transcripts beside the speech. Ours
+    # are Muon, the choice of parameters that move, and a softmax of their own for units.
     "prosody": PLAIN
     | dict(
         mix="captioned=0.8,text=0.2",
