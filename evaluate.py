@@ -821,7 +821,7 @@ def probe(args):
         return torch.stack([F.layer_norm(x, x.shape[-1:]).mean(1).flatten() for x in of_clips])
 
     x, asked = means(learnt), means(clips)
-    middle, spread = x.mean(0), x.std(0) + 1e-6
+    middle, spread = x.mean(0), x.std(0, correction=0) + 1e-6
     x, asked = (x - middle) / spread, (asked - middle) / spread
 
     # More numbers than clips: the weights are a sum of the clips, so solve for their shares.

@@ -111,7 +111,7 @@ echo "${STEPS:-600}" > "$of/STEPS"
 [ -z "${QUESTIONS:-}" ] || echo "$of_questions" > "$of/QUESTIONS"
 
 # What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
-targets=$out/targets-$(basename "$llm").jsonl
+targets=$out/described-$(basename "$llm").jsonl
 answers=$out/answers-$(basename "$llm").jsonl
 states=$out/states-$(basename "$whisper")
 step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" \

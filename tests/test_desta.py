@@ -676,7 +676,7 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     words = [ROOT / "speedrun_desta_real.sh", tmp_path, tmp_path / "clips.jsonl", tmp_path / "o"]
     # So small a model does not end its replies: its targets are there already.
     (tmp_path / "o").mkdir()
-    for name, prompt, target in (("targets", "who", "a man"), ("answers", "what", "paris")):
+    for name, prompt, target in (("described", "who", "a man"), ("answers", "what", "paris")):
         (tmp_path / f"o/{name}-llm.jsonl").write_text(
             "".join(json.dumps(row | {"prompt": prompt, "target": target}) + "\n" for row in rows)
         )
