@@ -706,8 +706,8 @@ SAME = [
     {"loud", "loudly"},
     {"quiet", "quietly"},
 ]
-RIDGE = 1.0  # of the probe: weight decay, in units of a clip's likeness to itself
 FILLERS = {"a", "an", "the", "at", "in", "with"}  # "in a normal rate" is "at a normal rate"
+RIDGE = 1.0  # of the probe: weight decay, in units of a clip's likeness to itself
 
 
 def manner(args):
@@ -969,8 +969,8 @@ def main():
     args = arguments().parse_args()
     if hasattr(args, "out") and Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
-    actions = {"table": table, "report": report, "compare": compare, "manner": manner}
-    actions["probe"] = probe
+    actions = {"table": table, "report": report, "compare": compare}
+    actions |= {"manner": manner, "probe": probe}
     actions["show"] = lambda args: print(shown(read_table(args.table)))
     actions["lam"] = lambda args: print(swept(read_table(args.table)["lam_sweep"]))
     actions["units"] = lambda args: print(json.dumps(units_report(args.folder), indent=1))
