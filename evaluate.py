@@ -821,6 +821,8 @@ def probe(args):
         return torch.stack([F.layer_norm(x, x.shape[-1:]).mean(1).flatten() for x in of_clips])
 
     x, asked = means(learnt), means(clips)
+    if not torch.cat([x, asked]).isfinite().all():
+        raise ValueError(f"{args.states}: some states are not finite numbers; encode again")
     middle, spread = x.mean(0), x.std(0, correction=0) + 1e-6
     x, asked = (x - middle) / spread, (asked - middle) / spread
 

@@ -503,6 +503,14 @@ def test_a_probe_of_other_clips_is_refused(harm, said, stated, monkeypatch):
     assert not (stated / "probe.json").exists()
 
 
+def test_a_probe_of_states_that_are_no_numbers_is_refused(stated, monkeypatch):
+    states = np.memmap(stated / "states/states.bin", dtype=np.float16, mode="r+")
+    states[-1] = np.nan
+    states.flush()
+    with pytest.raises(ValueError, match="not finite numbers; encode again"):
+        call(probe(stated), monkeypatch)
+
+
 def test_what_cannot_go_well_is_refused_before_the_work(
     clips, speedrun, trained, tmp_path, monkeypatch
 ):
