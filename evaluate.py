@@ -734,7 +734,8 @@ def manner(args):
         for clip in bar
     ]
     if isinstance(vocab, desta.Listener):
-        written = [vocab.said.get(int(numbers[0]), "") for numbers in heard]
+        said = vocab.said
+        written = [said.get(int(n[0]), clip["text"]) for n, clip in zip(heard, clips)]
         written = [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written]
     else:
         written = [clip["text"] for clip in clips]

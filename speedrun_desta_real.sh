@@ -12,6 +12,10 @@
 # A third of the speakers is kept for the test, for each of the seeds 0, 1 and 2 a different one.
 # STEPS=600 of training, unless another number is given.
 # QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
+# AS names another way to train the adapter, which gets a folder of its own, beside DeSTA2's:
+#   AS=no_transcript   no words stand beside the vectors
+#   AS=task_sft        the targets are the right answers to the task; the model wrote none of them
+#   AS=mismatched      another model of WEIGHTS wrote the targets: WRITER=Qwen2.5-0.5B-Instruct
 set -euo pipefail
 cd "$(dirname "$0")"
 weights=${1:-weights}
@@ -20,7 +24,17 @@ out=${3:-out/desta_real}
 seed=${4:-0}
 llm=$weights/${LLM:-SmolLM2-135M-Instruct}
 whisper=$weights/${WHISPER:-whisper-tiny.en}
+as=${AS:-desta}
+writer=$llm
+flags=()
+case $as in
+  desta | task_sft) ;;
+  no_transcript) flags=(--no-transcript) ;;
+  mismatched) writer=$weights/${WRITER:-} ;;
+  *) echo "AS=$as: wanted no_transcript, task_sft or mismatched" >&2; exit 1 ;;
+esac
 of=$out/$(basename "$llm")-$(basename "$whisper")-seed$seed     # what depends on all of them
+[ "$as" = desta ] || of=$of-$as
 
 # Of three forms of a description and six prompts these make the smallest model say most of what it
 # reads (gender 0.9, rate and loudness 0.8, accent 0.6), in a sentence that ends. By DeSTA2's own it
@@ -35,7 +49,7 @@ answer="Answer it."
 for file in "$clips" ${QUESTIONS:+"$QUESTIONS"}; do
   [ -f "$file" ] || { echo "$file: no such file; wanted JSON lines" >&2; exit 1; }
 done
-for folder in "$llm" "$whisper"; do
+for folder in "$llm" "$whisper" "$writer"; do
   if [ ! -f "$folder/config.json" ]; then
     echo "$folder: no such model folder; this script's head says what to download" >&2
     exit 1
@@ -111,28 +125,32 @@ echo "${STEPS:-600}" > "$of/STEPS"
 [ -z "${QUESTIONS:-}" ] || echo "$of_questions" > "$of/QUESTIONS"
 
 # What the model says of descriptions, and what the encoder makes of the sound: once for all seeds.
-targets=$out/described-$(basename "$llm").jsonl
-answers=$out/answers-$(basename "$llm").jsonl
+targets=$out/described-$(basename "$writer").jsonl
+answers=$out/answers-$(basename "$writer").jsonl
 states=$out/states-$(basename "$whisper")
-step desta.py write "$out/clips.jsonl" --model "$llm" --template "$template" \
+step desta.py write "$out/clips.jsonl" --model "$writer" --template "$template" \
   --prompt "$prompt" --out "$targets"
-step desta.py write "$out/clips.jsonl" --model "$llm" --template "{text}" \
+step desta.py write "$out/clips.jsonl" --model "$writer" --template "{text}" \
   --prompt "$answer" --out "$answers"
 step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$states"
 
-# The adapter. Targets of the test's voices are left out.
-python - "$of/test.jsonl" "$targets" "$answers" > "$of/train.jsonl" <<'END'
+# The adapter. Targets of the test's voices are left out. A task is one prompt, with right answers.
+task=
+if [ "$as" = task_sft ]; then task="${template%%, says*}."; fi
+python - "$of/test.jsonl" "$task" "$targets" "$answers" > "$of/train.jsonl" <<'END'
 import json, sys
 
-test, *targets = sys.argv[1:]
+test, task, *targets = sys.argv[1:]
 unheard = {json.loads(line)["speaker"] for line in open(test)}
-for path in targets:
-    for line in open(path):
-        if json.loads(line)["speaker"] not in unheard:
-            print(line, end="")
+for path in targets[:1] if task else targets:
+    for row in map(json.loads, open(path)):
+        if task:
+            row["target"] = task.format(**row["style"])
+        if row["speaker"] not in unheard:
+            print(json.dumps(row))
 END
 step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --queries 16 \
-  --steps ${STEPS:-600} --seed "$seed" --out "$of/desta"
+  --steps ${STEPS:-600} --seed "$seed" ${flags[@]+"${flags[@]}"} --out "$of/desta"
 
 # What it says of unheard voices; what it says on reading about them, and of their transcripts.
 step evaluate.py manner "$of/desta" --clips "$of/test.jsonl" --template "$template" \
@@ -149,15 +167,16 @@ if [ -n "${QUESTIONS:-}" ]; then
 fi
 
 # All of it in one file, with every answer.
-python - "$of" "$seed" "$(basename "$llm")" "$(basename "$whisper")" <<'END'
+python - "$of" "$seed" "$(basename "$llm")" "$(basename "$whisper")" "$as" \
+  "$(basename "$writer")" <<'END'
 import json, platform, sys
 from pathlib import Path
 
 import torch
 
-of, (seed, llm, whisper) = Path(sys.argv[1]), sys.argv[2:]
+of, (seed, llm, whisper, way, writer) = Path(sys.argv[1]), sys.argv[2:]
 read = lambda name: json.loads((of / name).read_text())
-made = {"seed": int(seed), "model": llm, "encoder": whisper}
+made = {"seed": int(seed), "model": llm, "encoder": whisper, "as": way, "writer": writer}
 made["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
 made["targets"] = len((of / "train.jsonl").read_text().splitlines())
 made |= {name: read("manner.json")[name] for name in ("rows", "answers")}

@@ -418,10 +418,11 @@ def test_intervals_of_how_it_was_said_are_of_as_many_speakers_as_there_are():
 def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcript(
     clips, speedrun, trained, tmp_path, monkeypatch
 ):
-    seen = []
+    seen, texts = [], []
 
     def replies(model, vocab, prompts, **settings):
         seen.append([vocab.spelled(prompt) for prompt in prompts])
+        texts.append([vocab.decode(prompt) for prompt in prompts])
         return ["a man", "a woman"] * 3 if len(seen) < 3 else ["a man"] * 6
 
     monkeypatch.setattr(evaluate, "replies", replies)
@@ -435,6 +436,8 @@ def test_how_it_was_said_is_asked_of_the_sound_its_description_and_its_transcrip
     assert "<|heard_5|>" in heard[1]
     assert "heard" not in read[0] + cascade[0]
     assert len(read[0]) > len(cascade[0])
+    text = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["text"]
+    assert text in texts[2][0], "no words stand beside these vectors: the clip's own"
     assert made["answers"][1]["heard"] == "a woman"
     assert made["answers"][1]["cascade"] == "a man"
     assert made["answers"][1]["style"] == STYLES[1]
@@ -707,10 +710,33 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert {row["target"] for row in targets} == {"a man", "paris"}
     assert set(made["rows"]) == {"heard", "read", "cascade"}
     assert set(made["probe"]) == set(style)
+    assert (made["as"], made["writer"]) == ("desta", "llm")
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
 
     again = run()
     assert again.returncode == 0 and "== python" not in again.stdout
+
+    # Other ways to train stand beside it. A task has right answers, and one prompt.
+    names["AS"] = "task_sft"
+    assert run().returncode == 0
+    beside = tmp_path / "o/llm-whisper-seed1-task_sft"
+    targets = [json.loads(line) for line in (beside / "train.jsonl").read_text().splitlines()]
+    assert {(row["prompt"], row["target"]) for row in targets} == {
+        ("who", "A man with a British accent, speaking slow and loud."),
+    }
+    assert json.loads((beside / "desta.json").read_text())["as"] == "task_sft"
+    assert (of / "desta.json").read_text() == json.dumps(made, indent=1) + "\n"
+    names["AS"] = "no_transcript"
+    del names["QUESTIONS"]
+    assert run().returncode == 0
+    beside = tmp_path / "o/llm-whisper-seed1-no_transcript"
+    assert not json.loads((beside / "desta/desta.json").read_text())["has_words"]
+    names |= {"AS": "mismatched", "WRITER": "other"}
+    assert f"{tmp_path}/other: no such model folder" in run().stderr
+    names["AS"] = "x"
+    assert "AS=x: wanted no_transcript, task_sft or mismatched" in run().stderr
+    del names["AS"]
+
     (tmp_path / "clips.jsonl").write_text(json.dumps(rows[0]) + "\n")
     other = run()
     assert other.returncode == 1
