@@ -432,7 +432,7 @@ def arguments():
         type=float,
         default=1.0,
         help="how much of the speech delta (default 1; the paper's is 0.85, the toy's 1.15 for "
-        "units and 0.45 to 0.65 for prosody)",
+        "units and 0.45 to 0.6 for prosody)",
     )
     add_("--mu", type=float, default=1.0, help="how much of the instruct delta (default 1)")
     add_signs(parser)

@@ -6,11 +6,11 @@ see  SpeechCombine: speech pre-training starts from the *base*; Spirit LM (arXiv
      interleaved documents; Muon (arXiv:2502.16982); LoRA (arXiv:2106.09685)
 run  python pretrain.py --init out/base --units out/units --text out/toy/base.jsonl --out out/speech
 
-One loop makes all three models. What is given decides the stage, and the stage the
-settings: text alone trains a base, chats an instruct model, units or prosody a speech model. The
-loop is in `train`. Loss is on text tokens, and on units if --unit-loss says so. Interleaved
-text that a teacher reads bears none. What a small model needs beyond the loop is in
-align.py; `--plain` turns that off, and --layers and --rows-first with it.
+One loop makes all three models, and stands first. What is given decides the stage, and the
+stage the settings (`STAGES`): text alone trains a base, chats an instruct model, units or
+prosody a speech model. Loss is on text tokens, and on units if --unit-loss says so.
+Interleaved text that a teacher reads bears none. What a small model needs beyond the loop is
+in align.py; `--plain` turns that off, and --layers and --rows-first with it.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
 on a CPU the result is then bit-identical.
@@ -39,64 +39,96 @@ from muon import Muon
 from prosody import is_prosody
 from vocab import Vocab
 
-# What --plain sets.
-PLAIN = dict(
-    pace=1.0,  # positions are not stretched
-    imitate=0.0,  # no teacher
-    keep_text=0.0,  # no filter
-    rows_first=0.0,  # blocks learn from the first step on
-    layers="0:1",  # all of them
-    embeddings="all",  # and every row
-)
-# The settings of each stage, for the toy world. A real model wants a tenth of these rates
-# or less, unless its change is a --lora.
-STAGES = {
-    # A base: from nothing, on text, and used to gaps between positions.
-    "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, batch=16, length=128, pace=8.0),
-    # An instruct model: the upper half of the blocks learns to reply. No word's row
-    # moves, so that a spoken word still looks like the written one.
-    "chat": PLAIN
-    | dict(
-        mix="chat=1",
-        steps=600,
-        lr=1.5e-3,
-        batch=16,
-        length=128,
-        embeddings="special",
-        pace=8.0,
-        layers="0.5:1",
-    ),
-    # A speech model: transcripts, and speech and text by turns, beside the base as a teacher.
-    "units": PLAIN
-    | dict(
-        mix="interleave=0.35,transcribe=0.65",
-        steps=1000,
-        lr=1.5e-3,
-        batch=8,
-        length=256,
-        embeddings="new",
-        imitate=7.0,
-        keep_text=0.01,
-        rows_first=0.05,
-    ),
-    # A speech model with the paper's documents and loss: transcripts beside the speech. Ours
-    # are Muon, the choice of parameters that move, and a softmax of their own for units.
-    "prosody": PLAIN
-    | dict(
-        mix="captioned=0.8,text=0.2",
-        steps=1600,
-        lr=5e-4,
-        batch=16,
-        length=128,
-        embeddings="new",
-    ),
-}
-LAYOUTS = "text", "chat", "interleave", "transcribe", "captioned"
 NEW_FASTER = 10  # new rows start from noise: they learn this much faster than the blocks
 FILTER_BATCHES = 8  # batches of text that the filter of --keep-text is made from
 SAVE_EVERY, LOG_EVERY = 200, 50  # steps
 # Operations a second in bfloat16 (datasheets).
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+# --- the loop -----------------------------------------------------------------
+
+
+def train(args, out, rank, world):
+    """Train as `args` say, into the folder `out`; process `rank` of `world`."""
+    run = set_up(args, out, rank, world)
+    first = resume(run, world) + 1
+    batches = batches_ahead(run.streams.values(), args.batch, args.length, first, args.steps)
+    behind = {}  # part -> the state of its stream after its last batch
+    for step in runs.Bar(
+        range(first, args.steps + 1),
+        desc=f"training {args.out}",
+        unit="step",
+        initial=first - 1,
+        total=args.steps,
+        smoothing=0.05,
+        disable=rank > 0,
+    ):
+        # The learning rate. New rows go first, while the blocks stand still.
+        lr = learning_rate(step - 1, args.steps, args.lr)
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["faster"]
+        for p in run.body:
+            p.requires_grad_(step > args.rows_first * args.steps)
+
+        # Forward and backward, batch by batch: gradients add up.
+        run.model.zero_grad(set_to_none=True)
+        mean = torch.zeros((), device=args.device)
+        for part in run.streams:
+            batch, behind[part] = next(batches)
+            minimised, loss = forward(run, batch, step, part)
+            (minimised / args.accumulate).backward()
+            mean += minimised.detach() / args.accumulate
+
+        # One gradient of all processes, none for frozen rows, and a norm of at most 1.
+        if world > 1:
+            trained_now = [p for p in [*run.body, *run.tables] if p.grad is not None]
+            for x in [mean, *(p.grad for p in trained_now)]:
+                torch.distributed.all_reduce(x)
+        for p in run.tables:
+            p.grad[run.frozen] = 0
+        norm = torch.nn.utils.clip_grad_norm_([*run.body, *run.tables], 1.0).item()
+        if not (torch.isfinite(mean) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {step}: the loss is {mean.item()}, its gradient's norm {norm}; what was "
+                f"saved last is kept in {out}; to begin again with a lower --lr, remove it"
+            )
+
+        for optimizer in run.optimizers:
+            optimizer.step()
+        run.align.after_step()
+
+        if rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
+            run.log.write(step, mean.item(), loss, lr, norm)
+        if step % SAVE_EVERY == 0:
+            save_checkpoint(run, step, behind, rank, world)
+    if rank == 0:
+        save(run, out)
+
+
+def forward(run, batch, step, part):
+    """(what is minimised, its `Loss`) of batch number `part` of a step."""
+    args = run.args
+    batch |= run.align.positions(batch["start"], step, part)
+    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+    states = []
+    with runs.autocast(args.device, runs.DTYPES[args.dtype]):
+        masked = run.align.loss_mask(batch)
+        loss = next_token_loss(run.model, batch, run.units, args.unit_loss, masked, states)
+        minimised = loss.mean + run.align.loss(states, batch)
+    run.log.hear(batch["ids"])
+    return minimised, loss
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first twentieth, then a cosine down to a tenth of the peak."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (
+        0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    )
 
 
 # --- the loss -----------------------------------------------------------------
@@ -171,17 +203,84 @@ def validate(model, held_out, length, filler, units, device):
     return means
 
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first twentieth, then a cosine down to a tenth of the peak."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (
-        0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+# --- what a run is made of ----------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run of `train`: what is trained, on what, with what."""
+
+    args: argparse.Namespace
+    model: LM
+    vocab: Vocab
+    units: range  # rows of the embedding that are units
+    body: list  # parameters of the blocks, and the last norm
+    tables: list  # embedding and head
+    frozen: torch.Tensor                         # (V,) bool: rows of the tables that stay
+    align: Align  # what a small model needs beyond the loss
+    optimizers: list
+    streams: dict  # {number of a batch in a step: where its documents come from}
+    log: "Log"
+    checkpoint: runs.Checkpoint
+
+
+def set_up(args, out, rank, world):
+    """The `Run` that the arguments describe; process `rank` of `world`."""
+    torch.manual_seed(args.seed)
+    model, vocab, units = start_model(args)
+    first_new = units.start - 2 if args.units else 0  # two markers stand before the units
+    if args.lora:
+        add_lora(model, args.lora, args.lora_alpha or 2 * args.lora)
+    model.to(args.device)
+    model.model.recompute = args.recompute
+
+    # A step is `accumulate` batches. This process makes its share of them, each from a
+    # stream.
+    sources, mix = read_sources(args)
+    if vocab.speech:
+        weights.codebook_files(args.units or args.init)  # `save` wants them, after the last step
+    if rank == 0:
+        warn_of_cuts(sources, vocab, args)
+    counts = {"caption_loss": args.caption_loss, "echo_loss": args.echo_loss}
+    streams = {
+        part: Documents(vocab, sources, mix, args.seed, part, args.accumulate, **counts)
+        for part in range(rank, args.accumulate, world)
+    }
+
+    body, tables = unfreeze(model, args.layers, args.embeddings)
+    frozen = frozen_rows(args.embeddings, vocab, first_new, model.config.vocab_size)
+    interleaved = list(mix).index("interleave") if "interleave" in mix else -1
+    align = Align(args, model, interleaved, first_new)
+    if args.keep_text:
+        with forward_only(args):
+            align.keep_text(model, body, text_batches(vocab, sources, args), args.keep_text)
+    if args.compile:
+        for block in [
+            *model.model.layers,
+            *(align.teacher.model.layers if align.teacher else ()),
+        ]:
+            block.compile()
+
+    decay = 0.0 if args.init else 0.1  # a model that goes on gets no weight decay
+    faster = NEW_FASTER if args.embeddings == "new" else 1
+    dtype = runs.DTYPES[args.dtype]
+    optimizers = two_optimizers(body, tables, args.lr, decay, faster, dtype)
+    log = Log(args, out, model, vocab, units, mix, sources, streams[rank].held_out())
+    checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings_of(args))
+    return Run(
+        args,
+        model,
+        vocab,
+        units,
+        body,
+        tables,
+        frozen.to(args.device),
+        align,
+        optimizers,
+        streams,
+        log,
+        checkpoint,
     )
-
-
-# --- what a run starts from ---------------------------------------------------
 
 
 def start_model(args):
@@ -314,11 +413,30 @@ def tell_cut(path, what, lengths, lost, length):
         )
 
 
+def text_batches(vocab, sources, args):
+    """The batches of text that show the filter which inputs text uses."""
+    documents = Documents(vocab, sources, {"text": 1.0}, args.seed)
+    for _ in range(FILTER_BATCHES):
+        batch = documents.batch(args.batch, args.length)
+        yield {name: tensor.to(args.device) for name, tensor in batch.items()}
+
+
+def forward_only(args):
+    """For passes without a gradient: inside, a CPU multiplies in float32, a GPU in the run's dtype.
+
+    (In float32 a GPU has no fused attention over grouped heads.)
+    """
+    dtype = runs.DTYPES[args.dtype] if "cuda" in args.device else torch.float32
+    return runs.autocast(args.device, dtype)
+
+
 # --- what is trained ----------------------------------------------------------
 
 
-def trained(model, layers, embeddings):
-    """(parameters of the blocks and the last norm, embedding and head): all that may move.
+def unfreeze(model, layers, embeddings):
+    """Let move what is trained, and freeze the rest.
+
+    Returns the parameters of blocks and last norm that move, and those of embedding and head.
 
     layers      two shares of the depth: blocks that begin between them; (0, 0.5) is the lower half
     embeddings  as `frozen_rows` has it. With "new", norms and biases stay too: then every depth
@@ -371,173 +489,7 @@ def two_optimizers(body, tables, lr, decay, faster, dtype):
     return [Muon([{"params": matrices, "faster": 1}], lr, decay, dtype=dtype), adamw]
 
 
-# --- the loop -----------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """A run of `train`: what is trained, on what, with what."""
-
-    args: argparse.Namespace
-    model: LM
-    vocab: Vocab
-    units: range  # rows of the embedding that are units
-    body: list  # parameters of the blocks, and the last norm
-    tables: list  # embedding and head
-    frozen: torch.Tensor                         # (V,) bool: rows of the tables that stay
-    align: Align  # what a small model needs beyond the loss
-    optimizers: list
-    streams: dict  # {number of a batch in a step: where its documents come from}
-    log: "Log"
-    checkpoint: runs.Checkpoint
-
-
-def set_up(args, out, rank, world):
-    """The `Run` that the arguments describe; process `rank` of `world`."""
-    torch.manual_seed(args.seed)
-    model, vocab, units = start_model(args)
-    first_new = units.start - 2 if args.units else 0  # two markers stand before the units
-    if args.lora:
-        add_lora(model, args.lora, args.lora_alpha or 2 * args.lora)
-    model.to(args.device)
-    model.model.recompute = args.recompute
-
-    # A step is `accumulate` batches. This process makes its share of them, each from a
-    # stream.
-    sources, mix = read_sources(args)
-    if vocab.speech:
-        weights.codebook_files(args.units or args.init)  # `save` wants them, after the last step
-    if rank == 0:
-        warn_of_cuts(sources, vocab, args)
-    counts = {"caption_loss": args.caption_loss, "echo_loss": args.echo_loss}
-    streams = {
-        part: Documents(vocab, sources, mix, args.seed, part, args.accumulate, **counts)
-        for part in range(rank, args.accumulate, world)
-    }
-
-    body, tables = trained(model, args.layers, args.embeddings)
-    frozen = frozen_rows(args.embeddings, vocab, first_new, model.config.vocab_size)
-    interleaved = list(mix).index("interleave") if "interleave" in mix else -1
-    align = Align(args, model, interleaved, first_new)
-    if args.keep_text:
-        with forward_only(args):
-            align.keep_text(model, body, text_batches(vocab, sources, args), args.keep_text)
-    if args.compile:
-        for block in [
-            *model.model.layers,
-            *(align.teacher.model.layers if align.teacher else ()),
-        ]:
-            block.compile()
-
-    decay = 0.0 if args.init else 0.1  # a model that goes on gets no weight decay
-    faster = NEW_FASTER if args.embeddings == "new" else 1
-    dtype = runs.DTYPES[args.dtype]
-    optimizers = two_optimizers(body, tables, args.lr, decay, faster, dtype)
-    log = Log(args, out, model, vocab, units, mix, sources, streams[rank].held_out())
-    checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings_of(args))
-    return Run(
-        args,
-        model,
-        vocab,
-        units,
-        body,
-        tables,
-        frozen.to(args.device),
-        align,
-        optimizers,
-        streams,
-        log,
-        checkpoint,
-    )
-
-
-def train(args, out, rank, world):
-    """Train as `args` say, into the folder `out`; process `rank` of `world`."""
-    run = set_up(args, out, rank, world)
-    first = resume(run, world) + 1
-    batches = batches_ahead(run.streams.values(), args.batch, args.length, first, args.steps)
-    behind = {}  # part -> the state of its stream after its last batch
-    for step in runs.Bar(
-        range(first, args.steps + 1),
-        desc=f"training {args.out}",
-        unit="step",
-        initial=first - 1,
-        total=args.steps,
-        smoothing=0.05,
-        disable=rank > 0,
-    ):
-        # The learning rate. New rows go first, while the blocks stand still.
-        lr = learning_rate(step - 1, args.steps, args.lr)
-        for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["faster"]
-        for p in run.body:
-            p.requires_grad_(step > args.rows_first * args.steps)
-
-        # Forward and backward, batch by batch: gradients add up.
-        run.model.zero_grad(set_to_none=True)
-        mean = torch.zeros((), device=args.device)
-        for part in run.streams:
-            batch, behind[part] = next(batches)
-            minimised, loss = forward(run, batch, step, part)
-            (minimised / args.accumulate).backward()
-            mean += minimised.detach() / args.accumulate
-
-        # One gradient of all processes, none for frozen rows, and a norm of at most 1.
-        if world > 1:
-            trained_now = [p for p in [*run.body, *run.tables] if p.grad is not None]
-            for x in [mean, *(p.grad for p in trained_now)]:
-                torch.distributed.all_reduce(x)
-        for p in run.tables:
-            p.grad[run.frozen] = 0
-        norm = torch.nn.utils.clip_grad_norm_([*run.body, *run.tables], 1.0).item()
-        if not (torch.isfinite(mean) and math.isfinite(norm)):
-            raise ValueError(
-                f"step {step}: the loss is {mean.item()}, its gradient's norm {norm}; what was "
-                f"saved last is kept in {out}; to begin again with a lower --lr, remove it"
-            )
-
-        for optimizer in run.optimizers:
-            optimizer.step()
-        run.align.after_step()
-
-        if rank == 0 and (step % LOG_EVERY == 0 or step == args.steps):
-            run.log.write(step, mean.item(), loss, lr, norm)
-        if step % SAVE_EVERY == 0:
-            save_checkpoint(run, step, behind, rank, world)
-    if rank == 0:
-        save(run, out)
-
-
-def forward(run, batch, step, part):
-    """(what is minimised, its `Loss`) of batch number `part` of a step."""
-    args = run.args
-    batch |= run.align.positions(batch["start"], step, part)
-    batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-    states = []
-    with runs.autocast(args.device, runs.DTYPES[args.dtype]):
-        masked = run.align.loss_mask(batch)
-        loss = next_token_loss(run.model, batch, run.units, args.unit_loss, masked, states)
-        minimised = loss.mean + run.align.loss(states, batch)
-    run.log.hear(batch["ids"])
-    return minimised, loss
-
-
-def forward_only(args):
-    """For passes without a gradient: inside, a CPU multiplies in float32, a GPU in the run's dtype.
-
-    (In float32 a GPU has no fused attention over grouped heads.)
-    """
-    dtype = runs.DTYPES[args.dtype] if "cuda" in args.device else torch.float32
-    return runs.autocast(args.device, dtype)
-
-
-def text_batches(vocab, sources, args):
-    """The batches of text that show the filter which inputs text uses."""
-    documents = Documents(vocab, sources, {"text": 1.0}, args.seed)
-    for _ in range(FILTER_BATCHES):
-        batch = documents.batch(args.batch, args.length)
-        yield {name: tensor.to(args.device) for name, tensor in batch.items()}
+# --- what it leaves, and going on after a stop --------------------------------
 
 
 def save(run, out):
@@ -553,9 +505,6 @@ def save(run, out):
     made = {"seconds": round(run.log.seconds(), 1), "settings": run.checkpoint.settings}
     (out / "training.json").write_text(json.dumps(made, indent=1) + "\n")
     run.log.draw()
-
-
-# --- going on after a stop ----------------------------------------------------
 
 
 def settings_of(args):
@@ -739,6 +688,63 @@ def spelled(row, steps):
         f"held-out {name} {value:.3f}" for name, value in row.get("held_out", {}).items()
     ]
     return " | ".join(parts)
+
+
+# --- the settings of each stage -----------------------------------------------
+
+# What --plain sets.
+PLAIN = dict(
+    pace=1.0,  # positions are not stretched
+    imitate=0.0,  # no teacher
+    keep_text=0.0,  # no filter
+    rows_first=0.0,  # blocks learn from the first step on
+    layers="0:1",  # all of them
+    embeddings="all",  # and every row
+)
+# The settings of each stage, for the toy world. A real model wants a tenth of these rates
+# or less, unless its change is a --lora.
+STAGES = {
+    # A base: from nothing, on text, and used to gaps between positions.
+    "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, batch=16, length=128, pace=8.0),
+    # An instruct model: the upper half of the blocks learns to reply. No word's row
+    # moves, so that a spoken word still looks like the written one.
+    "chat": PLAIN
+    | dict(
+        mix="chat=1",
+        steps=600,
+        lr=1.5e-3,
+        batch=16,
+        length=128,
+        embeddings="special",
+        pace=8.0,
+        layers="0.5:1",
+    ),
+    # A speech model: transcripts, and speech and text by turns, beside the base as a teacher.
+    "units": PLAIN
+    | dict(
+        mix="interleave=0.35,transcribe=0.65",
+        steps=1000,
+        lr=1.5e-3,
+        batch=8,
+        length=256,
+        embeddings="new",
+        imitate=7.0,
+        keep_text=0.01,
+        rows_first=0.05,
+    ),
+    # A speech model with the paper's documents and loss: transcripts beside the speech. Ours
+    # are Muon, the choice of parameters that move, and a softmax of their own for units.
+    "prosody": PLAIN
+    | dict(
+        mix="captioned=0.8,text=0.2",
+        steps=1600,
+        lr=5e-4,
+        batch=16,
+        length=128,
+        embeddings="new",
+    ),
+}
+LAYOUTS = "text", "chat", "interleave", "transcribe", "captioned"
 
 
 # --- the command --------------------------------------------------------------

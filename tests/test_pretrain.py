@@ -97,7 +97,7 @@ def test_a_model_of_one_block_has_its_words_to_learn_and_no_later_states(speedru
 )
 def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, layers, embeddings):
     model = LM.load(speedrun / "base")
-    body, rows = pretrain.trained(model, layers, embeddings)
+    body, rows = pretrain.unfreeze(model, layers, embeddings)
     muon, adamw = pretrain.two_optimizers(body, rows, 1e-3, 0.0, 10, torch.float32)
     of = lambda optimizer: [p for group in optimizer.param_groups for p in group["params"]]
     assert all(p.dim() == 2 for p in of(muon))
@@ -106,7 +106,7 @@ def test_every_matrix_is_stepped_by_muon_and_all_else_by_adamw_once(speedrun, la
     assert len(trained) == len(set(trained))
     assert set(trained) == {id(p) for p in model.parameters() if p.requires_grad}
     with pytest.raises(ValueError, match="none of 2 blocks"):
-        pretrain.trained(model, (0.6, 0.9), "all")
+        pretrain.unfreeze(model, (0.6, 0.9), "all")
 
 
 # --- the loop ---
@@ -201,7 +201,7 @@ def test_targets_that_are_silent_or_worth_nothing_bear_no_loss(speedrun, stream)
 
 def test_filtered_changes_are_not_felt_by_text_and_are_by_what_text_never_sends(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
-    body, _ = pretrain.trained(model, (0, 1), "new")
+    body, _ = pretrain.unfreeze(model, (0, 1), "new")
     filters = align.text_filters(model, body, [documents.batch(8, 256)], 1e6)
     assert filters.keys() == set(body)
     inputs, hook = [], model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
@@ -887,7 +887,7 @@ def test_the_reader_reads_every_word_at_the_position_where_it_is_said(speedrun, 
 
 def test_the_covariance_of_text_is_summed_in_float32_under_autocast_too(speedrun, stream):
     model, documents = LM.load(speedrun / "speech"), stream({"text": 1})
-    body, _ = pretrain.trained(model, (0, 1), "new")
+    body, _ = pretrain.unfreeze(model, (0, 1), "new")
     with torch.autocast("cpu", torch.bfloat16):
         filters = align.text_filters(model, body, [documents.batch(8, 256) for _ in range(2)], 1.0)
     for filter_ in filters.values():
