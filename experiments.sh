@@ -13,8 +13,9 @@
 #   bash experiments.sh paper  [OUT]   the paper's ablations: no captions, no words beside the
 #                                      speech, hearing learnt by instruct itself
 # On what speedrun_desta.sh left in OUT/desta:
-#   bash experiments.sh desta  [OUT]   no words beside the vectors; and answers alone, without the
-#                                      caption that the model itself says first
+#   bash experiments.sh desta  [OUT]   no words beside the vectors; answers alone, without the
+#                                      caption that the model itself says first; and the adapter,
+#                                      unchanged, in front of models that it was not trained with
 # What was made is kept: after a stop, run it again.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -24,7 +25,7 @@ case ${1:-} in
   lam | start | ablate) script=speedrun.sh needs=table.json ;;
   reuse | paper) script=speedrun_manner.sh needs=manner/instruct_rows.json ;;
   desta) script=speedrun_desta.sh needs=desta/read.json ;;
-  *) sed -n 2,18p experiments.sh; exit 2 ;;
+  *) sed -n 2,19p experiments.sh; exit 2 ;;
 esac
 if [ ! -e "$out/$needs" ]; then
   echo "$out: no $needs, so no finished run; run bash $script first, or name its folder" >&2
@@ -85,6 +86,13 @@ os.rename(f"reuse/{name}.partial", f"reuse/{name}")
 PY
 }
 
+# tuned NAME WORDS: the instruct model of these chats, tuned as speedrun_manner.sh tunes its own.
+tuned() {
+  behave "$@"
+  train --init base --pace 1 --lr 1.2e-3 --steps 800 --batch 8 --length 256 \
+    --chat "reuse/$1/chat.jsonl" --out "reuse/$1/instruct"
+}
+
 # without WHAT FOLDER: a copy of a folder of prosody.py, its rows without captions, or their speech
 # without its words.
 without() {
@@ -109,6 +117,23 @@ adapter() {
   [ -e "$2" ] ||
     python "$home/desta.py" train "$1" --model ../manner/instruct --states states --queries 16 \
       --steps 800 --batch 16 --lr 1e-3 --seed "$seed" "${@:3}" --out "$2"
+}
+
+# plug MODEL OUT: the adapter of speedrun_desta.sh, unchanged, in front of another model.
+plug() {
+  [ -e "$2" ] || python - "$home" "$@" <<'PY'
+import json, os, shutil, sys
+from pathlib import Path
+home, model, out = sys.argv[1:]
+sys.path.insert(0, home)
+import runs
+shutil.copytree("adapter", f"{out}.partial", dirs_exist_ok=True)
+made = json.loads(Path("adapter/desta.json").read_text())
+made["model"] = str(Path(model).resolve())
+made["sha256"]["model"] = runs.fingerprint(model)
+Path(f"{out}.partial/desta.json").write_text(json.dumps(made, indent=1))
+os.rename(f"{out}.partial", out)
+PY
 }
 
 # ask MODEL TEST OUT: what a model answers to some questions, unless that is known.
@@ -161,12 +186,10 @@ case $1 in
   reuse)
     cd "$out/manner"
     seed=$(seed)
-    tune=(--init base --pace 1 --lr 1.2e-3 --steps 800 --batch 8 --length 256)
     add=(--base base $(strengths))
-    behave thanks " thank you"
-    behave over " over"
+    tuned thanks " thank you"
+    tuned over " over"
     for name in thanks over; do
-      train "${tune[@]}" --chat reuse/$name/chat.jsonl --out reuse/$name/instruct
       merge "${add[@]}" --instruct reuse/$name/instruct --speech speech --out reuse/$name/merged
       ask reuse/$name/merged reuse/$name/test.jsonl reuse/$name.json
     done
@@ -199,9 +222,12 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
       --out paper.json --overwrite ;;
 
   # The transcript dropped; or the caption in front of every answer, which the model itself says.
+  # And the adapter in front of the sum, and of an instruct model that says "thank you" behind every
+  # reply.
   desta)
     cd "$out/manner"
     seed=$(seed)
+    tuned thanks " thank you"
     cd ../desta
     [ -e answers.jsonl ] || python - targets.jsonl answers.jsonl <<'PY'
 import json, os, sys
@@ -213,8 +239,22 @@ os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
 PY
     adapter targets.jsonl no_transcript --no-transcript
     adapter answers.jsonl answers
-    for model in no_transcript answers; do
+    plug ../manner/merged in_sum
+    plug ../manner/reuse/thanks/instruct in_thanks
+    for model in no_transcript answers in_sum; do
       ask $model ../manner/world/test.jsonl $model.json
     done
-    python "$home/benchmark.py" show {heard,no_transcript,answers,read}.json ;;
+    [ -e thanks.jsonl ] || python - ../manner/world/test.jsonl thanks.jsonl <<'PY'
+import json, os, sys
+from pathlib import Path
+test = Path(sys.argv[1]).resolve()
+with open(test) as rows, open(f"{sys.argv[2]}.partial", "w") as out:
+    for row in map(json.loads, rows):
+        row["audio"] = str(test.parent / row["audio"])
+        row["answer"] += " thank you"
+        out.write(json.dumps(row) + "\n")
+os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
+PY
+    ask in_thanks thanks.jsonl in_thanks.json
+    python "$home/benchmark.py" show {heard,no_transcript,answers,in_sum,in_thanks,read}.json ;;
 esac

@@ -12,12 +12,14 @@ import torch
 
 import audio
 import benchmark
+import desta
 import documents
 import evaluate
 import listen
 import manner
 import pretrain
 import prosody
+import runs
 import toy
 import weights
 from chat import Chat, parts_of, take
@@ -639,6 +641,24 @@ exec {quick}/python "$@" $fewer
     }
     answers = rows_of(tmp_path / "out/desta/answers.jsonl")
     assert {row["target"] for row in answers} == {"x"}, "no caption, and no guess"
+
+    # Its adapter, and no other, in front of models that it was not trained with.
+    adapter = home / "out/desta/adapter"
+    of = runs.read_json(adapter / "desta.json")
+    for name, model in (("in_sum", "merged"), ("in_thanks", "reuse/thanks/instruct")):
+        plugged = tmp_path / "out/desta" / name
+        made = runs.read_json(plugged / "desta.json")
+        path = (tmp_path / "out/manner" / model).resolve()
+        sha = of["sha256"] | {"model": runs.fingerprint(path)}
+        assert made == of | {"model": str(path), "sha256": sha}
+        ours = (plugged / "model.safetensors").read_bytes()
+        assert ours == (adapter / "model.safetensors").read_bytes()
+    assert isinstance(desta.load(tmp_path / "out/desta/in_sum")[1], desta.Listener)
+    thanks = rows_of(tmp_path / "out/desta/thanks.jsonl")
+    wanted = rows_of(tmp_path / "out/manner/world/test.jsonl")
+    assert [row["answer"] for row in thanks] == [f"{row['answer']} thank you" for row in wanted]
+    answered = [words[1:3] for script, *words in lines if script.endswith("benchmark.py")]
+    assert ["in_thanks", "thanks.jsonl"] in answered
 
 
 def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(
