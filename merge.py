@@ -121,8 +121,8 @@ class Merge:
         special = vocabs["instruct"].special
         self.markers = sorted(i for token, i in special.items() if token in template)
 
-        # Instruct has never read the new rows, and loses its place among them. It ignores signs
-        # like #, so in the sum new rows are made more like theirs.
+        # Instruct has never read the new tokens, and they confuse it. It ignores signs like #, so
+        # in the sum new rows are made more like theirs.
         self.nearer = None
         if signs:
             ids = sorted({i for sign in SIGNS for i in vocabs["base"].encode(sign)})

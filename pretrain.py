@@ -9,8 +9,9 @@ run  python pretrain.py --init out/base --units out/units --text out/toy/base.js
 One loop makes all three models, and stands first. What is given decides the stage, and the
 stage the settings (`STAGES`): text alone trains a base, chats an instruct model, units or
 prosody a speech model. Loss is on text tokens, and on units if --unit-loss says so.
-Interleaved text that a teacher reads bears none. What a small model needs beyond the loop is
-in align.py; `--plain` turns that off, and --layers and --rows-first with it.
+With --imitate, interleaved text bears none: a teacher's hidden states take its place. What a
+small model needs beyond the loop is in align.py; `--plain` turns that off, and --layers,
+--embeddings and --rows-first with it.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
 on a CPU the result is then bit-identical.
@@ -49,6 +50,24 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 # --- the loop -----------------------------------------------------------------
 
 
+@dataclass
+class Run:
+    """A run of `train`: what is trained, on what, with what."""
+
+    args: argparse.Namespace
+    model: LM
+    vocab: Vocab
+    units: range  # rows of the embedding that are units
+    body: list  # parameters of the blocks, and the last norm
+    tables: list  # embedding and head
+    frozen: torch.Tensor                         # (V,) bool: rows of the tables that stay
+    align: Align  # what a small model needs beyond the loss
+    optimizers: list
+    streams: dict  # {number of a batch in a step: where its documents come from}
+    log: "Log"
+    checkpoint: runs.Checkpoint
+
+
 def train(args, out, rank, world):
     """Train as `args` say, into the folder `out`; process `rank` of `world`."""
     run = set_up(args, out, rank, world)
@@ -81,7 +100,7 @@ def train(args, out, rank, world):
             (minimised / args.accumulate).backward()
             mean += minimised.detach() / args.accumulate
 
-        # One gradient of all processes, none for frozen rows, and a norm of at most 1.
+        # Sum the gradients of all processes, zero those of frozen rows, clip.
         if world > 1:
             trained_now = [p for p in [*run.body, *run.tables] if p.grad is not None]
             for x in [mean, *(p.grad for p in trained_now)]:
@@ -135,7 +154,7 @@ def learning_rate(step, steps, peak):
 
 
 class Loss(NamedTuple):
-    mean: torch.Tensor  # what is minimised
+    mean: torch.Tensor  # weighted, over the targets that bear loss
     each: torch.Tensor  # (N,): cross-entropy of every target that bears loss, for the log
     is_unit: torch.Tensor                                           # (N,) bool
     kind: torch.Tensor                                    # (N,): the number of its layout
@@ -183,45 +202,123 @@ def next_token_loss(model, batch, units, unit_weight=1.0, masked=None, states=No
     return Loss(total / weight.sum().clamp(min=1), each, is_unit, batch["kind"][at])
 
 
-@torch.no_grad()
-def validate(model, held_out, length, filler, units, device):
-    """Mean cross-entropy of held-out documents by layout, units apart: {"text": 1.2}."""
-    means = {}
-    for name, documents in held_out.items():
-        left = [(cut(document, length)[0], kind) for document, kind in documents]
-        sums = {}
-        while left:
-            batch, left = pack(left, 8, length, filler)
-            batch = {key: tensor.to(device) for key, tensor in batch.items()}
-            loss = next_token_loss(model, batch, units)
-            for label, which in ((name, ~loss.is_unit), (name + " units", loss.is_unit)):
-                if which.any():
-                    total, count = sums.get(label, (0.0, 0))
-                    total += loss.each[which].sum().item()
-                    sums[label] = total, count + int(which.sum())
-        means |= {label: total / count for label, (total, count) in sums.items()}
-    return means
+# --- the settings of each stage -----------------------------------------------
+
+# What --plain sets.
+PLAIN = dict(
+    pace=1.0,  # positions are not stretched
+    imitate=0.0,  # no teacher
+    keep_text=0.0,  # no filter
+    rows_first=0.0,  # blocks learn from the first step on
+    layers="0:1",  # all of them
+    embeddings="all",  # and every row
+)
+# The settings of each stage, for the toy world. A real model wants a tenth of these rates
+# or less, unless its change is a --lora.
+STAGES = {
+    # A base: from nothing, on text, and used to gaps between positions.
+    "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, batch=16, length=128, pace=8.0),
+    # An instruct model: the upper half of the blocks learns to reply. No word's row
+    # moves, so that a spoken word still looks like the written one.
+    "chat": PLAIN
+    | dict(
+        mix="chat=1",
+        steps=600,
+        lr=1.5e-3,
+        batch=16,
+        length=128,
+        embeddings="special",
+        pace=8.0,
+        layers="0.5:1",
+    ),
+    # A speech model: transcripts, and speech and text by turns, beside the base as a teacher.
+    "units": PLAIN
+    | dict(
+        mix="interleave=0.35,transcribe=0.65",
+        steps=1000,
+        lr=1.5e-3,
+        batch=8,
+        length=256,
+        embeddings="new",
+        imitate=7.0,
+        keep_text=0.01,
+        rows_first=0.05,
+    ),
+    # A speech model with the paper's documents and loss: transcripts beside the speech. Ours
+    # are Muon, the choice of parameters that move, and a softmax of their own for units.
+    "prosody": PLAIN
+    | dict(
+        mix="captioned=0.8,text=0.2",
+        steps=1600,
+        lr=5e-4,
+        batch=16,
+        length=128,
+        embeddings="new",
+    ),
+}
+LAYOUTS = "text", "chat", "interleave", "transcribe", "captioned"
+
+
+# --- what is trained ----------------------------------------------------------
+
+
+def unfreeze(model, layers, embeddings):
+    """Make trainable what is trained, and freeze the rest.
+
+    Returns the parameters of blocks and last norm that move, and those of embedding and head.
+
+    layers      (first, last), shares of the depth: block i of n if first <= i / n < last
+    embeddings  as `frozen_rows` has it. With "new", norms and biases stay too: then every depth
+                reads text at the scale that it always had.
+    Where the blocks have LoRA, it is trained in place of their matrices.
+    """
+    for p in model.parameters():
+        p.requires_grad_(False)
+    blocks = model.model.layers
+    lora = isinstance(blocks[0].self_attn.q_proj, LoRA)
+    body = []
+    for i, block in enumerate(blocks):
+        if layers[0] <= i / len(blocks) < layers[1]:
+            body += [
+                p
+                for name, p in block.named_parameters()
+                if not lora or name.endswith((".A", ".B"))
+            ]
+    if not body:
+        raise ValueError(
+            f"--layers {layers[0]:g}:{layers[1]:g}: none of {len(blocks)} blocks "
+            "begins between those shares of the depth; widen them"
+        )
+
+    if embeddings == "new":
+        body = [p for p in body if p.dim() == 2]
+    elif not lora:
+        body += model.model.norm.parameters()
+    tables = [model.model.embed_tokens.weight]
+    if not model.config.tie_word_embeddings:
+        tables.append(model.lm_head.weight)
+    for p in [*body, *tables]:
+        p.requires_grad_(True)
+    return body, tables
+
+
+def two_optimizers(body, tables, lr, decay, faster, dtype):
+    """[Muon for the matrices of the blocks, AdamW for norms and for embedding rows].
+
+    Rows learn at `faster` times the rate. `dtype` is what Muon multiplies in.
+    """
+    matrices = [p for p in body if p.dim() == 2]
+    vectors = [p for p in body if p.dim() != 2]
+    adamw = torch.optim.AdamW(
+        [{"params": tables, "faster": faster}, {"params": vectors, "faster": 1}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+    return [Muon([{"params": matrices, "faster": 1}], lr, decay, dtype=dtype), adamw]
 
 
 # --- what a run is made of ----------------------------------------------------
-
-
-@dataclass
-class Run:
-    """A run of `train`: what is trained, on what, with what."""
-
-    args: argparse.Namespace
-    model: LM
-    vocab: Vocab
-    units: range  # rows of the embedding that are units
-    body: list  # parameters of the blocks, and the last norm
-    tables: list  # embedding and head
-    frozen: torch.Tensor                         # (V,) bool: rows of the tables that stay
-    align: Align  # what a small model needs beyond the loss
-    optimizers: list
-    streams: dict  # {number of a batch in a step: where its documents come from}
-    log: "Log"
-    checkpoint: runs.Checkpoint
 
 
 def set_up(args, out, rank, world):
@@ -381,38 +478,6 @@ def read_sources(args):
     return sources, mix
 
 
-def warn_of_cuts(sources, vocab, args):
-    """Say how many chats and utterances, with all their text, are longer than a row and are cut.
-
-    Text that may stand beside speech is not counted.
-    """
-    chats = sources["chat"] or []
-    lengths = [len(vocab.chat(messages).ids) for messages in chats[:1000]]
-    tell_cut(args.chat, "chats", lengths, "its question", args.length)
-
-    lengths = []
-    corpus = sources.get("captioned") or sources.get("transcribe")
-    for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
-        if "captioned" in sources:
-            caption = row.get("caption")
-            after = f"\n{caption}." if caption else ""
-            document = vocab.captioned("", corpus[i], "", after)
-        else:
-            document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
-        lengths.append(len(document.ids))
-    tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
-
-
-def tell_cut(path, what, lengths, lost, length):
-    long = [n for n in lengths if n > length]
-    if long:
-        tqdm.write(
-            f"{path}: {len(long)} of the first {len(lengths)} {what} are longer than a row of "
-            f"{length} ids and are cut: what comes later is learnt without {lost}. --length "
-            f"{max(long)} would hold them"
-        )
-
-
 def text_batches(vocab, sources, args):
     """The batches of text that show the filter which inputs text uses."""
     documents = Documents(vocab, sources, {"text": 1.0}, args.seed)
@@ -428,65 +493,6 @@ def forward_only(args):
     """
     dtype = runs.DTYPES[args.dtype] if "cuda" in args.device else torch.float32
     return runs.autocast(args.device, dtype)
-
-
-# --- what is trained ----------------------------------------------------------
-
-
-def unfreeze(model, layers, embeddings):
-    """Let move what is trained, and freeze the rest.
-
-    Returns the parameters of blocks and last norm that move, and those of embedding and head.
-
-    layers      two shares of the depth: blocks that begin between them; (0, 0.5) is the lower half
-    embeddings  as `frozen_rows` has it. With "new", norms and biases stay too: then every depth
-                reads text at the scale that it always had.
-    Where the blocks have LoRA, it is trained in place of their matrices.
-    """
-    for p in model.parameters():
-        p.requires_grad_(False)
-    blocks = model.model.layers
-    lora = isinstance(blocks[0].self_attn.q_proj, LoRA)
-    body = []
-    for i, block in enumerate(blocks):
-        if layers[0] <= i / len(blocks) < layers[1]:
-            body += [
-                p
-                for name, p in block.named_parameters()
-                if not lora or name.endswith((".A", ".B"))
-            ]
-    if not body:
-        raise ValueError(
-            f"--layers {layers[0]:g}:{layers[1]:g}: none of {len(blocks)} blocks "
-            "begins between those shares of the depth; widen them"
-        )
-
-    if embeddings == "new":
-        body = [p for p in body if p.dim() == 2]
-    elif not lora:
-        body += model.model.norm.parameters()
-    tables = [model.model.embed_tokens.weight]
-    if not model.config.tie_word_embeddings:
-        tables.append(model.lm_head.weight)
-    for p in [*body, *tables]:
-        p.requires_grad_(True)
-    return body, tables
-
-
-def two_optimizers(body, tables, lr, decay, faster, dtype):
-    """[Muon for the matrices of the blocks, AdamW for norms and for embedding rows].
-
-    Rows learn at `faster` times the rate. `dtype` is what Muon multiplies in.
-    """
-    matrices = [p for p in body if p.dim() == 2]
-    vectors = [p for p in body if p.dim() != 2]
-    adamw = torch.optim.AdamW(
-        [{"params": tables, "faster": faster}, {"params": vectors, "faster": 1}],
-        lr=lr,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-    )
-    return [Muon([{"params": matrices, "faster": 1}], lr, decay, dtype=dtype), adamw]
 
 
 # --- what it leaves, and going on after a stop --------------------------------
@@ -671,6 +677,26 @@ class Log:
         figure.savefig(self.picture, dpi=120)
 
 
+@torch.no_grad()
+def validate(model, held_out, length, filler, units, device):
+    """Mean cross-entropy of held-out documents by layout, units apart: {"text": 1.2}."""
+    means = {}
+    for name, documents in held_out.items():
+        left = [(cut(document, length)[0], kind) for document, kind in documents]
+        sums = {}
+        while left:
+            batch, left = pack(left, 8, length, filler)
+            batch = {key: tensor.to(device) for key, tensor in batch.items()}
+            loss = next_token_loss(model, batch, units)
+            for label, which in ((name, ~loss.is_unit), (name + " units", loss.is_unit)):
+                if which.any():
+                    total, count = sums.get(label, (0.0, 0))
+                    total += loss.each[which].sum().item()
+                    sums[label] = total, count + int(which.sum())
+        means |= {label: total / count for label, (total, count) in sums.items()}
+    return means
+
+
 def spelled(row, steps):
     """A line of the log for a human."""
     parts = [f"step {row['step']}/{steps}", f"loss {row['loss']:.3f}"]
@@ -690,61 +716,36 @@ def spelled(row, steps):
     return " | ".join(parts)
 
 
-# --- the settings of each stage -----------------------------------------------
+def warn_of_cuts(sources, vocab, args):
+    """Say how many chats and utterances, with all their text, are longer than a row and are cut.
 
-# What --plain sets.
-PLAIN = dict(
-    pace=1.0,  # positions are not stretched
-    imitate=0.0,  # no teacher
-    keep_text=0.0,  # no filter
-    rows_first=0.0,  # blocks learn from the first step on
-    layers="0:1",  # all of them
-    embeddings="all",  # and every row
-)
-# The settings of each stage, for the toy world. A real model wants a tenth of these rates
-# or less, unless its change is a --lora.
-STAGES = {
-    # A base: from nothing, on text, and used to gaps between positions.
-    "text": PLAIN | dict(mix="text=1", steps=700, lr=2e-3, batch=16, length=128, pace=8.0),
-    # An instruct model: the upper half of the blocks learns to reply. No word's row
-    # moves, so that a spoken word still looks like the written one.
-    "chat": PLAIN
-    | dict(
-        mix="chat=1",
-        steps=600,
-        lr=1.5e-3,
-        batch=16,
-        length=128,
-        embeddings="special",
-        pace=8.0,
-        layers="0.5:1",
-    ),
-    # A speech model: transcripts, and speech and text by turns, beside the base as a teacher.
-    "units": PLAIN
-    | dict(
-        mix="interleave=0.35,transcribe=0.65",
-        steps=1000,
-        lr=1.5e-3,
-        batch=8,
-        length=256,
-        embeddings="new",
-        imitate=7.0,
-        keep_text=0.01,
-        rows_first=0.05,
-    ),
-    # A speech model with the paper's documents and loss: transcripts beside the speech. Ours
-    # are Muon, the choice of parameters that move, and a softmax of their own for units.
-    "prosody": PLAIN
-    | dict(
-        mix="captioned=0.8,text=0.2",
-        steps=1600,
-        lr=5e-4,
-        batch=16,
-        length=128,
-        embeddings="new",
-    ),
-}
-LAYOUTS = "text", "chat", "interleave", "transcribe", "captioned"
+    Text that may stand beside speech is not counted.
+    """
+    chats = sources["chat"] or []
+    lengths = [len(vocab.chat(messages).ids) for messages in chats[:1000]]
+    tell_cut(args.chat, "chats", lengths, "its question", args.length)
+
+    lengths = []
+    corpus = sources.get("captioned") or sources.get("transcribe")
+    for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
+        if "captioned" in sources:
+            caption = row.get("caption")
+            after = f"\n{caption}." if caption else ""
+            document = vocab.captioned("", corpus[i], "", after)
+        else:
+            document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
+        lengths.append(len(document.ids))
+    tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
+
+
+def tell_cut(path, what, lengths, lost, length):
+    long = [n for n in lengths if n > length]
+    if long:
+        tqdm.write(
+            f"{path}: {len(long)} of the first {len(lengths)} {what} are longer than a row of "
+            f"{length} ids and are cut: what comes later is learnt without {lost}. --length "
+            f"{max(long)} would hold them"
+        )
 
 
 # --- the command --------------------------------------------------------------
