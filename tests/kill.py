@@ -2,7 +2,7 @@
 
 in   nothing
 out  a line a command; exit status 1 if any output differs
-run  python tests/kill.py    # 100 kills; --kills 12 takes two minutes
+run  python tests/kill.py    # 100 kills; --kills 10 is one of each
 
 A command is started, killed after a time drawn from the length of a whole run, and started
 again, until it ends by itself. What it has written must be what an undisturbed run wrote, but
@@ -35,6 +35,12 @@ MADE = [  # what the commands below start from
     "pretrain.py --init {w}/base --chat {w}/toy/chat.jsonl --steps 30 --batch 2 --device "
     "cpu --out {w}/instruct",
     "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {w}/merged",
+    # One that ends its replies, so that there are targets.
+    "pretrain.py --init {w}/base --chat {w}/replies.jsonl --plain --steps 120 --batch 4 "
+    "--device cpu --out {w}/short",
+    "hubert.py train --units {w}/units --steps 30 --batch 2 --device cpu --out {w}/hubert",
+    "desta.py encode {w}/toy/speech/train.jsonl --encoder {w}/hubert --device cpu --out "
+    "{w}/states",
 ]
 COMMANDS = {
     "base": (
@@ -53,6 +59,14 @@ COMMANDS = {
     "prosody": "prosody.py {w}/toy/speech/train.jsonl --out {out}",
     "merge": "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {out}",
     "rows": "benchmark.py rows {w}/merged {w}/rows.jsonl --device cpu --out {out}.json",
+    "targets": "desta.py write {w}/clips.jsonl --model {w}/short --device cpu --out {out}.jsonl",
+    "states": (
+        "desta.py encode {w}/toy/speech/train.jsonl --encoder {w}/hubert --device cpu --out {out}"
+    ),
+    "adapter": (
+        "desta.py train {w}/targets.jsonl --model {w}/instruct --states {w}/states --queries 4 "
+        "--steps 250 --batch 4 --device cpu --out {out}"
+    ),
 }
 
 
@@ -120,7 +134,7 @@ def same_bytes(name, line, kills, rng, work):
     """Does a command that is killed so often end with the bytes of a whole run? Prints the
     verdict.
     """
-    ending = ".json" if "{out}.json" in line else ""
+    ending = line.partition("{out}")[2]
 
     def made(run):
         """What stands in the output of a run, its name left out."""
@@ -129,6 +143,7 @@ def same_bytes(name, line, kills, rng, work):
 
     seconds = whole(line, w=work, out=work / f"{name}-straight")
     wanted = made(f"{name}-straight")
+    assert any(wanted.values()), f"{name}: an empty output is always the same"
     done, runs, differs = 0, 0, []
     while done < kills:
         run = f"{name}-{runs}"
@@ -161,6 +176,31 @@ def apart(got, wanted):
     return f"{named}, weights up to {furthest:.1g}"
 
 
+def prepare(work):
+    """Questions, clips with descriptions, targets and chats, for the commands that want them."""
+    speech = (work / "toy/speech/train.jsonl").read_text().splitlines()
+    clips = [json.loads(line) | {"style": {"gender": "man"}} for line in speech]
+    for clip in clips:
+        clip["audio"] = str(work / "toy/speech" / clip["audio"])
+    made = {
+        "rows": [{"text": f"say {n} twice", "answer": "x"} for n in range(500)],
+        "clips": clips,
+        "targets": [clip | {"prompt": "who says it", "target": "a man"} for clip in clips],
+        "replies": [
+            {
+                "messages": [
+                    {"role": "user", "content": clip["text"]},
+                    {"role": "assistant", "content": "a man"},
+                ]
+            }
+            for clip in clips
+        ],
+    }
+    for name, rows in made.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (work / f"{name}.jsonl").write_text(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Kill commands at random moments; the end must be the same."
@@ -174,10 +214,10 @@ def main():
     rng, each = random.Random(0), -(-args.kills // len(commands))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for line in (WORLD, *MADE):
+        whole(WORLD, w=work)
+        prepare(work)
+        for line in MADE:
             whole(line, w=work)
-        rows = [{"text": f"say {n} twice", "answer": "x"} for n in range(500)]
-        (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         same = [same_bytes(name, line, each, rng, work) for name, line in commands.items()]
     sys.exit(not all(same))
 
