@@ -156,6 +156,17 @@ def lengths(rows):
     return [len(Recording(row["audio"])) for row in rows]
 
 
+def can_be_heard(rows, hop, most):
+    """Refuse clips under one frame, of `hop` samples, or longer than `most` seconds."""
+    for row, samples in zip(rows, lengths(rows)):
+        if samples > most * SAMPLE_RATE:
+            raise ValueError(f"{row['audio']}: longer than {most} s; cut it first")
+        if samples < hop:
+            raise ValueError(
+                f"{row['audio']}: {samples} samples are under one frame ({hop}); take it out"
+            )
+
+
 def identity(rows):
     """A hash of which clips a corpus has and how long their files are: content would take hours."""
     sizes = []

@@ -242,7 +242,8 @@ def can_hear(args, rows, ears):
     ]
     if not all(tells_words(row) for row in heard):
         listen.wants_words(args.folder, ears)
-    listen.can_open([Path(args.rows).parent / row["audio"] for row in heard], ears)
+    if heard:
+        listen.can_open([Path(args.rows).parent / row["audio"] for row in heard], ears)
 
 
 def tells_words(row):

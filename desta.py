@@ -21,6 +21,7 @@ import argparse
 import functools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,9 @@ def described_clips(path):
     for number, row in enumerate(rows, 1):
         style = row.get("style")
         named = isinstance(style, dict) and style and {*style} == {*rows[0]["style"]}
-        words = named and all(isinstance(value, str) for value in style.values())
+        words = named and all(
+            isinstance(value, str) and re.search(r"\w", value) for value in style.values()
+        )
         seconds = row.get("seconds")
         timed = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
         if not (words and timed and row.get("text")):
@@ -326,10 +329,15 @@ def load(folder, device="cpu", dtype=None):
         Path(folder) / "desta.json",
         ["model", "encoder", "transcriber", "sha256", "adapter"],
     )
+    for name in ("sha256", "adapter"):
+        if not isinstance(made[name], dict):
+            raise ValueError(
+                f"{folder}/desta.json: got {name} = {made[name]!r}, wanted an object"
+            )
     made.setdefault("has_words", bool(made["transcriber"]))  # files of earlier versions lack it
     for name in ("model", "encoder", "transcriber"):
         if made[name]:
-            runs.still(made[name], made["sha256"][name], name, folder)
+            runs.still(made[name], made["sha256"].get(name), name, folder)
     model, table, listener = frozen(made["model"], device, dtype)
     if made["adapter"].get("kind") not in ADAPTERS:
         raise ValueError(
@@ -341,6 +349,8 @@ def load(folder, device="cpu", dtype=None):
             adapter = Adapter(made["adapter"])
     except KeyError as lacking:
         raise ValueError(f"{folder}/desta.json: its adapter has no {lacking}") from None
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{folder}/desta.json: no such adapter can be made: {error}") from None
     weights.load_into(adapter, folder)
     encoder = Encoder(made["encoder"], device)
     ears = Ears(encoder, adapter.to(device).eval(), table, listener, made["has_words"])
@@ -361,6 +371,8 @@ def write(args):
     model = LM.load(args.model, args.device, torch.float32).eval()
     vocab = Listener(args.model)
     questions = args.prompt or [QUESTION]
+    if not all(question.strip() for question in questions):
+        raise ValueError("--prompt is blank; wanted what the model is asked about a clip")
     asked = [
         (row | {"prompt": question}, text)
         for row, text in zip(rows, told)
@@ -382,6 +394,12 @@ def write(args):
         args.out, settings, asked, work, BATCH, "writing targets", "target"
     )
     kept = [row | {"target": text} for (row, _), text in zip(asked, texts) if text]
+    if not kept:
+        runs.pieces_of(args.out).unlink(missing_ok=True)
+        raise ValueError(
+            f"{args.model}: none of its {len(asked)} replies can be a target: they are empty, or "
+            f"do not end within {LIMIT} tokens; try another --prompt or --template"
+        )
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     runs.finish_pieces(args.out, lines, args.overwrite)
     print(
@@ -399,14 +417,7 @@ def encode(args, out):
     if not rows:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
     encoder = Encoder(args.encoder, args.device, runs.DTYPES[args.dtype])
-    for row, samples in zip(rows, audio.lengths(rows)):
-        if samples > SECONDS * audio.SAMPLE_RATE:
-            raise ValueError(f"{row['audio']}: longer than {SECONDS} s; cut it first")
-        if samples < encoder.hop:
-            raise ValueError(
-                f"{row['audio']}: {samples} samples are under one frame ({encoder.hop}); "
-                "take it out"
-            )
+    audio.can_be_heard(rows, encoder.hop, SECONDS)
     settings = {"audio": audio.identity(rows), "dtype": args.dtype}
     settings["encoder"] = runs.fingerprint(args.encoder)
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
@@ -419,8 +430,14 @@ def encode(args, out):
         while len(counts) < len(rows):
             part = rows[len(counts) : len(counts) + AT_ONCE]
             clips = [audio.load(row["audio"]) for row in part]
-            for states in encoder.states(clips):                    # (taps, frames, C)
-                file.write(states.half().cpu().numpy().tobytes())
+            for row, states in zip(part, encoder.states(clips)):    # (taps, frames, C)
+                kept = states.half()
+                if not kept.isfinite().all():
+                    raise ValueError(
+                        f"{row['audio']}: a state of {args.encoder} is no number of float16; "
+                        "take the clip out, or another encoder"
+                    )
+                file.write(kept.cpu().numpy().tobytes())
                 counts.append(states.shape[1])
             runs.settle(file)
             checkpoint.write(counts=counts)

@@ -714,10 +714,11 @@ def manner(args):
     """Does a model name how clips were said: on hearing them, and as the text that they would be?
 
     heard    the sound
-    read     its description in words: the ceiling, what the model says when it is told
+    read     its description in words: what the model names when it is told
     cascade  the transcript alone, as the model's own ears wrote it; if they lack one, the clip's
     For an adapter of desta.py, and for a model that hears the prosody of words it is told.
-    A reply names an attribute if it has the right value's word and no other value's.
+    A reply names an attribute if it has the right value's word and no other value's, wherever
+    they stand: what it quotes counts, and a "not" does not.
     """
     runs.may_write(args.out, args.overwrite)
     clips = desta.described_clips(args.clips)
@@ -807,9 +808,12 @@ def probe(args):
     clips = desta.described_clips(args.clips)
     states = desta.States(args.states)
     states.must_have(learnt + clips)
-    both = {row["audio"] for row in learnt} & {clip["audio"] for clip in clips}
-    if both:
-        raise ValueError(f"{min(both)}: is in {args.learnt} too; wanted clips that are not")
+    for key in ("audio", "speaker"):
+        both = {str(row.get(key, "")) for row in learnt} & {str(row.get(key, "")) for row in clips}
+        if both - {""}:
+            raise ValueError(
+                f"{min(both - {''})}: is in {args.learnt} too; wanted clips of other voices"
+            )
     if {*learnt[0]["style"]} != {*clips[0]["style"]}:
         raise ValueError(
             f"{args.clips}: its style has {', '.join(clips[0]['style'])}; wanted "
@@ -933,7 +937,7 @@ def arguments():
     )
     how = commands.add_parser("manner", help="does it name how a clip was said")
     how.add_argument("folder", help="a folder of desta.py train, or a model that hears prosody")
-    how.add_argument("--clips", required=True, help='a manifest with "style", new voices')
+    how.add_argument("--clips", required=True, help='a manifest with "style", of other voices')
     how.add_argument("--prompt", required=True, help="what is asked about every clip")
     how.add_argument(
         "--template", default=desta.TEMPLATE, help="of a description (default: %(default)s)"
@@ -941,7 +945,7 @@ def arguments():
     knows = commands.add_parser("probe", help="what an encoder knows of how clips were said")
     knows.add_argument("states", help="a folder of desta.py encode")
     knows.add_argument("--learnt", required=True, help="targets, or a manifest, to learn from")
-    knows.add_argument("--clips", required=True, help='a manifest with "style", new voices')
+    knows.add_argument("--clips", required=True, help='a manifest with "style", of other voices')
     units = commands.add_parser(
         "units",
         help="used units, perplexity, rate, and how alike a word is across voices",

@@ -65,11 +65,8 @@ def wants_words(folder, ears):
 
 
 def can_open(paths, ears):
-    """An error for the first file that cannot be opened or is too long to be heard."""
-    lengths = audio.lengths([{"audio": str(path)} for path in paths])
-    for path, samples in zip(paths, lengths):
-        if samples > ears.most * audio.SAMPLE_RATE:
-            raise ValueError(f"{path}: longer than {ears.most} s; cut it first")
+    """An error for the first file that cannot be opened, or is too long or short to be heard."""
+    audio.can_be_heard([{"audio": str(path)} for path in paths], ears.hop, ears.most)
 
 
 def hear(ears, samples, text, words=None):

@@ -66,8 +66,9 @@ step desta.py encode $to/lines.jsonl --encoder $out/hubert --out $to/states
 step desta.py train $to/targets.jsonl --model $instruct --states $to/states --queries 16 \
   --steps 800 --batch 16 --lr 1e-3 --seed $seed --out $to/adapter
 
-# Unheard voices, the words told. "read": the caption stands there, which bounds what hearing can
-# do. Beside them the cascade, and what addition made of the same instruct model.
+# Unheard voices, the words told. "read": the caption stands there, as in the chats of instruct, so
+# it is what instruct names when it is told. Beside them the cascade, and what addition made of the
+# same instruct model.
 python - $world/test.jsonl $to/described.jsonl <<'END'
 import json, sys
 

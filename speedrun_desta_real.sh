@@ -12,10 +12,10 @@
 # A third of the speakers is kept for the test, for each of the seeds 0, 1 and 2 a different one.
 # STEPS=600 of training, unless another number is given.
 # QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}.
-# AS names another way to train the adapter, which gets a folder of its own, beside DeSTA2's:
-#   AS=no_transcript   no words stand beside the vectors
-#   AS=task_sft        the targets are the right answers to the task; the model wrote none of them
-#   AS=mismatched      another model of WEIGHTS wrote the targets: WRITER=Qwen2.5-0.5B-Instruct
+# ADAPTER names another way to train it, which gets a folder of its own, beside DeSTA2's:
+#   ADAPTER=no_transcript   no words stand beside the vectors
+#   ADAPTER=task_sft        the targets are the right answers to the task; the model wrote none
+#   ADAPTER=mismatched      another model wrote the targets: WRITER=Qwen2.5-0.5B-Instruct
 set -euo pipefail
 cd "$(dirname "$0")"
 weights=${1:-weights}
@@ -24,17 +24,22 @@ out=${3:-out/desta_real}
 seed=${4:-0}
 llm=$weights/${LLM:-SmolLM2-135M-Instruct}
 whisper=$weights/${WHISPER:-whisper-tiny.en}
-as=${AS:-desta}
+adapter=${ADAPTER:-desta}
 writer=$llm
-flags=()
-case $as in
-  desta | task_sft) ;;
-  no_transcript) flags=(--no-transcript) ;;
-  mismatched) writer=$weights/${WRITER:-} ;;
-  *) echo "AS=$as: wanted no_transcript, task_sft or mismatched" >&2; exit 1 ;;
-esac
 of=$out/$(basename "$llm")-$(basename "$whisper")-seed$seed     # what depends on all of them
-[ "$as" = desta ] || of=$of-$as
+flags=()
+case $adapter in
+  desta) ;;
+  task_sft) of=$of-task_sft ;;
+  no_transcript) of=$of-no_transcript flags=(--no-transcript) ;;
+  mismatched)
+    writer=$weights/${WRITER:-}
+    if [ "$writer" = "$llm" ] || [ -z "${WRITER:-}" ]; then
+      echo "WRITER=${WRITER:-}: wanted another model than $(basename "$llm")" >&2; exit 1
+    fi
+    of=$of-by-$WRITER ;;
+  *) echo "ADAPTER=$adapter: wanted no_transcript, task_sft or mismatched" >&2; exit 1 ;;
+esac
 
 # Of three forms of a description and six prompts these make the smallest model say most of what it
 # reads (gender 0.9, rate and loudness 0.8, accent 0.6), in a sentence that ends. By DeSTA2's own it
@@ -58,6 +63,7 @@ done
 for number in "$seed" "${STEPS:-600}"; do
   case $number in '' | *[!0-9]*) echo "SEED and STEPS are numbers; got $number" >&2; exit 1 ;; esac
 done
+[ "${STEPS:-600}" -gt 0 ] || { echo "STEPS=$STEPS: wanted at least 1" >&2; exit 1; }
 
 same() {        # same FILE WORDS...: stop if an output was made of something else
   if [ -e "$1" ] && [ "$(cat "$1")" != "${*:2}" ]; then
@@ -74,8 +80,10 @@ step() {        # step SCRIPT FLAGS... --out RESULT: run a command unless its re
 # The corpus with adverbs, as the template wants; and the voices of the test, which are in no
 # target.
 mkdir -p "$of"
+of_weights=$(cd "$weights" && pwd)
 of_clips=$(cksum < "$clips")
 of_questions=$(cksum < "${QUESTIONS:-/dev/null}")
+same "$out/WEIGHTS" "$of_weights"
 same "$out/CLIPS" "$of_clips"
 same "$of/STEPS" "${STEPS:-600}"
 [ -z "${QUESTIONS:-}" ] || same "$of/QUESTIONS" "$of_questions"
@@ -95,7 +103,7 @@ adverbs = {
 try:
     rows = desta.described_clips(clips)
     asked = audio.read_manifest(questions) if questions else []
-    audio.lengths(rows + asked)  # all of them can be opened
+    audio.can_be_heard(rows + asked, audio.HOP, desta.SECONDS)
 except (ValueError, OSError) as error:
     sys.exit(str(error))
 for number, row in enumerate(rows, 1):
@@ -105,6 +113,8 @@ for number, row in enumerate(rows, 1):
         row["style"][name] = adverbs.get(name, {}).get(value, value)
 unheard = set(sorted({row["speaker"] for row in rows})[int(seed) % 3 :: 3])
 test = [row for row in rows if row["speaker"] in unheard]
+if not 0 < len(test) < len(rows):
+    sys.exit(f"{clips}: wanted at least three speakers")
 made = {out / "clips.jsonl": rows, of / "test.jsonl": test}
 
 # Questions, spoken and typed.
@@ -120,6 +130,7 @@ if questions:
 for path, lines in made.items():
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
 END
+echo "$of_weights" > "$out/WEIGHTS"
 echo "$of_clips" > "$out/CLIPS"
 echo "${STEPS:-600}" > "$of/STEPS"
 [ -z "${QUESTIONS:-}" ] || echo "$of_questions" > "$of/QUESTIONS"
@@ -136,7 +147,7 @@ step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$states"
 
 # The adapter. Targets of the test's voices are left out. A task is one prompt, with right answers.
 task=
-if [ "$as" = task_sft ]; then task="${template%%, says*}."; fi
+if [ "$adapter" = task_sft ]; then task="${template%%, says*}."; fi
 python - "$of/test.jsonl" "$task" "$targets" "$answers" > "$of/train.jsonl" <<'END'
 import json, sys
 
@@ -167,7 +178,7 @@ if [ -n "${QUESTIONS:-}" ]; then
 fi
 
 # All of it in one file, with every answer.
-python - "$of" "$seed" "$(basename "$llm")" "$(basename "$whisper")" "$as" \
+python - "$of" "$seed" "$(basename "$llm")" "$(basename "$whisper")" "$adapter" \
   "$(basename "$writer")" <<'END'
 import json, platform, sys
 from pathlib import Path
@@ -176,7 +187,7 @@ import torch
 
 of, (seed, llm, whisper, way, writer) = Path(sys.argv[1]), sys.argv[2:]
 read = lambda name: json.loads((of / name).read_text())
-made = {"seed": int(seed), "model": llm, "encoder": whisper, "as": way, "writer": writer}
+made = {"seed": int(seed), "model": llm, "encoder": whisper, "adapter": way, "writer": writer}
 made["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
 made["targets"] = len((of / "train.jsonl").read_text().splitlines())
 made |= {name: read("manner.json")[name] for name in ("rows", "answers")}

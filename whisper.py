@@ -80,7 +80,18 @@ class Config:
                 raise ValueError(
                     f"{path}: got {name} = {size!r}, wanted a number of 1 or more"
                 )
-        return cls(**sizes)
+        config = cls(**sizes)
+        for heads in (config.encoder_attention_heads, config.decoder_attention_heads):
+            if config.d_model % heads:
+                raise ValueError(
+                    f"{path}: {heads} heads do not share d_model = {config.d_model} evenly"
+                )
+        if config.max_source_positions != SECONDS / TICK:
+            raise ValueError(
+                f"{path}: got max_source_positions = {config.max_source_positions}, wanted "
+                f"{SECONDS / TICK:.0f}, frames of {SECONDS} seconds"
+            )
+        return config
 
 
 # --- log-mel frames -----------------------------------------------------------
@@ -279,10 +290,14 @@ class Whisper(nn.Module):
         self.languages = list(languages) if many else []
         self.task = [task] if many else []
 
+        suppressed = made.get("suppress_tokens") or []
+        if not all(0 <= i < self.config.vocab_size for i in suppressed):
+            raise ValueError(f"{file}: suppress_tokens names ids that the model does not have")
+
         # No markers but the end; at the beginning not the end either, nor a space alone.
         markers = [i for i in special.values() if i < self.times and i != self.vocab.eos]
         self.masked = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-        self.masked[[*markers, *(made.get("suppress_tokens") or [])]] = True
+        self.masked[[*markers, *suppressed]] = True
         self.not_first = torch.zeros(self.config.vocab_size, dtype=torch.bool)
         self.not_first[[*self.vocab.encode(" "), self.vocab.eos]] = True
 
@@ -290,6 +305,9 @@ class Whisper(nn.Module):
         every = range(self.config.decoder_attention_heads)
         all_of_upper = [(layer, head) for layer in upper for head in every]
         self.alignment = made.get("alignment_heads") or all_of_upper
+        layers = range(self.config.decoder_layers)
+        if not all(layer in layers and head in every for layer, head in self.alignment):
+            raise ValueError(f"{file}: alignment_heads names heads that the model does not have")
 
     def encode(self, clips, blocks=None):
         """(B, 1500, C) of clips of at most 30 s; `blocks` gets what each block hands on."""

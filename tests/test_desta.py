@@ -318,6 +318,35 @@ def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
     assert rows[0]["target"]
 
 
+@pytest.mark.parametrize(
+    "prompt, said", [(" ", "--prompt is blank"), ("who", "none of its 6 replies can be a target")]
+)
+def test_targets_that_no_adapter_could_learn_are_not_written(
+    prompt, said, clips, speedrun, tmp_path, monkeypatch
+):
+    """The second try is not held to the first one's prompt."""
+    for asked in (prompt, f"{prompt} "):
+        with pytest.raises(ValueError, match=said):
+            call(
+                [
+                    "desta.py", "write", str(clips / "clips.jsonl"),
+                    "--model", str(speedrun / "instruct"), "--prompt", asked,
+                    "--device", "cpu", "--out", str(tmp_path / "t.jsonl"),
+                ],
+                monkeypatch,
+            )
+    assert not list(tmp_path.glob("t.jsonl*"))
+
+
+def test_states_that_float16_cannot_hold_are_refused(clips, speedrun, tmp_path, monkeypatch):
+    real = desta.Encoder.states
+    monkeypatch.setattr(
+        desta.Encoder, "states", lambda self, clips: [x * 1e9 for x in real(self, clips)]
+    )
+    with pytest.raises(ValueError, match="no number of float16; take the clip out"):
+        call(encode(clips, speedrun, tmp_path / "s"), monkeypatch)
+
+
 @pytest.mark.parametrize("what", ["encode", "train"])
 def test_a_killed_command_goes_on_to_the_same_bytes(
     what, clips, speedrun, trained, tmp_path, monkeypatch
@@ -457,7 +486,7 @@ def stated(tmp_path):
     rows = [
         {
             "audio": str(tmp_path / f"{n}.wav"), "text": "hello", "seconds": 1.0,
-            "speaker": f"voice {n % 20}",
+            "speaker": f"voice {n // 2}",
             "style": {"loudness": ["quiet", "loud"][loud[n]], "coin": ["head", "tail"][coin[n]]},
         }
         for n in range(60)
@@ -495,6 +524,8 @@ def test_a_probe_finds_what_states_hold_and_no_more(stated, monkeypatch, capsys)
     [
         (lambda row: row | {"audio": "61.wav"}, "61.wav: has no encoder states"),
         (lambda row: row | {"audio": "3.wav"}, "3.wav: is in .*learnt.jsonl too"),
+        (lambda row: row | {"speaker": "voice 3"}, "voice 3: is in .*learnt.jsonl too"),
+        (lambda row: row | {"style": {"coin": "?", "loudness": "loud"}}, "words as values"),
         (lambda row: row | {"style": {"coin": "head"}}, "has coin; wanted loudness, coin"),
     ],
 )
@@ -643,6 +674,14 @@ def test_a_new_conversation_frees_what_was_heard(clips, trained):
         ("targets", lambda row: row | {"prompt": None}, "got prompt = None, wanted text"),
         ("shape", lambda made: made | {"adapter": {"kind": "lstm"}}, "got the adapter 'lstm'"),
         ("shape", lambda made: made | {"adapter": {"kind": "qformer"}}, "adapter has no 'taps'"),
+        ("shape", lambda made: made | {"adapter": None}, "got adapter = None, wanted an object"),
+        ("shape", lambda made: made | {"sha256": None}, "got sha256 = None, wanted an object"),
+        ("shape", lambda made: made | {"sha256": {}}, "has changed since"),
+        (
+            "shape",
+            lambda made: made | {"adapter": made["adapter"] | {"join": "x"}},
+            "desta.json: no such adapter can be made",
+        ),
         ("shape", lambda made: made | {"model": "/gone"}, "/gone: the model of .* is not there"),
     ],
 )
@@ -710,32 +749,53 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert {row["target"] for row in targets} == {"a man", "paris"}
     assert set(made["rows"]) == {"heard", "read", "cascade"}
     assert set(made["probe"]) == set(style)
-    assert (made["as"], made["writer"]) == ("desta", "llm")
+    assert (made["adapter"], made["writer"]) == ("desta", "llm")
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
 
     again = run()
     assert again.returncode == 0 and "== python" not in again.stdout
 
     # Other ways to train stand beside it. A task has right answers, and one prompt.
-    names["AS"] = "task_sft"
+    names["ADAPTER"] = "task_sft"
     assert run().returncode == 0
     beside = tmp_path / "o/llm-whisper-seed1-task_sft"
     targets = [json.loads(line) for line in (beside / "train.jsonl").read_text().splitlines()]
     assert {(row["prompt"], row["target"]) for row in targets} == {
         ("who", "A man with a British accent, speaking slow and loud."),
     }
-    assert json.loads((beside / "desta.json").read_text())["as"] == "task_sft"
+    assert json.loads((beside / "desta.json").read_text())["adapter"] == "task_sft"
     assert (of / "desta.json").read_text() == json.dumps(made, indent=1) + "\n"
-    names["AS"] = "no_transcript"
+    names["ADAPTER"] = "no_transcript"
     del names["QUESTIONS"]
     assert run().returncode == 0
     beside = tmp_path / "o/llm-whisper-seed1-no_transcript"
     assert not json.loads((beside / "desta/desta.json").read_text())["has_words"]
-    names |= {"AS": "mismatched", "WRITER": "other"}
+    names |= {"ADAPTER": "mismatched", "WRITER": "other"}
     assert f"{tmp_path}/other: no such model folder" in run().stderr
-    names["AS"] = "x"
-    assert "AS=x: wanted no_transcript, task_sft or mismatched" in run().stderr
-    del names["AS"]
+    names["WRITER"] = "llm"
+    assert "WRITER=llm: wanted another model than llm" in run().stderr
+    names["ADAPTER"] = "x"
+    assert "ADAPTER=x: wanted no_transcript, task_sft or mismatched" in run().stderr
+    del names["ADAPTER"]
+
+    # What it was made of stands beside it, and what no run can be made of is told first.
+    (tmp_path / "w2").mkdir()
+    for name in ("llm", "whisper"):
+        (tmp_path / "w2" / name).symlink_to(tmp_path / name)
+    words[1] = tmp_path / "w2"
+    assert "made with another WEIGHTS" in run().stderr
+    words[1] = tmp_path
+    names["STEPS"] = "0"
+    assert "STEPS=0: wanted at least 1" in run().stderr
+    names["STEPS"] = "2"
+    two = [row | {"speaker": "ab"[n % 2]} for n, row in enumerate(rows)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in two))
+    words[2:] = tmp_path / "two.jsonl", tmp_path / "p"
+    done = subprocess.run(
+        ["bash", *words, "2"], capture_output=True, text=True, env=first_on_path(quick) | names
+    )
+    assert "two.jsonl: wanted at least three speakers" in done.stderr
+    words[2:] = tmp_path / "clips.jsonl", tmp_path / "o"
 
     (tmp_path / "clips.jsonl").write_text(json.dumps(rows[0]) + "\n")
     other = run()

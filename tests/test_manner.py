@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import audio
@@ -464,6 +466,7 @@ def test_the_transcript_of_a_row_of_a_manifest_is_not_written_beside_its_sound(
     "change, flags, said",
     [
         ({"audio": "gone.flac", "said": None}, ["--transcriber", "{ears}"], "gone.flac"),
+        ({"audio": "short.wav", "said": None}, ["--transcriber", "{ears}"], "are under one frame"),
         ({"said": None, "words": None}, [], "no one writes them down"),
     ],
 )
@@ -472,6 +475,7 @@ def test_a_row_that_cannot_be_heard_is_told_before_the_first_is_asked(
 ):
     rows = rows_of(world / "test/manifest.jsonl")
     rows[-1] |= change
+    soundfile.write(tmp_path / "short.wav", np.zeros(100), 16_000)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(benchmark, "replies", lambda *_, **__: pytest.fail("it was asked"))
     monkeypatch.setattr(benchmark, "BATCH", 1)

@@ -239,6 +239,23 @@ def test_what_is_no_whisper_is_refused(tmp_path):
         whisper.Whisper(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "file, harm, said",
+    [
+        ("config", {"encoder_attention_heads": 5}, "5 heads do not share d_model = 32 evenly"),
+        ("config", {"max_source_positions": 7}, "max_source_positions = 7, wanted 1500"),
+        ("generation_config", {"suppress_tokens": [10**6]}, "ids that the model does not have"),
+        ("generation_config", {"alignment_heads": [[9, 0]]}, "heads that the model does not have"),
+    ],
+)
+def test_a_damaged_whisper_is_one_line(file, harm, said, tmp_path):
+    folder, _ = folder_of(tmp_path, many=False)
+    made = json.loads((folder / f"{file}.json").read_text())
+    (folder / f"{file}.json").write_text(json.dumps(made | harm))
+    with pytest.raises(ValueError, match=said):
+        whisper.Whisper(folder)
+
+
 def test_a_long_recording_is_written_down_window_by_window(tmp_path, monkeypatch):
     """The next window begins where the last whole segment ends."""
     folder, _ = folder_of(tmp_path, many=False)
