@@ -365,18 +365,18 @@ def set_up(args, out, rank, world):
     log = Log(args, out, model, vocab, units, mix, sources, streams[rank].held_out())
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings_of(args))
     return Run(
-        args,
-        model,
-        vocab,
-        units,
-        body,
-        tables,
-        frozen.to(args.device),
-        align,
-        optimizers,
-        streams,
-        log,
-        checkpoint,
+        args=args,
+        model=model,
+        vocab=vocab,
+        units=units,
+        body=body,
+        tables=tables,
+        frozen=frozen.to(args.device),
+        align=align,
+        optimizers=optimizers,
+        streams=streams,
+        log=log,
+        checkpoint=checkpoint,
     )
 
 
