@@ -580,7 +580,7 @@ def test_the_teachers_page_shows_the_experiments_of_the_results():
         in page
     )
     assert evaluate.grid(start["rows"]) in page
-    for run in json.loads((ROOT / "results/ablations.json").read_text()):
+    for run in json.loads((ROOT / "results/ablations.json").read_text())[:2]:
         assert evaluate.grid(run["rows"]) in page
 
 
@@ -600,19 +600,32 @@ def test_the_sentences_about_experiments_say_what_the_results_hold():
         "and filter, answers {}."
     ).format(*values) in readme
 
-    one, two = json.loads((ROOT / "results/ablations.json").read_text())
+    one, two, *more_seeds = json.loads((ROOT / "results/ablations.json").read_text())
     ahead = one["ahead"] | two["ahead"]
     left_out = {name.split("/")[1] for name in ahead if "plain" not in name}
     more = {name for name in left_out if ahead[f"ablate/{name}/merged"]["low"] > 0}
     names = "no_teacher", "no_filter", "rows_at_once", "chat_all_blocks", "chat_all_rows", "no_gaps"
     assert more == set(names) and left_out == more | {"all_rows"}
-    values = [f"{ahead[f'ablate/{name}/merged']['value']:.2f}" for name in (*names, "all_rows")]
+    values = [f"{ahead[f'ablate/{name}/merged']['value']:.2f}" for name in names]
     assert (
         "six differ by more than chance (`results/ablations.json` has the intervals): a teacher "
         "({}), a filter ({}), rows that learn first ({}), chats in the upper half ({}), chats "
-        "that move no word's row ({}), and gaps ({}). Whether speech training may move the rows of "
-        "words (`all_rows`: {})"
+        "that move no word's row ({}), and gaps ({})."
     ).format(*values) in page
+
+    # On three seeds: whether speech may move the rows of words.
+    same = [one, *more_seeds]
+    assert [run["seed"] for run in same] == [0, 1, 2]
+    fewer = [run["ahead"]["ablate/all_rows/merged"]["value"] for run in same]
+    assert max(fewer) < 0.08, "the page says that it makes no difference"
+    losses = [
+        [f"{run['rows'][name]['text_loss']['value']:.2f}" for run in same]
+        for name in ("ablate/all_rows/merged", "merged")
+    ]
+    assert (
+        "answers {:.2f}, {:.2f} and {:.2f} fewer questions; but plain sentences cost its sum {}, {} "
+        "and {} nats a token, not {}, {} and {}"
+    ).format(*fewer, *losses[0], *losses[1]) in page
     spoken = lambda name: two["rows"][name]["spoken_near"]["value"]
     assert spoken("ablate/plain/merged") == spoken("ablate/plain_teacher/merged") == 0
     whole = spoken("ablate/plain_teacher_upper/merged"), spoken("merged")
