@@ -1202,6 +1202,9 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         "names gender in {}, rate in {} and loudness in {} of the clips, about as often as a "
         "linear probe, and answers {} of spoken questions"
     ).format(*told["task_sft"]) in page
+    assert (
+        "gender in {}, rate in {}, loudness in {}, and {} of the questions"
+    ).format(*told["no_transcript"]) in page
 
     # It answers: it does not say again what it heard.
     for run in runs:
