@@ -623,8 +623,8 @@ def test_the_sentences_about_experiments_say_what_the_results_hold():
         for name in ("ablate/all_rows/merged", "merged")
     ]
     assert (
-        "answers {:.2f}, {:.2f} and {:.2f} fewer questions; but plain sentences cost its sum {}, {} "
-        "and {} nats a token, not {}, {} and {}"
+        "answers {:.2f}, {:.2f} and {:.2f} fewer questions; but plain sentences cost its sum "
+        "{}, {} and {} nats a token, not {}, {} and {}"
     ).format(*fewer, *losses[0], *losses[1]) in page
     spoken = lambda name: two["rows"][name]["spoken_near"]["value"]
     assert spoken("ablate/plain/merged") == spoken("ablate/plain_teacher/merged") == 0
