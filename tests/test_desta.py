@@ -756,6 +756,7 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert again.returncode == 0 and "== python" not in again.stdout
 
     # Other ways to train stand beside it. A task has right answers, and one prompt.
+    del names["QUESTIONS"]
     names["ADAPTER"] = "task_sft"
     assert run().returncode == 0
     beside = tmp_path / "o/llm-whisper-seed1-task_sft"
@@ -766,7 +767,6 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert json.loads((beside / "desta.json").read_text())["adapter"] == "task_sft"
     assert (of / "desta.json").read_text() == json.dumps(made, indent=1) + "\n"
     names["ADAPTER"] = "no_transcript"
-    del names["QUESTIONS"]
     assert run().returncode == 0
     beside = tmp_path / "o/llm-whisper-seed1-no_transcript"
     assert not json.loads((beside / "desta/desta.json").read_text())["has_words"]
