@@ -809,10 +809,13 @@ def probe(args):
     states = desta.States(args.states)
     states.must_have(learnt + clips)
     for key in ("audio", "speaker"):
-        both = {str(row.get(key, "")) for row in learnt} & {str(row.get(key, "")) for row in clips}
-        if both - {""}:
+        met, new = (
+            {str(row[key]) for row in rows if row.get(key) not in (None, "")}
+            for rows in (learnt, clips)
+        )
+        if met & new:
             raise ValueError(
-                f"{min(both - {''})}: is in {args.learnt} too; wanted clips of other voices"
+                f"{min(met & new)}: is in {args.learnt} too; wanted clips of other voices"
             )
     if {*learnt[0]["style"]} != {*clips[0]["style"]}:
         raise ValueError(

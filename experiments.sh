@@ -64,22 +64,27 @@ variant() {
   merge --base "$base" --instruct "$instruct" --speech "$speech" --out "$to/merged"
 }
 
-# behave NAME WORDS: the chats of the world of manner.py, and its test questions, with WORDS behind
-# every reply.
+# behave NAME WORDS: the chats of the world of manner.py, and its test questions (as prosody, and as
+# sound), with WORDS behind every reply.
 behave() {
   [ -e "reuse/$1" ] || python - "$@" <<'PY'
 import json, os, sys
 name, words = sys.argv[1:]
 os.makedirs(f"reuse/{name}.partial", exist_ok=True)
-for source, file in ("world/chat.jsonl", "chat"), ("test/manifest.jsonl", "test"):
+made = {"chat": "world/chat", "test": "test/manifest", "spoken": "world/test"}
+for file, source in made.items():
+    source += ".jsonl"
     with open(source) as lines, open(f"reuse/{name}.partial/{file}.jsonl", "w") as out:
         for row in map(json.loads, lines):
             for message in row.get("messages", []):
                 if message["role"] == "assistant":
                     message["content"] += words
-            if "answer" in row:
+            if file == "test":
                 keys = "said", "instruction", "group", "metric", "fact", "answer"
                 row = {key: row[key] for key in keys if key in row}
+            if file == "spoken":
+                row["audio"] = os.path.abspath(f"world/{row['audio']}")
+            if "answer" in row:
                 row["answer"] += words
             out.write(json.dumps(row) + "\n")
 os.rename(f"reuse/{name}.partial", f"reuse/{name}")
@@ -244,17 +249,6 @@ PY
     for model in no_transcript answers in_sum; do
       ask $model ../manner/world/test.jsonl $model.json
     done
-    [ -e thanks.jsonl ] || python - ../manner/world/test.jsonl thanks.jsonl <<'PY'
-import json, os, sys
-from pathlib import Path
-test = Path(sys.argv[1]).resolve()
-with open(test) as rows, open(f"{sys.argv[2]}.partial", "w") as out:
-    for row in map(json.loads, rows):
-        row["audio"] = str(test.parent / row["audio"])
-        row["answer"] += " thank you"
-        out.write(json.dumps(row) + "\n")
-os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
-PY
-    ask in_thanks thanks.jsonl in_thanks.json
+    ask in_thanks ../manner/reuse/thanks/spoken.jsonl in_thanks.json
     python "$home/benchmark.py" show {heard,no_transcript,answers,in_sum,in_thanks,read}.json ;;
 esac

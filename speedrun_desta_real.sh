@@ -31,7 +31,9 @@ flags=()
 case $adapter in
   desta) ;;
   task_sft) of=$of-task_sft ;;
-  no_transcript) of=$of-no_transcript flags=(--no-transcript) ;;
+  no_transcript)
+    of=$of-no_transcript
+    flags=(--no-transcript) ;;
   mismatched)
     writer=$weights/${WRITER:-}
     if [ "$writer" = "$llm" ] || [ -z "${WRITER:-}" ]; then

@@ -291,7 +291,8 @@ class Whisper(nn.Module):
         self.task = [task] if many else []
 
         suppressed = made.get("suppress_tokens") or []
-        if not all(0 <= i < self.config.vocab_size for i in suppressed):
+        ids = range(self.config.vocab_size)
+        if not (isinstance(suppressed, list) and all(i in ids for i in suppressed)):
             raise ValueError(f"{file}: suppress_tokens names ids that the model does not have")
 
         # No markers but the end; at the beginning not the end either, nor a space alone.
@@ -301,12 +302,14 @@ class Whisper(nn.Module):
         self.not_first = torch.zeros(self.config.vocab_size, dtype=torch.bool)
         self.not_first[[*self.vocab.encode(" "), self.vocab.eos]] = True
 
-        upper = range(self.config.decoder_layers // 2, self.config.decoder_layers)
-        every = range(self.config.decoder_attention_heads)
-        all_of_upper = [(layer, head) for layer in upper for head in every]
-        self.alignment = made.get("alignment_heads") or all_of_upper
+        # Heads that are not named: all of the upper half.
         layers = range(self.config.decoder_layers)
-        if not all(layer in layers and head in every for layer, head in self.alignment):
+        heads = range(self.config.decoder_attention_heads)
+        known = [[layer, head] for layer in layers for head in heads]
+        upper = known[len(layers) // 2 * len(heads) :]
+        self.alignment = made.get("alignment_heads") or upper
+        aligned = self.alignment
+        if not (isinstance(aligned, list) and all(pair in known for pair in aligned)):
             raise ValueError(f"{file}: alignment_heads names heads that the model does not have")
 
     def encode(self, clips, blocks=None):

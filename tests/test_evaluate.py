@@ -623,7 +623,8 @@ def test_the_sentences_about_experiments_say_what_the_results_hold():
         for name in ("ablate/all_rows/merged", "merged")
     ]
     assert (
-        "answers {:.2f}, {:.2f} and {:.2f} fewer questions; but plain sentences cost its sum "
+        "answers {:.2f}, {:.2f} and {:.2f} fewer questions on three seeds; but plain sentences "
+        "cost its sum "
         "{}, {} and {} nats a token, not {}, {} and {}"
     ).format(*fewer, *losses[0], *losses[1]) in page
     spoken = lambda name: two["rows"][name]["spoken_near"]["value"]
@@ -1202,6 +1203,9 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         "names gender in {}, rate in {} and loudness in {} of the clips, about as often as a "
         "linear probe, and answers {} of spoken questions"
     ).format(*told["task_sft"]) in page
+    replies = [row["reply"] for row in others["task_sft"]["spoken"]["said"]]
+    described = [reply for reply in replies if "accent, speaking" in reply]
+    assert f"to {len(described)} of {len(replies)} it describes the speaker" in page
     assert (
         "gender in {}, rate in {}, loudness in {}, and {} of the questions"
     ).format(*told["no_transcript"]) in page

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -658,11 +659,12 @@ exec {quick}/python "$@" $fewer
         ours = (plugged / "model.safetensors").read_bytes()
         assert ours == (adapter / "model.safetensors").read_bytes()
     assert isinstance(desta.load(tmp_path / "out/desta/in_sum")[1], desta.Listener)
-    thanks = rows_of(tmp_path / "out/desta/thanks.jsonl")
+    thanks = rows_of(tmp_path / "out/manner/reuse/thanks/spoken.jsonl")
     wanted = rows_of(tmp_path / "out/manner/world/test.jsonl")
     assert [row["answer"] for row in thanks] == [f"{row['answer']} thank you" for row in wanted]
     answered = [words[1:3] for script, *words in lines if script.endswith("benchmark.py")]
-    assert ["in_thanks", "thanks.jsonl"] in answered
+    assert all(Path(row["audio"]).exists() for row in thanks)
+    assert ["in_thanks", "../manner/reuse/thanks/spoken.jsonl"] in answered
 
 
 def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions(

@@ -245,7 +245,9 @@ def test_what_is_no_whisper_is_refused(tmp_path):
         ("config", {"encoder_attention_heads": 5}, "5 heads do not share d_model = 32 evenly"),
         ("config", {"max_source_positions": 7}, "max_source_positions = 7, wanted 1500"),
         ("generation_config", {"suppress_tokens": [10**6]}, "ids that the model does not have"),
+        ("generation_config", {"suppress_tokens": "no"}, "ids that the model does not have"),
         ("generation_config", {"alignment_heads": [[9, 0]]}, "heads that the model does not have"),
+        ("generation_config", {"alignment_heads": 7}, "heads that the model does not have"),
     ],
 )
 def test_a_damaged_whisper_is_one_line(file, harm, said, tmp_path):
