@@ -711,93 +711,97 @@ def test_states_that_are_cut_are_refused(clips, trained, tmp_path):
         desta.States(tmp_path / "s")
 
 
-def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop(
-    clips, speedrun, quick, tmp_path
-):
-    """A random Whisper, the toy's instruct model; one voice of three is in the test alone."""
+@pytest.fixture
+def recipe(clips, speedrun, quick, tmp_path):
+    """(its clips, run(seed, **names) of speedrun_desta_real.sh): a random Whisper, the toy's
+    instruct model; one voice of three is in the test alone.
+    """
     folder_of(tmp_path / "whisper", many=False)
     (tmp_path / "llm").symlink_to(speedrun / "instruct")
     rows = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
     style = {"gender": "man", "accent": "British", "rate": "slow", "loudness": "loud"}
     rows = [row | {"speaker": "abc"[n % 3], "style": style} for n, row in enumerate(rows)]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = {"audio": rows[0]["audio"], "text": "what is it", "answer": "paris"}
-    (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n")
-    words = [ROOT / "speedrun_desta_real.sh", tmp_path, tmp_path / "clips.jsonl", tmp_path / "o"]
     # So small a model does not end its replies: its targets are there already.
     (tmp_path / "o").mkdir()
     for name, prompt, target in (("described", "who", "a man"), ("answers", "what", "paris")):
         (tmp_path / f"o/{name}-llm.jsonl").write_text(
             "".join(json.dumps(row | {"prompt": prompt, "target": target}) + "\n" for row in rows)
         )
-    names = {"LLM": "llm", "WHISPER": "whisper", "STEPS": "2"}
-    names["QUESTIONS"] = str(tmp_path / "questions.jsonl")
 
-    def run():
+    def run(seed="1", **names):
+        words = ["speedrun_desta_real.sh", tmp_path, tmp_path / "clips.jsonl", tmp_path / "o", seed]
+        names = {"LLM": "llm", "WHISPER": "whisper", "STEPS": "2"} | names
         env = first_on_path(quick) | names
-        return subprocess.run(["bash", *words, "1"], capture_output=True, text=True, env=env)
+        return subprocess.run(["bash", *words], capture_output=True, text=True, env=env, cwd=ROOT)
 
-    done = run()
+    return rows, run
+
+
+def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop(
+    recipe, tmp_path
+):
+    rows, run = recipe
+    asked = {"audio": rows[0]["audio"], "text": "what is it", "answer": "paris"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n")
+    questions = {"QUESTIONS": str(tmp_path / "questions.jsonl")}
+    done = run(**questions)
     assert done.returncode == 0, done.stderr
     of = tmp_path / "o/llm-whisper-seed1"
     made = json.loads((of / "desta.json").read_text())
-    assert made["seed"] == 1
+    assert (made["seed"], made["adapter"], made["writer"]) == (1, "desta", "llm")
     assert {answer["speaker"] for answer in made["answers"]} == {"b"}
     assert {answer["style"]["rate"] for answer in made["answers"]} == {"slowly"}
     targets = [json.loads(line) for line in (of / "train.jsonl").read_text().splitlines()]
     assert {row["speaker"] for row in targets} <= {"a", "c"}
     assert {row["target"] for row in targets} == {"a man", "paris"}
     assert set(made["rows"]) == {"heard", "read", "cascade"}
-    assert set(made["probe"]) == set(style)
-    assert (made["adapter"], made["writer"]) == ("desta", "llm")
+    assert set(made["probe"]) == set(rows[0]["style"])
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
 
-    again = run()
+    again = run(**questions)
     assert again.returncode == 0 and "== python" not in again.stdout
+    (tmp_path / "clips.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    other = run(**questions)
+    assert other.returncode == 1
+    assert "made with another CLIPS; remove it, or give another OUT" in other.stderr
 
-    # Other ways to train stand beside it. A task has right answers, and one prompt.
-    del names["QUESTIONS"]
-    names["ADAPTER"] = "task_sft"
-    assert run().returncode == 0
+
+def test_other_ways_to_train_the_adapter_stand_beside_it(recipe, tmp_path):
+    """A task has right answers, and one prompt."""
+    _, run = recipe
+    done = run(ADAPTER="task_sft")
+    assert done.returncode == 0, done.stderr
     beside = tmp_path / "o/llm-whisper-seed1-task_sft"
     targets = [json.loads(line) for line in (beside / "train.jsonl").read_text().splitlines()]
     assert {(row["prompt"], row["target"]) for row in targets} == {
         ("who", "A man with a British accent, speaking slow and loud."),
     }
     assert json.loads((beside / "desta.json").read_text())["adapter"] == "task_sft"
-    assert (of / "desta.json").read_text() == json.dumps(made, indent=1) + "\n"
-    names["ADAPTER"] = "no_transcript"
-    assert run().returncode == 0
+
+    done = run(ADAPTER="no_transcript")
+    assert done.returncode == 0, done.stderr
     beside = tmp_path / "o/llm-whisper-seed1-no_transcript"
     assert not json.loads((beside / "desta/desta.json").read_text())["has_words"]
-    names |= {"ADAPTER": "mismatched", "WRITER": "other"}
-    assert f"{tmp_path}/other: no such model folder" in run().stderr
-    names["WRITER"] = "llm"
-    assert "WRITER=llm: wanted another model than llm" in run().stderr
-    names["ADAPTER"] = "x"
-    assert "ADAPTER=x: wanted no_transcript, task_sft or mismatched" in run().stderr
-    del names["ADAPTER"]
+    assert not (tmp_path / "o/llm-whisper-seed1").exists()
 
-    # What it was made of stands beside it, and what no run can be made of is told first.
-    (tmp_path / "w2").mkdir()
-    for name in ("llm", "whisper"):
-        (tmp_path / "w2" / name).symlink_to(tmp_path / name)
-    words[1] = tmp_path / "w2"
-    assert "made with another WEIGHTS" in run().stderr
-    words[1] = tmp_path
-    names["STEPS"] = "0"
-    assert "STEPS=0: wanted at least 1" in run().stderr
-    names["STEPS"] = "2"
+
+def test_what_the_recipe_on_open_weights_cannot_run_on_is_told_first(recipe, tmp_path):
+    rows, run = recipe
+    for names, said in (
+        ({"ADAPTER": "x"}, "ADAPTER=x: wanted no_transcript, task_sft or mismatched"),
+        ({"ADAPTER": "mismatched"}, "WRITER=: wanted another model than llm"),
+        ({"ADAPTER": "mismatched", "WRITER": "llm"}, "WRITER=llm: wanted another model than llm"),
+        ({"ADAPTER": "mismatched", "WRITER": "y"}, f"{tmp_path}/y: no such model folder"),
+        ({"STEPS": "0"}, "STEPS=0: wanted at least 1"),
+    ):
+        done = run(**names)
+        assert done.returncode == 1 and said in done.stderr, done.stderr
+
+    # Two speakers have no third part; another folder's targets are not one's own.
     two = [row | {"speaker": "ab"[n % 2]} for n, row in enumerate(rows)]
-    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in two))
-    words[2:] = tmp_path / "two.jsonl", tmp_path / "p"
-    done = subprocess.run(
-        ["bash", *words, "2"], capture_output=True, text=True, env=first_on_path(quick) | names
-    )
-    assert "two.jsonl: wanted at least three speakers" in done.stderr
-    words[2:] = tmp_path / "clips.jsonl", tmp_path / "o"
-
-    (tmp_path / "clips.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    other = run()
-    assert other.returncode == 1
-    assert "made with another CLIPS; remove it, or give another OUT" in other.stderr
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in two))
+    assert "clips.jsonl: wanted at least three speakers" in run("2").stderr
+    (tmp_path / "o/WEIGHTS").write_text("elsewhere\n")
+    assert "made with another WEIGHTS" in run().stderr
+    assert not list((tmp_path / "o").glob("*/train.jsonl"))
