@@ -153,6 +153,34 @@ def test_words_begin_where_the_heads_look():
     assert torch.equal(whisper.median(x), generation_whisper._median_filter(x, 7))
 
 
+def test_words_begin_when_transformers_says_that_their_tokens_do(tmp_path):
+    """Of a clip of 30 seconds: where one is shorter, transformers has the heads look behind its
+    end, too.
+    """
+    folder, theirs = folder_of(tmp_path, many=True)
+    theirs.set_attn_implementation("eager")  # it alone shows where heads look
+    ours, clips = whisper.Whisper(folder), clips_of(30)
+    text = "hello world singing world hello"
+    found = ours.words(clips[0], text)
+
+    heard = ours.model.decoder.hear(ours.encode(clips))
+    prompt = ours.prompts(heard, 1, times=False)[0].tolist()
+    tokens = [ours.vocab.encode(" " + word) for word in text.split()]
+    ids = torch.tensor([prompt + sum(tokens, [])])
+    with torch.inference_mode():
+        looked = theirs(features(clips, 80), decoder_input_ids=ids, output_attentions=True)
+    made = transformers.generation.GenerateEncoderDecoderOutput(
+        sequences=ids, cross_attentions=[looked.cross_attentions]
+    )
+    heads = theirs.generation_config.alignment_heads
+    times = theirs._extract_token_timestamps(made, heads, num_input_ids=len(prompt) - 1)[0]
+    edges = np.cumsum([len(prompt) - 1, *map(len, tokens)])
+    assert len({begin for _, begin, _ in found}) > 2
+    assert [[begin, end] for _, begin, end in found] == [
+        pytest.approx(times[[a, b]].tolist(), abs=0.001) for a, b in zip(edges, edges[1:])
+    ]
+
+
 def test_a_manifest_gets_words_and_resumes_after_a_kill(tmp_path, monkeypatch):
     folder, _ = folder_of(tmp_path / "w", many=False)
     rows = [{"audio": f"{n}.wav", "text": "hello world hello"} for n in range(3)] + [
