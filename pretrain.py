@@ -8,10 +8,10 @@ run  python pretrain.py --init out/base --units out/units --text out/toy/base.js
 
 One loop makes all three models, and stands first. What is given decides the stage, and the
 stage the settings (`STAGES`): text alone trains a base, chats an instruct model, units or
-prosody a speech model. Loss is on text tokens, and on units if --unit-loss says so.
-With --imitate, interleaved text bears none: a teacher's hidden states take its place. What a
-small model needs beyond the loop is in align.py; `--plain` turns that off, and --layers,
---embeddings and --rows-first with it.
+prosody a speech model. Loss is on text tokens, in chats on those of replies alone; on units
+if --unit-loss says so. With --imitate, interleaved text bears none: a teacher's hidden states
+take its place. What a small model needs beyond the loop is in align.py; `--plain` turns that
+off, and --layers, --embeddings and --rows-first with it.
 
 A stop costs at most the steps since the last checkpoint. The same command resumes there;
 on a CPU the result is then bit-identical.
