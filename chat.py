@@ -145,7 +145,7 @@ class Chat:
     def heard(self, units):
         """The model's own transcript of units: what it understood."""
         if isinstance(self.vocab, Listener):  # it stands in the turn
-            return self.vocab.said.get(int(units[0]), "")
+            return self.vocab.transcripts.get(int(units[0]), "")
         if isinstance(units, Said):
             return units.text()
         return written_down(self.model, self.vocab, units)

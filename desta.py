@@ -121,25 +121,25 @@ class Table(nn.Module):
 class Listener(Vocab):
     """A model's tokens. A clip is the numbers of its vectors; it stands where text would.
 
-    rows  of the embedding: a vector's id is its number behind them
-    said  {the number of a clip's first vector: its transcript}
+    first        id of the first vector: as many as the embedding has rows
+    transcripts  {the number of a clip's first vector: what is said in it}
     """
 
-    def __init__(self, folder, rows=0):
+    def __init__(self, folder, first=0):
         super().__init__(folder)
-        self.rows = rows
-        self.said = {}
+        self.first = first
+        self.transcripts = {}
 
     def span(self, numbers):
         """`<start_audio>` vectors, transcript `<end_audio>`."""
-        vectors = (self.rows + np.asarray(numbers)).tolist()
-        self.special |= {f"<|heard_{i - self.rows}|>": i for i in vectors}  # `spelled` shows them
-        said = self.encode(self.said.get(int(numbers[0]), ""))
-        return self.encode(OPEN) + vectors + said + self.encode(CLOSE)
+        vectors = (self.first + np.asarray(numbers)).tolist()
+        self.special |= {f"<|heard_{i - self.first}|>": i for i in vectors}  # `spelled` shows them
+        words = self.encode(self.transcripts.get(int(numbers[0]), ""))
+        return self.encode(OPEN) + vectors + words + self.encode(CLOSE)
 
     def forget(self):
-        self.said.clear()
-        self.special = {name: i for name, i in self.special.items() if i < self.rows}
+        self.transcripts.clear()
+        self.special = {name: i for name, i in self.special.items() if i < self.first}
 
     def heard(self, numbers):
         """The prompt that asks for a transcript."""
@@ -306,7 +306,8 @@ class Ears:
         self.table.heard = torch.cat([self.table.heard, *self.adapter(states)])
         numbers = np.arange(first, len(self.table.heard))
         if self.has_words:
-            self.listener.said[first] = self.transcriber(samples) if text is None else text
+            words = self.transcriber(samples) if text is None else text
+            self.listener.transcripts[first] = words
         return numbers, None
 
     def forget(self):
@@ -515,12 +516,12 @@ def loss_of(model, table, listener, adapter, rows, states, transcript):
 
     # This batch's vectors stand behind the embedding's rows, in place of the last batch's.
     table.heard = torch.cat(vectors)
-    listener.said = {}
+    listener.transcripts = {}
     documents = []
     first = 0
     for row, heard in zip(rows, vectors):
         if transcript:
-            listener.said[first] = row["text"]
+            listener.transcripts[first] = row["text"]
         asked = listener.ask(np.arange(first, first + len(heard)), row["prompt"])
         end = listener.special[listener.template().end]
         documents.append((asked, listener.encode(row["target"]) + [end]))

@@ -735,8 +735,8 @@ def manner(args):
         for clip in bar
     ]
     if isinstance(vocab, desta.Listener):
-        said = vocab.said
-        written = [said.get(int(n[0]), clip["text"]) for n, clip in zip(heard, clips)]
+        words = vocab.transcripts
+        written = [words.get(int(n[0]), clip["text"]) for n, clip in zip(heard, clips)]
         written = [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written]
     else:
         written = [clip["text"] for clip in clips]
@@ -843,8 +843,8 @@ def probe(args):
         y = torch.tensor(y)                                         # (learnt, values)
         shares = torch.linalg.solve(alike, y - y.mean(0))
         scores = y.mean(0) + asked @ x.T / x.shape[1] @ shares      # (clips, values)
-        said = [values[n] for n in scores.argmax(1)]
-        right = [value == clip["style"][attribute] for value, clip in zip(said, clips)]
+        likeliest = [values[n] for n in scores.argmax(1)]
+        right = [value == clip["style"][attribute] for value, clip in zip(likeliest, clips)]
         row[attribute] = share_of(right, speakers_of(clips))
     made = {"probe": row, "made": runs.recipe([args.learnt, args.clips, args.states])}
     runs.write_file(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)

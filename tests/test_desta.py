@@ -234,7 +234,7 @@ def test_a_transcript_stands_beside_the_vectors(clips, speedrun, trained, tmp_pa
     samples = audio.load(json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"])
     numbers, _ = ears(samples)
     said = ears.transcriber(samples)
-    assert vocab.said[0] == said
+    assert vocab.transcripts[0] == said
     assert vocab.decode(vocab.span(numbers)) == f"<start_audio>{said}<end_audio>\n\n"
 
 
@@ -251,7 +251,7 @@ def test_beside_a_hubert_who_listens_says_the_words(
     chat = Chat(tmp_path / "with")
     content, notes = take(chat, parts_of(f'{row["audio"]} "anna likes rice" who'), transcribe=True)
     assert notes["heard"] == ["anna likes rice"] and content[1:] == [" who"]
-    assert chat.vocab.said == {0: "anna likes rice"}
+    assert chat.vocab.transcripts == {0: "anna likes rice"}
     with pytest.raises(ValueError, match='behind the path, in "quotes"'):
         take(chat, parts_of(f"{row['audio']} who"), transcribe=True)
 
@@ -260,7 +260,7 @@ def test_beside_a_hubert_who_listens_says_the_words(
     heard = []
 
     def span(vocab, numbers):
-        heard.append({**vocab.said})
+        heard.append({**vocab.transcripts})
         return [1]
 
     monkeypatch.setattr(desta.Listener, "span", span)
