@@ -306,14 +306,19 @@ def scores_by_metric(rows, replied):
             heard = [spoken_words(text) for text, _ in asked]
             words = [spoken_words(row["answer"]) for _, row in asked]
             wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
-            scores[metric] = ratio(wrong, [len(w) for w in words])
+            scores[metric] = ratio(wrong, [len(w) for w in words], facts_of(asked))
         elif asked:
             found = [right[metric](text, row) for text, row in asked]
-            facts = [row.get("fact") for _, row in asked]
-            facts = [f"row {n}" if fact is None else str(fact) for n, fact in enumerate(facts)]
+            facts = facts_of(asked)
             alone = len(set(facts)) == len(facts)
             scores[metric] = share(found) if alone else share_of(found, facts)
     return scores
+
+
+def facts_of(asked):
+    """What each (reply, row) is about; a row that names no fact stands for itself."""
+    named = [row.get("fact") for _, row in asked]
+    return [f"row {n}" if fact is None else str(fact) for n, fact in enumerate(named)]
 
 
 def scores_by_group(file):
@@ -345,7 +350,14 @@ def choose_lam(args):
     if any(row["metric"] == "wer" for row in rows):
         raise ValueError(f"{args.rows}: scored by wer, of which less is better; wanted shares")
 
-    # Before a model is loaded: have the rows groups? Any reply tells; "A" is a choice, too.
+    # Before a model is loaded: has each row a group, and each group one metric? Any reply tells;
+    # "A" is a choice, too.
+    for number, row in enumerate(rows, 1):
+        if not row.get("group"):
+            raise ValueError(
+                f"{args.rows}, row {number}: has no group; wanted one in every row, as a lam is "
+                "judged by the mean of groups"
+            )
     cells_of(scores_of_rows(rows, ["A"] * len(rows)).get("groups"), args.rows)
     vocab, ears = opened(args)[1:]  # of --speech: the sum has its tokens
     can_hear(args, rows, ears)
@@ -373,7 +385,8 @@ def choose_lam(args):
     made = {"lam": best, "signs": args.signs, "scores": scores, "made": recipe}
     runs.finish_pieces(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(table({f"lam {lam:g}": groups for lam, groups in scores.items()}))
-    print(f"lam {best:g} has the best mean")
+    as_good = sum(mean(lam) == mean(best) for lam in scores)
+    print(f"lam {best:g} has the best mean" + ", as others have" * (as_good > 1))
 
 
 def show(args):

@@ -343,6 +343,23 @@ def same_parents(args):
                 f"{args.merged}: its recipe.json does not name {parent}; give the three that it is "
                 "the sum of"
             )
+    mu = runs.read_json(Path(args.merged) / "merge.json").get("mu", 1.0)
+    if mu != 1:
+        raise ValueError(
+            f"{args.merged}: made with --mu {mu}, and the sums of the sweep have mu 1; wanted one "
+            "that was merged without --mu"
+        )
+
+
+def can_be_said(vocab, questions, path):
+    """A ValueError for a question or an answer that no reply of LIMIT tokens can be."""
+    for text in [q[name] for q in questions for name in ("question", "answer")]:
+        count = len(vocab.encode(text)) + 1  # and the end
+        if count > LIMIT:
+            raise ValueError(
+                f"{path}: {text[:40]!r}... is {count} tokens long, and a reply or a transcript has "
+                f"{LIMIT} at most; wanted shorter ones"
+            )
 
 
 def table(args):
@@ -355,6 +372,7 @@ def table(args):
     plan = Merge(args.base, args.instruct, args.speech, signs_of(args.merged))
     config = Config.read(args.speech)
     vocab, plain = Vocab(args.speech), Vocab(args.instruct)
+    can_be_said(vocab, test + dev, args.questions)
     ears = AudioTokenizer(args.speech, args.device, args.hubert)
     models = load_rows(args, plan, config)
     spoken = {group: hear(ears, folder, test, group) for group in GROUPS}
@@ -634,7 +652,8 @@ def compare(args):
         folder: listen.load(folder, args.device, args.hubert, torch.float32)
         for folder in args.folders
     }
-    for folder, (_, _, ears) in loaded.items():
+    for folder, (_, vocab, ears) in loaded.items():
+        can_be_said(vocab, test + dev, args.questions)
         if not ears:
             raise ValueError(f"{folder}: cannot hear; wanted a model that does")
         listen.wants_words(folder, ears)
@@ -723,6 +742,7 @@ def manner(args):
     runs.may_write(args.out, args.overwrite)
     clips = desta.described_clips(args.clips)
     told = [desta.description(clip, args.template) for clip in clips]
+    can_be_told_apart(clips, args.clips)
     model, vocab, ears = listen.load(args.folder, args.device, None, torch.float32)
     if not isinstance(vocab, desta.Listener) and not isinstance(ears, prosody.Ears):
         raise ValueError(
@@ -778,6 +798,18 @@ def named(replied, clips):
             right.append(found == [clip["style"][attribute]])
         row[attribute] = share_of(right, speakers)
     return row
+
+
+def can_be_told_apart(clips, path):
+    """A ValueError if a word names values of two attributes, as "normal" does of a rate, too."""
+    values = {(name, value) for clip in clips for name, value in clip["style"].items()}
+    for name, value in sorted(values):
+        for other, alike in sorted(values):
+            if name != other and names(words_of(value), alike):
+                raise ValueError(
+                    f"{path}: {value!r} is a value of {name}, and names {alike!r} of {other}, "
+                    "too; wanted other words, like 'at a normal rate' and 'at a normal volume'"
+                )
 
 
 def words_of(text):

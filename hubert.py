@@ -412,7 +412,10 @@ def mean_loss(logits, targets):
 
 
 def read_corpus(path):
-    """(samples of every clip, unit of every frame of it, number of units) of a units folder."""
+    """(samples of every clip, unit of every frame of it, number of units) of a units folder.
+
+    The samples take 0.23 GB an hour.
+    """
     corpus = audio.Units(path)
     if corpus.meta["frame_rate"] != audio.FRAME_RATE:
         raise ValueError(

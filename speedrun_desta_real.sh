@@ -124,7 +124,7 @@ typed, heard = [], []
 for number, row in enumerate(asked, 1):
     if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("text", "answer")):
         sys.exit(f"{questions}, row {number}: wanted audio, text and answer")
-    wanted = {"answer": row["answer"], "metric": "contains"}
+    wanted = {"answer": row["answer"], "metric": "contains", "fact": row["text"]}
     typed.append(wanted | {"text": f"{row['text']} {answer}"})
     heard.append(wanted | {"audio": row["audio"], "instruction": answer})
 if questions:

@@ -14,7 +14,8 @@
 # A third of the speakers is kept for the test, for each of the seeds 0, 1 and 2 a different one. Of
 # the others, two choose lam. STEPS=300 of hearing, unless another number is given.
 # QUESTIONS=questions.jsonl asks spoken questions, too: JSON lines {"audio", "text", "answer"}. Half
-# of them choose lam, half are the test.
+# of them choose lam, half are the test. Lam is chosen by which replies hold the right word; in the
+# test one that holds a second value, too, is wrong.
 set -euo pipefail
 cd "$(dirname "$0")"
 weights=${1:-weights}
@@ -106,7 +107,10 @@ for speaker in dev:
             for name, value in row["style"].items()
         ]
 if questions:
-    spoken = [row | {"instruction": "Answer it.", "metric": "contains"} for row in asked_aloud]
+    spoken = [
+        row | {"instruction": "Answer it.", "metric": "contains", "fact": row["text"]}
+        for row in asked_aloud
+    ]
     texts = sorted({row["text"] for row in spoken})
     chosen = rng.sample(texts, len(texts) // 2)
     once = {row["text"]: row for row in spoken if row["text"] in chosen}

@@ -9,9 +9,9 @@
 #   hf download openai/whisper-base        --local-dir weights/whisper      0.3 GB
 #   LibriSpeech's train-clean-100 from openslr.org/12, unpacked to LibriSpeech/ (6.3 GB); or a
 #   folder or manifest of your own, with transcripts
-# Without weights/hubert a small HuBERT is trained on SPEECH first. Without weights/whisper there
-# are no word times: no word can be matched with how it reads, so hearing is learnt by the plain
-# loss.
+# Without weights/hubert a small HuBERT is trained on SPEECH first, and holds it in memory (0.23 GB
+# an hour). Without weights/whisper there are no word times: no word can be matched with how it
+# reads, so hearing is learnt by the plain loss.
 #
 # A trial of the whole path: 10 minutes and 6.9 GB of memory on two cores, for 47 minutes of speech.
 # Any folder of these families will do:
@@ -37,7 +37,13 @@ for folder in "$base" "$instruct" "$speech" ${WHISPER:+"$WHISPER"}; do
     exit 1
   fi
 done
-made="$base $instruct $whisper $speech ${STEPS:-2000} ${BATCH:-8} ${ACCUMULATE:-4}"
+# What OUT is made of: the clips, by a list of the files or the manifest's content; and which of the
+# two that may be left out are there.
+list() { if [ -d "$speech" ]; then find "$speech" -type f | LC_ALL=C sort; else cat "$speech"; fi; }
+made="$base $instruct $speech $(list | cksum) ${STEPS:-2000} ${BATCH:-8} ${ACCUMULATE:-4}"
+for folder in "$whisper" "$hubert"; do
+  if [ -e "$folder" ]; then made="$made $folder"; else made="$made no-$(basename "$folder")"; fi
+done
 if [ -e "$out/MADE_OF" ] && [ "$(cat "$out/MADE_OF")" != "$made" ]; then
   echo "$out: made of $(cat "$out/MADE_OF"), not of $made; remove it, or give another OUT" >&2
   exit 1

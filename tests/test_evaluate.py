@@ -19,6 +19,7 @@ import pretrain
 from conftest import ROOT, call, first_on_path, shared, six_tokens, speedrun_commands
 from evaluate import COLUMNS, LAMS, ROWS, exact, normal, ratio, share, word_errors
 from merge import signs_of
+from vocab import Vocab
 
 
 def test_wilsons_interval_by_hand():
@@ -484,14 +485,15 @@ def test_a_clip_of_a_pair_stands_where_a_document_begins(speedrun, tmp_path, mon
     assert good == bad == pytest.approx(np.log(shares).mean())
 
 
-def test_who_cannot_hear_is_told_before_any_model_is_asked(tmp_path, monkeypatch):
+def test_who_cannot_hear_is_told_before_any_model_is_asked(speedrun, tmp_path, monkeypatch):
     questions = [{"question": "q", "answer": "a", "split": "test"}]
     monkeypatch.setattr(evaluate, "read_questions", lambda path: (questions, questions))
     ears = {
         name: argparse.Namespace(lacks_words=lacks)
         for name, lacks in (("one", False), ("two", True))
     }
-    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, None, ears[folder]))
+    vocab = Vocab(speedrun / "merged")
+    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, vocab, ears[folder]))
     monkeypatch.setattr(evaluate, "hear", lambda *_: pytest.fail("one has heard already"))
     with pytest.raises(ValueError, match="no one writes them down"):
         call(
@@ -671,7 +673,8 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(
     cell = evaluate.share([True, False])
     monkeypatch.setattr(evaluate, "read_questions", lambda path: (questions, [questions[0]]))
     ears = argparse.Namespace(lacks_words=False)
-    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, None, ears))
+    vocab = Vocab(speedrun / "merged")
+    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, vocab, ears))
     monkeypatch.setattr(evaluate, "hear", lambda *_: [])
     monkeypatch.setattr(evaluate, "better_prompt", lambda *_: "chat")
     monkeypatch.setattr(
@@ -1118,6 +1121,45 @@ def test_rows_about_the_same_fact_say_no_more_than_one_in_a_benchmark_too():
     assert single == share([text == "a" for text in said])
     assert single["high"] - single["low"] < 0.6 * (many["high"] - many["low"])
 
+    # And of word errors.
+    rows = [row | {"metric": "wer"} for row in rows]
+    alone = [row | {"fact": None} for row in rows]
+    many = benchmark.scores_by_metric(rows, said)["wer"]
+    single = benchmark.scores_by_metric(alone, said)["wer"]
+    assert many["value"] == single["value"] == 0.5
+    assert single["high"] - single["low"] < 0.6 * (many["high"] - many["low"])
+
+
+@pytest.mark.parametrize(
+    "style, said",
+    [
+        ({"rate": "normal", "loudness": "normal"}, "'normal' is a value of"),
+        ({"pitch": "high", "voice": "a high one"}, "'a high one' is a value of voice, and names"),
+    ],
+)
+def test_values_that_one_word_names_are_refused(style, said):
+    with pytest.raises(ValueError, match=said):
+        evaluate.can_be_told_apart([{"style": style}], "clips.jsonl")
+    told = {"rate": "at a normal rate", "loudness": "at a normal volume", "gender": "man"}
+    evaluate.can_be_told_apart([{"style": told}, {"style": {"gender": "woman"}}], "clips.jsonl")
+
+
+def test_a_question_that_no_reply_can_be_is_refused_and_so_is_another_mu(
+    speedrun, tmp_path, monkeypatch
+):
+    words = [*table_of(speedrun), "--out", str(tmp_path / "t.json")]
+    rows = (speedrun / "toy/questions.jsonl").read_text().splitlines()
+    long = json.loads(rows[-1]) | {"answer": "w x y z " * 10}
+    (tmp_path / "long.jsonl").write_text("\n".join([*rows[:-1], json.dumps(long)]) + "\n")
+    with pytest.raises(ValueError, match="tokens long, and a reply or a transcript has 40"):
+        call([*words, "--questions", str(tmp_path / "long.jsonl")], monkeypatch)
+
+    shutil.copytree(speedrun / "merged", tmp_path / "merged")
+    made = json.loads((tmp_path / "merged/merge.json").read_text())
+    (tmp_path / "merged/merge.json").write_text(json.dumps(made | {"mu": 0.5}))
+    with pytest.raises(ValueError, match="made with --mu 0.5"):
+        call([*words, "--merged", str(tmp_path / "merged")], monkeypatch)
+
 
 def test_word_errors_are_counted_without_the_full_stop_that_a_transcript_ends_with():
     rows = [{"answer": "the cat sat", "metric": "wer"}, {"answer": "it", "metric": "wer"}]
@@ -1142,10 +1184,10 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
     (summed,) = json.loads((ROOT / "results/manner-real.json").read_text())
     said = " ".join((ROOT / "README.md").read_text().split())
 
-    def share_right(rows):
-        """How many replies hold the answer to their question."""
-        right = [benchmark.contains(normal(row["reply"]), row["answer"]) for row in rows]
-        return sum(right) / len(right)
+    def score_of(rows):
+        """How many replies hold the answer to their question, which two voices may ask."""
+        asked = [{**row, "metric": "contains", "fact": row["text"]} for row in rows]
+        return benchmark.scores_by_metric(asked, [row["reply"] for row in rows])["contains"]
 
     texts = {row["text"] for row in summed["spoken"]["said"]}
     for name, run, row, asked in (
@@ -1157,8 +1199,8 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         cells = [run["rows"][row][trait] for trait in ("gender", "rate", "loudness")]
         rows = run[asked]["said"]
         same = [row for row in rows if row["text"].removesuffix(" Answer it.") in texts]
-        assert len(same) == 48
-        values = [cell["value"] for cell in cells] + [share_right(same)]
+        assert len(same) == 2 * len(texts)
+        values = [cell["value"] for cell in [*cells, score_of(same)]]
         assert f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |" in said, name
 
     # Every score again, from the answers.
@@ -1169,7 +1211,7 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
             assert cells == evaluate.named(replied, run["answers"])
             assert cells["gender"]["n"] == len(run["answers"])
         for asked in {"typed", "spoken"} & set(run):
-            assert run[asked]["score"]["value"] == round(share_right(run[asked]["said"]), 4)
+            assert run[asked]["score"] == score_of(run[asked]["said"])
     for run in runs:
         assert all(cell["value"] < 0.1 for cell in run["rows"]["cascade"].values())
 
@@ -1218,6 +1260,7 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         again = [evaluate.words_of(reply) == evaluate.words_of(text) for reply, text in replies]
         assert sum(again) <= 0.05 * len(again)
     assert f"lam {summed['lam']:g} (`results/manner-real.json`;" in said
+    assert f"answers {len(texts)} questions in two voices:" in said
 
 
 def test_what_the_teachers_page_says_of_float32_is_in_the_results():

@@ -200,3 +200,35 @@ def test_the_script_skips_what_is_done_and_stops_at_the_first_failure(tmp_path):
     assert "RAN out/seed7/table.json" in again.stdout
     assert again.stdout.rstrip().endswith("RAN None")
     assert Path(tmp_path / "out/seed7/merged").is_dir()
+
+
+def test_the_real_recipe_knows_of_other_clips_and_of_a_whisper_that_came_later(tmp_path):
+    """speedrun_real.sh itself, with a python that does nothing."""
+    for name in ("base", "instruct", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin/python").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/python").chmod(0o755)
+    clips = tmp_path / "clips.jsonl"
+    clips.write_text('{"audio": "a.wav"}\n')
+
+    def run(speech=clips):
+        words = ["bash", ROOT / "speedrun_real.sh", tmp_path, speech, tmp_path / "out"]
+        env = first_on_path(tmp_path / "bin")
+        return subprocess.run(words, capture_output=True, text=True, env=env)
+
+    assert run().returncode == run().returncode == 0
+    (tmp_path / "whisper").mkdir()
+    later = run()
+    assert later.returncode == 1
+    assert "no-whisper no-hubert, not of" in later.stderr
+    (tmp_path / "whisper").rmdir()
+    clips.write_text('{"audio": "b.wav"}\n')
+    assert run().returncode == 1
+
+    # Of a folder, another file.
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "speech/a.wav").write_text("")
+    assert run(tmp_path / "speech").returncode == run(tmp_path / "speech").returncode == 0
+    (tmp_path / "speech/b.wav").write_text("")
+    assert run(tmp_path / "speech").returncode == 1
