@@ -476,7 +476,9 @@ def write_tokenizer(counts, folder):
     ids = {token: i for i, token in enumerate(tokens)}
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     special = {name: len(ids) + i for i, name in enumerate(names)}
-    made = json.dumps(vocab.tokenizer_json(ids, merges, special), ensure_ascii=False)
+    # The world is written in lower case, so that is how every text is read.
+    made = vocab.tokenizer_json(ids, merges, special, normalizer={"type": "Lowercase"})
+    made = json.dumps(made, ensure_ascii=False)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(made, encoding="utf-8")

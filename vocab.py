@@ -309,10 +309,10 @@ class Vocab:
                 "(sentencepiece?) is not supported"
             )
         self.normalizer = (self.json.get("normalizer") or {}).get("type")
-        if self.normalizer not in (None, "NFC"):
+        if self.normalizer not in (None, "NFC", "Lowercase"):
             raise ValueError(
                 f"{folder}: text normalizer {self.normalizer} is not supported; "
-                "wanted none or NFC"
+                "wanted none, NFC or Lowercase"
             )
 
         pairs = [
@@ -384,6 +384,8 @@ class Vocab:
         )
 
     def normalize(self, text):
+        if self.normalizer == "Lowercase":  # letter by letter, as tokenizers does
+            return "".join(letter.lower() for letter in text)
         return unicodedata.normalize("NFC", text) if self.normalizer else text
 
     def encode(self, text):

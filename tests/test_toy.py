@@ -101,6 +101,7 @@ def test_every_word_of_the_world_and_every_letter_is_one_token(seed, tmp_path, m
         len(tokens.encode(" " + word)) == 1 for word in [*words, *"abcdefghijklmnopqrstuvwxyz"]
     )
     assert len(tokens.encode(vocab.CUE)) == 2
+    assert tokens.encode("What Is The Capital") == tokens.encode("what is the capital")
 
 
 def test_misspelling_changes_about_as_many_letters_as_asked():

@@ -174,6 +174,22 @@ def test_transformers_reads_our_files_to_the_same_ids(hearing, tmp_path):
     ] == [300, 301, 302, 299, 383]
 
 
+def test_a_tokenizer_that_reads_lower_case_has_the_ids_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ids = {letter: i for i, letter in enumerate(LETTERS)}
+    made = tokenizer_json(ids, [], {"<|endoftext|>": 256}, normalizer={"type": "Lowercase"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Vocab(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("The Capital of FRANCE", "ΟΔΟΣ ΟΔΟΣ", "İstanbul ẞ Ǆ", "<|ENDOFTEXT|>"):
+        assert ours.encode(text) == theirs.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+    assert ours.decode(ours.encode("The CAPITAL")) == "the capital"
+    assert ours.special == {"<|endoftext|>": 256}
+
+
 def test_the_hole_of_a_padded_vocabulary_is_filled_so_that_row_number_is_token_id(tmp_path):
     transformers = pytest.importorskip("transformers")
     vocab = Vocab(shared("tokenizers/qwen2.5"))
