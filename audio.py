@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,9 +35,12 @@ CROSSINGS = 48  # of zero, on either side of a resampling filter
 PHASES = 512  # filters an odd rate is interpolated between: -110 dB of error
 SEEK = 30  # seconds read before a stretch: Ogg's last page has no places
 LOUDEST = 1e6  # sound lies between -1 and 1: a sample beyond this is damage
+STREAMED = 0x7FFF0000  # bytes: a header that promises as many was written before the sound
+SHORT = 0.95  # of what a header promises: a file with less has lost its end
 RATES = 1000, 1_000_000  # samples a second of a recording: another rate is damage
 HOURS = 1000  # of the longest recording: more is damage
 AUDIO = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf"}
+UNREAD = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}  # audio that soundfile does not read
 
 
 # --- samples ------------------------------------------------------------------
@@ -72,6 +76,8 @@ def load(path, begin=0, end=None):
                 path
             ) from None  # or its header promises more than memory holds
 
+    if count == -1 and first == 0 and 0 < len(samples) < SHORT * file.frames:
+        raise ended(path, len(samples) / rate, seconds)
     if len(samples) == 0:
         where = f" from {begin / SAMPLE_RATE:.1f} s on, though its header promises {seconds:.1f} s"
         raise ValueError(f"{path}: no samples in it" + where * (begin > 0))
@@ -101,7 +107,20 @@ def opened(path):
             f"{path}: its header says {file.samplerate} samples a second, wanted "
             f"{RATES[0]} to {RATES[1]}; it is damaged"
         )
+
+    # "data : 640000 (should be 383982)": the header of a WAV, and what there is.
+    for promised, there in re.findall(r": (\d+) \(should be (\d+)\)", file.extra_info):
+        if int(there) < SHORT * int(promised) and int(promised) < STREAMED:
+            seconds = file.frames / file.samplerate
+            file.close()
+            raise ended(path, seconds, seconds * int(promised) / max(1, int(there)))
     return file
+
+
+def ended(path, seconds, promised):
+    return ValueError(
+        f"{path}: ends after {seconds:.1f} s, though its header promises {promised:.1f} s"
+    )
 
 
 def unreadable(path):
@@ -141,10 +160,8 @@ class Recording:
         begin, end, _ = part.indices(self.length)
         samples = load(self.path, begin, end)
         if len(samples) < end - begin and not self.estimated:
-            raise ValueError(
-                f"{self.path}: ends after {(begin + len(samples)) / SAMPLE_RATE:.1f} "
-                f"s, though its header promises {self.length / SAMPLE_RATE:.1f} s"
-            )
+            there = (begin + len(samples)) / SAMPLE_RATE
+            raise ended(self.path, there, self.length / SAMPLE_RATE)
         return samples
 
 
@@ -259,13 +276,15 @@ def read_manifest(path):
     """Rows {"audio": absolute path, "text"?, "speaker"?, "seconds"?, "words"?} of a corpus.
 
     A .jsonl manifest, with paths relative to it and in its order; or, sorted, a
-    LibriSpeech, an LJSpeech or any folder of audio files.
+    LibriSpeech, an LJSpeech or any folder of audio files; or one such file.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such manifest or folder")
     if path.is_dir():
         return read_folder(path)
+    if path.suffix.lower() in AUDIO:
+        return [{"audio": str(path.resolve())}]
     rows = runs.read_lines(path)
     for number, row in enumerate(rows, 1):
         check_row(row, f"{path}, row {number}")
@@ -295,9 +314,20 @@ def check_row(row, where):
             )
 
 
+    spoken = " ".join(word[0] for word in words)
+    if words and row.get("text") and letters(spoken) != letters(row["text"]):
+        raise ValueError(
+            f'{where}: its "words" are {spoken[:60]!r}, and its text {row["text"][:60]!r}; wanted '
+            "the times of all of its words"
+        )
     begins = [word[1] for word in words]
     if begins != sorted(begins):
         raise ValueError(f'{where}: its "words" are not in the order of their times')
+
+
+def letters(text):
+    """Letters and digits of a text, as two spellings of it have them in common."""
+    return re.sub(r"[\W_]", "", text.lower())
 
 
 def late_words(row, samples):
@@ -330,6 +360,8 @@ def read_folder(path):
 
     rows = []
     for file in inside:
+        if file.suffix.lower() in UNREAD:
+            raise unreadable(file)
         if file.suffix.lower() in AUDIO:
             text = {"text": texts[file.stem]} if file.stem in texts else {}
             rows.append({"audio": str(file.resolve())} | text)

@@ -28,11 +28,11 @@ from listen import add_ears, hear, load, wants_words, written_down
 from model import generate
 from vocab import Said
 
-LIMIT = 256  # tokens in a reply
+LIMIT = 256  # tokens in a reply, and at most a quarter of the context
 SLOWEST = 2  # units a second, at least: what is too long for the context is known unheard
 
 # What looks like audio in a line; the latter get the ffmpeg command.
-SOUND = audio.AUDIO | {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"}
+SOUND = audio.AUDIO | audio.UNREAD
 
 # What shells write paths in: "a b.wav", 'a b.wav', a\ b.wav.
 QUOTED = r"""(?<!\S)(?:"[^"]+"|'[^']+')(?!\S)"""
@@ -50,9 +50,12 @@ class Chat:
     messages   what was said, spoken turns as their units
     took       how long the last reply was in coming
     forgotten  how many pairs of turns had to go for the last one
+    cut        did the last reply go on, beyond `limit` tokens?
     """
 
-    def __init__(self, folder, device="cpu", hubert=None, temperature=0.0, transcriber=None):
+    def __init__(
+        self, folder, device="cpu", hubert=None, temperature=0.0, transcriber=None, limit=None
+    ):
         self.model, self.vocab, self.ears = load(folder, device, hubert, None, transcriber)
         self.vocab.template()  # a ValueError now rather than at the first turn
         self.folder = folder
@@ -60,8 +63,15 @@ class Chat:
         self.messages = []
         self.took = {}
         self.forgotten = 0
+        self.cut = False
         self.draw = random.SystemRandom()  # at a temperature no two replies are alike
-        self.room = self.model.config.max_position_embeddings - LIMIT  # tokens of a prompt
+        context = self.model.config.max_position_embeddings
+        self.limit = limit or min(LIMIT, context // 4)
+        self.room = context - self.limit  # tokens of a prompt
+        if self.room < 1:
+            raise ValueError(
+                f"--limit {limit}: {folder} has a context of {context} tokens; wanted fewer"
+            )
 
     def can_hear(self, words=None):
         """A ValueError for a model that hears nothing, or would have to be told the words."""
@@ -122,12 +132,13 @@ class Chat:
         characters = codecs.getincrementaldecoder("utf-8")("replace")
         text = ""
         times = []
+        self.cut = False
         began = time.perf_counter()
         try:
             for ids in generate(
                 self.model,
                 [torch.tensor(prompt)],
-                LIMIT,
+                self.limit,
                 vocab.stop,
                 vocab.text_rows(),
                 self.temperature,
@@ -137,6 +148,7 @@ class Chat:
                 piece = characters.decode(vocab.bytes_of.get(int(ids[0]), b""))
                 text += piece
                 yield piece
+            self.cut = len(times) == self.limit and int(ids[0]) not in vocab.stop
         finally:
             self.messages.append({"role": "assistant", "content": text})
             if times:
@@ -287,6 +299,8 @@ def turn(chat, parts, transcribe=False):
         for piece in chat.reply(content):
             print(piece, end="", flush=True)
         print()
+        if chat.cut:
+            print(f"[cut after {chat.limit} tokens; --limit gives it more]")
         if chat.forgotten:
             print(f"[the {chat.forgotten} oldest turns no longer fit and are forgotten]")
         took = chat.took
@@ -340,6 +354,8 @@ def answer_json(chat, line, transcribe):
         return {"reply": ""}
     content, notes = take(chat, parts, transcribe)
     answer = {"reply": "".join(chat.reply(content)), **notes, **chat.took}
+    if chat.cut:
+        answer["cut"] = True
     if chat.forgotten:
         answer["forgotten_turns"] = chat.forgotten
     return answer
@@ -399,7 +415,8 @@ def main():
     add(
         "--transcribe",
         action="store_true",
-        help="show what the model heard before it answers",
+        help="show its own transcript of a spoken turn before it answers (the toy's sum of units "
+        "answers well, and writes a poor one)",
     )
     add(
         "--json",
@@ -413,11 +430,18 @@ def main():
         default=0.0,
         help="0 always gives the likeliest reply (default); 0.7 varies it",
     )
+    add(
+        "--limit",
+        type=runs.count,
+        help=f"tokens of a reply, at most (default {LIMIT}, or a quarter of the model's context)",
+    )
     add_ears(parser)
     # Flags may stand between the folder and the audio.
     args = parser.parse_intermixed_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
-    chat = Chat(args.folder, args.device, args.hubert, args.temperature, args.transcriber)
+    chat = Chat(
+        args.folder, args.device, args.hubert, args.temperature, args.transcriber, args.limit
+    )
     if args.json:
         lines = [json.dumps({"audio": path}) for path in args.audio]
         for_programs(chat, lines or sys.stdin.buffer, args.transcribe)

@@ -111,7 +111,7 @@ def add_ears(parser):
     parser.add_argument(
         "--transcriber",
         help="for a model that hears how words are said, not which: who writes them down, a "
-        "Whisper folder or a model that hears units",
+        "Whisper folder or a model that hears units (its speech model: a sum writes poorly)",
     )
 
 

@@ -41,6 +41,7 @@ from prosody import is_prosody
 from vocab import Vocab
 
 NEW_FASTER = 10  # new rows start from noise: they learn this much faster than the blocks
+CONTEXT = 256  # of a new model, at least: the toy's longest rows, and all that it may chat in
 FILTER_BATCHES = 8  # batches of text that the filter of --keep-text is made from
 SAVE_EVERY, LOG_EVERY = 200, 50  # steps
 # Operations a second in bfloat16 (datasheets).
@@ -391,6 +392,7 @@ def start_model(args):
         config = Config(
             vocab_size=vocab.size,
             num_key_value_heads=shape["num_attention_heads"],
+            max_position_embeddings=max(CONTEXT, args.length),
             raw={"eos_token_id": vocab.eos, "bos_token_id": None},
             **shape,
         )

@@ -420,7 +420,13 @@ def questions(world, rng, dev, test):
         cut = max(1, len(pool) * dev // (dev + test))
         for split, part, wanted in (("dev", pool[:cut], dev), ("test", pool[cut:], test)):
             items = [(fact, style) for fact in part for style in STYLES]
-            count = min(len(items), round(wanted * (0.6 if seen else 0.4)))
+            count = round(wanted * (0.6 if seen else 0.4))
+            if count > len(items):
+                raise ValueError(
+                    f"{dev} + {test} questions on facts: wanted {count} of {split} on facts that "
+                    f"training {'asks' if seen else 'never asks'} about, and the world has "
+                    f"{len(items)}; give a smaller --dev or --test"
+                )
             for fact, style in rng.sample(items, count):
                 row = question_row(world, fact, style, rng)
                 rows[split].append(row | {"split": split, "seen": seen})

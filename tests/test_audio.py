@@ -260,6 +260,33 @@ def test_an_index_of_units_that_is_cut_is_named(speedrun, tmp_path):
         audio.Units(tmp_path / "u")
 
 
+@pytest.mark.parametrize("form", ["wav", "aiff", "au", "mp3", "w64"])
+def test_a_recording_that_was_cut_off_is_refused_whole_and_in_parts(form, tmp_path):
+    path = tmp_path / f"a.{form}"
+    soundfile.write(path, np.sin(np.arange(320_000) / 20) * 0.3, 16_000)
+    assert len(audio.load(path)) >= 320_000
+    with open(path, "r+b") as file:
+        file.truncate(int(0.6 * path.stat().st_size))
+    with pytest.raises(ValueError, match="ends after 1[12].. s, though its header promises 20.0"):
+        audio.load(path)
+
+
+def test_a_folder_with_audio_that_cannot_be_read_says_so_and_one_file_is_a_corpus(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 16_000)
+    assert audio.read_manifest(tmp_path / "a.wav") == [{"audio": str(tmp_path / "a.wav")}]
+    (tmp_path / "b.m4a").write_bytes(b"x")
+    with pytest.raises(ValueError, match="b.m4a: not audio that soundfile reads; convert it"):
+        audio.read_manifest(tmp_path)
+
+
+def test_words_that_lack_a_part_of_the_text_are_refused():
+    row = {"audio": "a.wav", "text": "What's it, then?", "words": [["whats", 0, 1], ["IT", 1, 2]]}
+    with pytest.raises(ValueError, match="wanted the times of all of its words"):
+        audio.check_row(row, "m.jsonl, row 1")
+    row["words"].append(["then", 2, 3])
+    audio.check_row(row, "m.jsonl, row 1")
+
+
 def test_what_lies_in_a_hidden_folder_is_not_read(tmp_path):
     for name in ("a.wav", ".trash/b.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

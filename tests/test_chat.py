@@ -56,6 +56,26 @@ def test_a_long_conversation_forgets_its_oldest_turns_and_says_so(chat, capsys):
     assert before and chat.messages == before, "a turn that is refused costs no other"
 
 
+def test_a_reply_that_is_cut_is_said_to_be(chat, capsys):
+    whole = "".join(chat.reply("hi"))
+    assert not chat.cut or chat.took["reply_tokens"] == chat.limit
+    chat.begin("")
+    chat.limit = 1
+    assert turn(chat, ["hi"]) and whole
+    assert "[cut after 1 tokens; --limit gives it more]" in capsys.readouterr().out
+    for_programs(chat, ['{"text": "hi"}'], False)
+    assert json.loads(capsys.readouterr().out)["cut"] is True
+
+
+def test_a_conversation_is_kept_within_what_the_model_was_trained_on(speedrun):
+    context = Chat(speedrun / "merged").model.config.max_position_embeddings
+    assert context == 256
+    assert Chat(speedrun / "merged").room == 192, "a quarter is left for the reply"
+    assert Chat(speedrun / "merged", limit=100).room == 156
+    with pytest.raises(ValueError, match="--limit 256: .* has a context of 256 tokens"):
+        Chat(speedrun / "merged", limit=256)
+
+
 def test_at_a_temperature_the_same_turn_gets_different_replies(chat):
     chat.temperature, said = 5.0, set()
     for _ in range(3):
@@ -264,7 +284,7 @@ def test_programs_write_and_read_json_lines(speedrun, tmp_path):
 
 
 def test_a_program_is_told_how_many_turns_are_forgotten(chat, monkeypatch, capsys):
-    monkeypatch.setattr("chat.LIMIT", 4)  # tokens of a reply: a turn "hi" takes at most 20
+    chat.limit = 4  # tokens of a reply: a turn "hi" takes at most 20
     chat.room = 120
     for_programs(chat, [json.dumps({"text": text}) for text in ["hi"] * 3 + ["x" * 95]], False)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -367,6 +367,7 @@ def test_ends_is_right_of_a_reply_that_ends_with_the_answer_whatever_it_says_bef
 def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and_else_nothing(
     world, speedrun, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(listen, "WORDS", 20)  # a model of six steps never ends
     clip = world / "world/speech/audio/00000.flac"
     chat = Chat(world / "merged")
     with pytest.raises(

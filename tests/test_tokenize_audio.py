@@ -304,14 +304,15 @@ def test_word_times_behind_the_end_of_a_clip_are_told(
     row = json.loads((speedrun / "toy/speech/train.jsonl").read_text().splitlines()[0])
     row["audio"] = str(speedrun / "toy/speech" / row["audio"])
     (tmp_path / "m.jsonl").write_text(
-        json.dumps(row | {"words": [["a", 0, 350], ["b", 350, 800]]}) + "\n"
+        json.dumps(row | {"text": "a b", "words": [["a", 0, 350], ["b", 350, 800]]}) + "\n"
     )
     with pytest.raises(ValueError, match="'b' begins at 350 s, behind its"):
         call(
             words_of(speedrun, tmp_path / "u", "--manifest", str(tmp_path / "m.jsonl")), monkeypatch
         )
     for words, said in ((5, "wanted a list"), ([["a", 1, 2], ["b", 0, 1]], "not in the order")):
-        (tmp_path / "m.jsonl").write_text(json.dumps(row | {"words": words}) + "\n")
+        rows = json.dumps(row | {"text": "a b", "words": words}) + "\n"
+        (tmp_path / "m.jsonl").write_text(rows)
         with pytest.raises(ValueError, match=said):
             audio.read_manifest(tmp_path / "m.jsonl")
 

@@ -39,7 +39,7 @@ def test_questions_are_many_varied_and_split_by_fact(seed):
     world = toy.World(seed)
     rows = toy.questions(world, random.Random(seed), 60, 240)
     test, dev = ([r for r in rows if r["split"] == split] for split in ("test", "dev"))
-    assert len(test) >= 200 and len(dev) >= 50 and len({r["answer"] for r in test}) >= 40
+    assert len(test) == 240 and len(dev) == 60 and len({r["answer"] for r in test}) >= 40
     assert sum(not r["seen"] for r in test) >= 0.3 * len(test)
     assert {r["kind"] for r in test} == set(toy.STYLES)
     fact = lambda r: (r["relation"], r["text"].rstrip(".")) and next(
@@ -50,6 +50,8 @@ def test_questions_are_many_varied_and_split_by_fact(seed):
     )
     assert not {fact(r) for r in test} & {fact(r) for r in dev}
     assert sum(r["noisy"] != r["question"] for r in rows) > 0.8 * len(rows)
+    with pytest.raises(ValueError, match="60 \\+ 1000 questions on facts: wanted 36 of dev"):
+        toy.questions(world, random.Random(seed), 60, 1000)
 
 
 def test_continuing_a_question_and_answer_page_never_scores():
