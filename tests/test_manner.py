@@ -880,7 +880,10 @@ def test_the_pages_tell_what_the_results_hold():
     for group, what in (("fact", "facts"), ("manner", "manner"), ("stress", "stress")):
         scores = [value(desta, f"seed{n}/heard", group) for n in range(3)]
         assert f"{what} {', '.join(scores)}" in readme
-    for table in (reuse, paper, desta):
+    plugged = json.loads((ROOT / "results/desta-plugged.json").read_text())
+    scores = [value(plugged, "heard", group) for group in ("fact", "manner", "stress")]
+    assert f"on today's, seed 0: {', '.join(scores)} (" in readme
+    for table in (reuse, paper, desta, plugged):
         assert " ".join(benchmark.table(table).split()) in page
     lora = json.loads((ROOT / "results/manner-lora.json").read_text())["seeds"]
     whole = json.loads((ROOT / "results/manner-earlier.json").read_text())["seeds"][-4:]
