@@ -367,9 +367,9 @@ def encode(args):
             samples = audio.load(row["audio"])
             words = row.get("words") or aligned(row["text"], samples)
             seconds = len(samples) / audio.SAMPLE_RATE
-            late = audio.late_words(row, len(samples))
-            if late or not words:
-                raise ValueError(f"{row['audio']}: {late or 'too short to hold its text'}")
+            wrong = audio.wrong_words(row, len(samples))
+            if wrong or not words:
+                raise ValueError(f"{row['audio']}: {wrong or 'too short to hold its text'}")
             out.append((round(seconds, 3), measured(samples, words)))
         return out
 

@@ -667,7 +667,7 @@ def encode_chunk(args, tokenizer, shard, chunk, clips):
     """Encode some rows, whose clips are decoded, and mark them as done."""
     for n, (row, clip) in enumerate(zip(chunk, clips)):
         if not clip.error:
-            clips[n] = clip._replace(error=audio.late_words(row, len(clip.samples)))
+            clips[n] = clip._replace(error=audio.wrong_words(row, len(clip.samples)))
     for row, clip in zip(chunk, clips):
         if clip.error and not args.skip_bad:
             why = clip.error.removeprefix(row["audio"]).lstrip(": ")

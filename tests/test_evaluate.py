@@ -703,7 +703,7 @@ def test_two_models_are_compared_question_by_question_and_fact_by_fact(
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_a_comparison_asks_a_split_in_the_prompt_that_each_model_does_better_with_on_dev(
-    split, tmp_path, monkeypatch
+    split, speedrun, tmp_path, monkeypatch
 ):
     splits = {
         name: [{"question": f"{name} {n}", "fact": n, "answer": "yes"} for n in range(2)]
@@ -724,7 +724,8 @@ def test_a_comparison_asks_a_split_in_the_prompt_that_each_model_does_better_wit
     for name, stub in (("better_prompt", better_prompt), ("score", score)):
         monkeypatch.setattr(evaluate, name, stub)
     monkeypatch.setattr(evaluate, "read_questions", lambda path: tuple(splits.values()))
-    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, None, ears))
+    vocab = Vocab(speedrun / "merged")
+    monkeypatch.setattr(evaluate.listen, "load", lambda folder, *_: (folder, vocab, ears))
     monkeypatch.setattr(evaluate, "hear", lambda _, folder, questions, group: (group, questions))
     monkeypatch.setattr(evaluate.runs, "recipe", lambda *_: {})
     call(
