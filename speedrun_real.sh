@@ -39,7 +39,9 @@ for folder in "$base" "$instruct" "$speech" ${WHISPER:+"$WHISPER"}; do
 done
 # What OUT is made of: the clips, by a list of the files or the manifest's content; and which of the
 # two that may be left out are there.
-list() { if [ -d "$speech" ]; then find -L "$speech" -type f | LC_ALL=C sort; else cat "$speech"; fi; }
+list() {
+  if [ -d "$speech" ]; then find -L "$speech" -type f | LC_ALL=C sort; else cat "$speech"; fi
+}
 made="$base $instruct $speech $(list | cksum) ${STEPS:-2000} ${BATCH:-8} ${ACCUMULATE:-4}"
 for folder in "$whisper" "$hubert"; do
   if [ -e "$folder" ]; then made="$made $folder"; else made="$made no-$(basename "$folder")"; fi
