@@ -38,6 +38,7 @@ from evaluate import (
     BATCH,
     LIMIT,
     edit_distance,
+    facts,
     means,
     model_at,
     normal,
@@ -302,23 +303,17 @@ def scores_by_metric(rows, replied):
         asked = [
             (normal(text), row) for text, row in zip(replied, rows) if row["metric"] == metric
         ]
+        about = facts([row for _, row in asked])
         if asked and metric == "wer":
             heard = [spoken_words(text) for text, _ in asked]
             words = [spoken_words(row["answer"]) for _, row in asked]
             wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
-            scores[metric] = ratio(wrong, [len(w) for w in words], facts_of(asked))
+            scores[metric] = ratio(wrong, [len(w) for w in words], about)
         elif asked:
             found = [right[metric](text, row) for text, row in asked]
-            facts = facts_of(asked)
-            alone = len(set(facts)) == len(facts)
-            scores[metric] = share(found) if alone else share_of(found, facts)
+            alone = len(set(about)) == len(about)
+            scores[metric] = share(found) if alone else share_of(found, about)
     return scores
-
-
-def facts_of(asked):
-    """What each (reply, row) is about; a row that names no fact stands for itself."""
-    named = [row.get("fact") for _, row in asked]
-    return [f"row {n}" if fact is None else str(fact) for n, fact in enumerate(named)]
 
 
 def scores_by_group(file):

@@ -66,7 +66,7 @@ class Chat:
         self.cut = False
         self.draw = random.SystemRandom()  # at a temperature no two replies are alike
         context = self.model.config.max_position_embeddings
-        self.limit = limit or min(LIMIT, context // 4)
+        self.limit = limit or max(1, min(LIMIT, context // 4))
         self.room = context - self.limit  # tokens of a prompt
         if self.room < 1:
             raise ValueError(

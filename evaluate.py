@@ -186,9 +186,11 @@ def ratio(parts, wholes, groups=None):
 
 
 def facts(questions):
-    """What each question is about; a question that names no fact stands for itself."""
-    named = [q.get("fact") for q in questions]
-    return [q["question"] if fact is None else str(fact) for q, fact in zip(questions, named)]
+    """What each question, or row of a benchmark, is about; without a "fact", itself."""
+    return [
+        str(q.get("question", f"row {n}") if q.get("fact") is None else q["fact"])
+        for n, q in enumerate(questions)
+    ]
 
 
 def exact(replied, questions):
@@ -340,14 +342,14 @@ def same_parents(args):
     for parent in parents:
         if not runs.made_from(args.merged, parent):
             raise ValueError(
-                f"{args.merged}: its recipe.json does not name {parent}; give the three that it is "
-                "the sum of"
+                f"{args.merged}: its recipe.json does not name {parent}; give the three "
+                "that it is the sum of"
             )
     mu = runs.read_json(Path(args.merged) / "merge.json").get("mu", 1.0)
     if mu != 1:
         raise ValueError(
-            f"{args.merged}: made with --mu {mu}, and the sums of the sweep have mu 1; wanted one "
-            "that was merged without --mu"
+            f"{args.merged}: made with --mu {mu}, and the sums of the sweep have mu 1; "
+            "wanted one that was merged without --mu"
         )
 
 
@@ -357,8 +359,8 @@ def can_be_said(vocab, questions, path):
         count = len(vocab.encode(text)) + 1  # and the end
         if count > LIMIT:
             raise ValueError(
-                f"{path}: {text[:40]!r}... is {count} tokens long, and a reply or a transcript has "
-                f"{LIMIT} at most; wanted shorter ones"
+                f"{path}: {text[:40]!r}... is {count} tokens long, and a reply or a "
+                f"transcript has {LIMIT} at most; wanted shorter ones"
             )
 
 
@@ -807,8 +809,9 @@ def can_be_told_apart(clips, path):
         for other, alike in sorted(values):
             if name != other and names(words_of(value), alike):
                 raise ValueError(
-                    f"{path}: {value!r} is a value of {name}, and names {alike!r} of {other}, "
-                    "too; wanted other words, like 'at a normal rate' and 'at a normal volume'"
+                    f"{path}: {value!r} is a value of {name}, and names {alike!r} of "
+                    f"{other}, too; wanted other words, like 'at a normal rate' and 'at a "
+                    "normal volume'"
                 )
 
 

@@ -85,7 +85,9 @@ def writer(folder, device, hubert):
     """samples -> text, by a Whisper folder or a model that hears units."""
     if not (Path(folder) / "speech.json").exists():
         if hubert:
-            raise ValueError(f"--hubert {hubert}: {folder} hears no units; leave the flag out")
+            raise ValueError(
+                f"--hubert {hubert}: {folder} hears no units; leave the flag out"
+            )
         whisper = Whisper(folder, device)
         return lambda samples: whisper.transcripts([samples])[0].strip()
 
@@ -110,8 +112,8 @@ def add_ears(parser):
     tokenize_audio.add_ears(parser)
     parser.add_argument(
         "--transcriber",
-        help="for a model that hears how words are said, not which: who writes them down, a "
-        "Whisper folder or a model that hears units (its speech model: a sum writes poorly)",
+        help="for a model that hears how words are said, not which: who writes them down, "
+        "a Whisper folder, or a speech model of units (a sum of units writes poorly)",
     )
 
 

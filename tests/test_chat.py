@@ -72,6 +72,7 @@ def test_a_conversation_is_kept_within_what_the_model_was_trained_on(speedrun):
     assert context == 256
     assert Chat(speedrun / "merged").room == 192, "a quarter is left for the reply"
     assert Chat(speedrun / "merged", limit=100).room == 156
+    assert Chat(speedrun / "merged").limit == 64
     with pytest.raises(ValueError, match="--limit 256: .* has a context of 256 tokens"):
         Chat(speedrun / "merged", limit=256)
 

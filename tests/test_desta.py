@@ -758,6 +758,8 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert set(made["rows"]) == {"heard", "read", "cascade"}
     assert set(made["probe"]) == set(rows[0]["style"])
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
+    heard = [json.loads(line) for line in (of / "heard.jsonl").read_text().splitlines()]
+    assert heard[0]["fact"] == "what is it", "which another voice may ask, too"
 
     again = run(**questions)
     assert again.returncode == 0 and "== python" not in again.stdout

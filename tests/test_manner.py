@@ -228,6 +228,8 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     known, new = ({row["text"] for row in rows if row.get("group", "question") == "question"}
                   for rows in questions_of)
     assert known and new and not known & new
+    asked = rows_of(out / "spoken/manifest.jsonl")
+    assert all(row["fact"] == row["text"] for row in asked), "two voices ask it, and are one fact"
 
     again = run()
     assert again.returncode == 0 and "== python" not in again.stdout
