@@ -296,7 +296,13 @@ class Vocab:
 
     def _read_bpe(self, folder):
         """id_of_rank: tiktoken's ranks (merging order) to ids; bytes_of: of each id its bytes."""
-        bpe = self.json.get("model", {})
+        for part in ("model", "normalizer", "pre_tokenizer"):
+            if not isinstance(self.json.get(part) or {}, dict):
+                raise ValueError(
+                    f"{folder}: its tokenizer.json has {part} = "
+                    f"{str(self.json[part])[:40]}, wanted an object; the file is damaged"
+                )
+        bpe = self.json.get("model") or {}
         byte_level = (
             bpe.get("type") == "BPE"
             and not bpe.get("byte_fallback")

@@ -333,6 +333,15 @@ def test_merges_of_tokens_that_the_vocabulary_lacks_are_a_damaged_file(toy, tmp_
         Vocab(changed(tmp_path, tmp_path, lambda raw: raw["model"]["merges"].append(["a", "b"])))
 
 
+@pytest.mark.parametrize("part", ["model", "normalizer", "pre_tokenizer"])
+def test_a_part_of_a_tokenizer_that_is_no_object_is_a_damaged_file(part, toy, tmp_path):
+    toy.save(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made | {part: "Lowercase"}))
+    with pytest.raises(ValueError, match=f"has {part} = Lowercase, wanted an object"):
+        Vocab(tmp_path)
+
+
 def test_the_prompt_for_a_transcript_is_how_transcripts_begin(toy):
     toy.speech = {"speech": 300, "end_speech": 301, "first_unit": 302, "k": 10}
     units = np.array([3, 1, 4])
