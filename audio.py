@@ -1,7 +1,7 @@
 """Samples in: any audio file -> mono float32 at 16 kHz; lists of audio; MFCC features.
 
 in   audio files, or a manifest, or a LibriSpeech, LJSpeech or plain folder of them
-out  samples (N,), rows, frames (samples // 320, 39)
+out  samples (N,), entries of a manifest, frames (samples // 320, 39)
 see  polyphase resampling: Smith, "Digital Audio Resampling" (2002); MFCC: Davis & Mermelstein
      (1980)
 run  python audio.py out/question.wav   # what a file holds, and the frames it gives
@@ -165,32 +165,32 @@ class Recording:
         return samples
 
 
-def lengths(rows):
-    """Samples of every clip of a manifest's rows, as its header has them.
+def lengths(entries):
+    """Samples of every clip of a manifest's entries, as its header has them.
 
     An error names the first that cannot be opened: now, rather than hours into a run.
     """
-    return [len(Recording(row["audio"])) for row in rows]
+    return [len(Recording(entry["audio"])) for entry in entries]
 
 
-def can_be_heard(rows, hop, most):
+def can_be_heard(entries, hop, most):
     """Refuse clips under one frame, of `hop` samples, or longer than `most` seconds."""
-    for row, samples in zip(rows, lengths(rows)):
+    for entry, samples in zip(entries, lengths(entries)):
         if samples > most * SAMPLE_RATE:
-            raise ValueError(f"{row['audio']}: longer than {most} s; cut it first")
+            raise ValueError(f"{entry['audio']}: longer than {most} s; cut it first")
         if samples < hop:
             raise ValueError(
-                f"{row['audio']}: {samples} samples are under one frame ({hop}); take it out"
+                f"{entry['audio']}: {samples} samples are under one frame ({hop}); take it out"
             )
 
 
-def identity(rows):
+def identity(entries):
     """A hash of which clips a corpus has and how long their files are: content would take hours."""
     sizes = []
-    for row in rows:
-        path = row["audio"]
+    for entry in entries:
+        path = entry["audio"]
         sizes.append(os.path.getsize(path) if os.path.exists(path) else -1)
-    return hashlib.sha256(json.dumps([rows, sizes]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([entries, sizes]).encode()).hexdigest()
 
 
 # --- resampling ---------------------------------------------------------------
@@ -273,7 +273,7 @@ def sparse_table(reach, cut):
 
 
 def read_manifest(path):
-    """Rows {"audio": absolute path, "text"?, "speaker"?, "seconds"?, "words"?} of a corpus.
+    """Entries {"audio": absolute path, "text"?, "speaker"?, "seconds"?, "words"?} of a corpus.
 
     A .jsonl manifest, with paths relative to it and in its order; or, sorted, a
     LibriSpeech, an LJSpeech or any folder of audio files; or one such file.
@@ -285,23 +285,23 @@ def read_manifest(path):
         return read_folder(path)
     if path.suffix.lower() in AUDIO:
         return [{"audio": str(path.resolve())}]
-    rows = runs.read_lines(path)
-    for number, row in enumerate(rows, 1):
-        check_row(row, f"{path}, row {number}")
-    return [row | {"audio": str((path.parent / row["audio"]).resolve())} for row in rows]
+    entries = runs.read_lines(path)
+    for number, entry in enumerate(entries, 1):
+        check_entry(entry, f"{path}, entry {number}")
+    return [entry | {"audio": str((path.parent / entry["audio"]).resolve())} for entry in entries]
 
 
-def check_row(row, where):
-    """A ValueError for a row of a manifest that has not the form that read_manifest says."""
-    if not isinstance(row.get("audio"), str):
+def check_entry(entry, where):
+    """A ValueError for an entry of a manifest that has not the form that read_manifest says."""
+    if not isinstance(entry.get("audio"), str):
         raise ValueError(f'{where}: got no "audio", wanted a path relative to the manifest')
-    if not isinstance(row.get("text", ""), str):
+    if not isinstance(entry.get("text", ""), str):
         raise ValueError(
-            f"{where}: got text = {str(row['text'])[:40]}, wanted a string, or no text"
+            f"{where}: got text = {str(entry['text'])[:40]}, wanted a string, or no text"
         )
-    if not isinstance(row.get("caption") or "", str):
-        raise ValueError(f"{where}: got caption = {str(row['caption'])[:40]}, wanted a string")
-    words = row.get("words") or []
+    if not isinstance(entry.get("caption") or "", str):
+        raise ValueError(f"{where}: got caption = {str(entry['caption'])[:40]}, wanted a string")
+    words = entry.get("words") or []
     if not isinstance(words, list):
         raise ValueError(f'{where}: got "words" = {str(words)[:40]}, wanted a list')
     for word in words:
@@ -322,15 +322,15 @@ def letters(text):
     return re.sub(r"[\W_]", "", text.lower())
 
 
-def wrong_words(row, samples):
-    """Why a row's word times cannot be those of its text, in so many samples; or ""."""
-    words, seconds = row.get("words"), samples / SAMPLE_RATE
+def wrong_words(entry, samples):
+    """Why an entry's word times cannot be those of its text, in so many samples; or ""."""
+    words, seconds = entry.get("words"), samples / SAMPLE_RATE
     if not words:
         return ""
     spoken = " ".join(word[0] for word in words)
-    if row.get("text") and letters(spoken) != letters(row["text"]):
+    if entry.get("text") and letters(spoken) != letters(entry["text"]):
         return (
-            f'its "words" are {spoken[:60]!r}, and its text {row["text"][:60]!r}; wanted the times '
+            f'its "words" are {spoken[:60]!r}, its text {entry["text"][:60]!r}; wanted the times '
             "of all of its words, as whisper.py words finds them"
         )
     if words[-1][1] <= seconds:
@@ -342,7 +342,7 @@ def wrong_words(row, samples):
 
 
 def read_folder(path):
-    """Rows of a folder's audio files, with the transcripts that lie beside them."""
+    """Entries of a folder's audio files, with the transcripts that lie beside them."""
     texts, inside = {}, files_under(path)
 
     # LibriSpeech: "84-121123-0000 GO DO YOU HEAR".
@@ -358,16 +358,16 @@ def read_folder(path):
             name, *text = line.split("|")
             texts[name] = (text or [""])[-1]
 
-    rows = []
+    entries = []
     for file in inside:
         if file.suffix.lower() in UNREAD:
             raise unreadable(file)
         if file.suffix.lower() in AUDIO:
             text = {"text": texts[file.stem]} if file.stem in texts else {}
-            rows.append({"audio": str(file.resolve())} | text)
-    if not rows:
+            entries.append({"audio": str(file.resolve())} | text)
+    if not entries:
         raise ValueError(f"{path}: no audio files in it; wanted {' '.join(sorted(AUDIO))}")
-    return rows
+    return entries
 
 
 def text_of(file):
@@ -400,7 +400,7 @@ def files_under(folder):
 class Units:
     """A units folder of tokenize_audio.py, read as it is needed.
 
-    rows  its manifest      corpus[i]  (units, durations in frames) of row i
+    entries  its manifest      corpus[i]  (units, durations in frames) of entry i
     meta  how units were made
     """
 
@@ -413,7 +413,7 @@ class Units:
             )
         keys = ["features", "k", "frame_rate", "codebook_sha256"]
         self.meta = runs.read_json(folder / "meta.json", keys)
-        self.rows = read_manifest(folder / "manifest.jsonl")
+        self.entries = read_manifest(folder / "manifest.jsonl")
         try:
             self.offsets = np.load(folder / "index.npy")
         except (EOFError, ValueError) as error:
@@ -421,7 +421,7 @@ class Units:
         self.units = mapped(folder / "units.bin")
         self.durations = mapped(folder / "durations.bin")
         counts = len(self.units), len(self.durations)
-        if self.offsets.shape != (len(self.rows) + 1,) or counts != (self.offsets[-1],) * 2:
+        if self.offsets.shape != (len(self.entries) + 1,) or counts != (self.offsets[-1],) * 2:
             raise ValueError(
                 f"{folder}: index, units and manifest disagree; encode again with "
                 "--overwrite"

@@ -1,24 +1,24 @@
-"""Any model that hears on any benchmark: rows of questions, or pairs of clips.
+"""Any model that hears on any benchmark: questions, or pairs of clips.
 
 in   a model folder; JSON lines of questions, or of pairs, or two folders of clips
 out  a .json with the score, its 95 % interval and every answer
 see  sBLIMP and sWUGGY (arXiv:2011.11588), spoken StoryCloze (arXiv:2305.13009), SALMon
      (arXiv:2409.07437) for pairs
-run  python benchmark.py rows out/merged rows.jsonl --out scores.json
+run  python benchmark.py questions out/merged questions.jsonl --out scores.json
 
-A row is {"audio" or "said", "text", "instruction", "choices", "answer", "metric",
+A question is {"audio" or "said", "text", "instruction", "choices", "answer", "metric",
 "group"}: something to ask, and the answer. "said" is what prosody.py makes of audio whose
-words are known; with --transcriber the model hears the audio itself. Where a row has
+words are known; with --transcriber the model hears the audio itself. Where a question has
 "said" or "words", as in a manifest, "text" is what is said, and is not written beside it;
 ears that lack the words are told it.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
-letter). Rows with a "group" are scored group by group, too; the interval of rows that name
-the same "fact" is that of so many facts. A reply is cut behind --limit tokens; one that has
-not ended there is wrong by "exact" and "ends".
+letter). Questions with a "group" are scored group by group, too; the interval of those that
+name the same "fact" is that of so many facts. A reply is cut behind --limit tokens; one that
+has not ended there is wrong by "exact" and "ends".
 
-What `rows` and `pairs` have done is kept in OUT.rows: after a stop the same command goes on
-there. `lam` asks the sums of three models at several lam, in memory, and names the best.
+What `questions` and `pairs` have done is kept in OUT.pieces: after a stop the same command goes
+on there. `lam` asks the sums of three models at several lam, in memory, and names the best.
 """
 
 import argparse
@@ -66,17 +66,17 @@ def in_batches(args, items, work, clips):
     runs.may_write(args.out, args.overwrite)
     settings = runs.recipe(inputs(args))["inputs"] | {"limit": args.limit}
     settings["audio"] = audio.identity([{"audio": str(path)} for path in clips])
-    return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, "row")
+    return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, args.action[:-1])
 
 
 def inputs(args):
     """The files and folders that scores are made from."""
-    return [args.folder, args.rows, args.hubert, args.transcriber]
+    return [args.folder, args.asked, args.hubert, args.transcriber]
 
 
 def finish(args, scores, answers):
     """Write the scores and every answer, and print the scores."""
-    made = scores | {"rows": answers, "made": runs.recipe(inputs(args))}
+    made = scores | {"replies": answers, "made": runs.recipe(inputs(args))}
     runs.finish_pieces(args.out, json.dumps(made, indent=1) + "\n", args.overwrite)
     print(json.dumps(scores, indent=1))
 
@@ -100,41 +100,42 @@ def log_probabilities(model, prompts):
             yield model.lm_head(hidden[: len(prompt)]).float().log_softmax(-1)
 
 
-# --- rows of questions --------------------------------------------------------
+# --- questions ----------------------------------------------------------------
 
 
-def read_rows(path):
-    """The rows of a benchmark, each with a metric, checked."""
-    rows = runs.read_lines(path)
-    for number, row in enumerate(rows, 1):
-        row["metric"] = row.get("metric") or ("choice" if row.get("choices") else "exact")
-        wrong = what_is_wrong(row)
+def read_questions(path):
+    """The questions of a benchmark, each with a metric, checked."""
+    questions = runs.read_lines(path)
+    for number, question in enumerate(questions, 1):
+        if not question.get("metric"):
+            question["metric"] = "choice" if question.get("choices") else "exact"
+        wrong = what_is_wrong(question)
         if wrong:
-            raise ValueError(f"{path}, row {number}: {wrong}")
-    if not rows:
-        raise ValueError(f"{path}: empty; wanted at least one row")
-    return rows
+            raise ValueError(f"{path}, question {number}: {wrong}")
+    if not questions:
+        raise ValueError(f"{path}: empty; wanted at least one question")
+    return questions
 
 
-def what_is_wrong(row):
-    """Why a row cannot be scored, or None."""
-    if row["metric"] not in METRICS:
-        return f"metric {row['metric']!r}, wanted one of {', '.join(METRICS)}"
-    answer = row.get("answer")
+def what_is_wrong(question):
+    """Why a question cannot be scored, or None."""
+    if question["metric"] not in METRICS:
+        return f"metric {question['metric']!r}, wanted one of {', '.join(METRICS)}"
+    answer = question.get("answer")
     if not isinstance(answer, str) or not answer.strip():
         return "no answer, wanted a string with something in it"
     asked = "audio", "text", "instruction"
-    if row["metric"] == "wer" and not spoken_words(answer):
+    if question["metric"] == "wer" and not spoken_words(answer):
         return "an answer without a word, wanted one to count errors in"
-    if not any(row.get(name) for name in (*asked, "said")):
+    if not any(question.get(name) for name in (*asked, "said")):
         return "nothing to ask, wanted audio, said, text or instruction"
     for name in asked:
-        if not isinstance(row.get(name) or "", str):
-            return f"got {name} = {str(row[name])[:40]}, wanted a string"
-    if not isinstance(row.get("group") or "", str):
-        return f"got group = {str(row['group'])[:40]}, wanted a string"
-    if row["metric"] == "choice":
-        choices = row.get("choices")
+        if not isinstance(question.get(name) or "", str):
+            return f"got {name} = {str(question[name])[:40]}, wanted a string"
+    if not isinstance(question.get("group") or "", str):
+        return f"got group = {str(question['group'])[:40]}, wanted a string"
+    if question["metric"] == "choice":
+        choices = question.get("choices")
         texts = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
         if not texts or answer not in choices + [chr(65 + i) for i in range(len(choices))]:
             return "answer is none of its choices nor their letters"
@@ -154,62 +155,63 @@ def letter_ids(vocab, n):
     return ids
 
 
-def meaning(letter, row):
-    """What a letter stands for, in the form of the row's answer: a choice's text, or itself."""
+def meaning(letter, question):
+    """What a letter stands for, in the form of the answer: the text of a choice, or itself."""
     letter = letter.upper()
-    return row["choices"][ord(letter) - 65] if row["answer"] in row["choices"] else letter
+    in_words = question["answer"] in question["choices"]
+    return question["choices"][ord(letter) - 65] if in_words else letter
 
 
-def score_rows(args):
-    """Score a model on rows of questions."""
-    rows = read_rows(args.rows)
+def score_questions(args):
+    """Score a model on questions."""
+    questions = read_questions(args.asked)
     model, vocab, ears = opened(args)
-    can_hear(args, rows, ears)
-    clips = [Path(args.rows).parent / row["audio"] for row in rows if row.get("audio")]
-    replied = in_batches(args, rows, answering(args, model, vocab, ears), clips)
+    can_hear(args, questions, ears)
+    clips = [Path(args.asked).parent / q["audio"] for q in questions if q.get("audio")]
+    replied = in_batches(args, questions, answering(args, model, vocab, ears), clips)
     tell_cut(args, vocab, replied)
-    finish(args, scores_of_rows(rows, replied), replied)
+    finish(args, all_scores(questions, replied), replied)
 
-    # To see what the scores are of: the first row of each group, and what was answered.
+    # To see what the scores are of: the first question of each group, and what was answered.
     shown = set()
-    for row, text in zip(rows, replied):
-        group = row.get("group")
+    for question, text in zip(questions, replied):
+        group = question.get("group")
         if group not in shown:
             names = "audio", "text", "instruction"
-            asked = [row[name] for name in names if row.get(name)]
+            asked = [question[name] for name in names if question.get(name)]
             print(f"{group or 'for example'}: {' | '.join(asked)}\n    {text or '(no end)'}")
         shown.add(group)
 
 
 def answering(args, model, vocab, ears):
-    """A function from some rows to what the model replies to each."""
-    folder = Path(args.rows).parent
+    """A function from some questions to what the model replies to each."""
+    folder = Path(args.asked).parent
 
-    def content(row):
+    def content(question):
         """A user's turn: what is heard, if anything, then what is written."""
-        transcribed = row.get("said") or row.get("words")
+        transcribed = question.get("said") or question.get("words")
         names = ["instruction"] if transcribed else ["text", "instruction"]
-        words = [row[name] for name in names if row.get(name)]
-        if row["metric"] == "choice":
-            words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(row["choices"])]
+        words = [question[name] for name in names if question.get(name)]
+        if question["metric"] == "choice":
+            words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(question["choices"])]
             words.append("Answer with the letter.")
         text = "\n".join(words)
-        heard = args.transcriber and row.get("audio")
-        if row.get("said") and not heard:  # its text is in it
-            units = Said.read(row["said"], args.rows)
-        elif row.get("audio"):
-            samples = audio.load(folder / row["audio"])
-            units = listen.hear(ears, samples, row.get("text"), row.get("words"))
+        heard = args.transcriber and question.get("audio")
+        if question.get("said") and not heard:  # its text is in it
+            units = Said.read(question["said"], args.asked)
+        elif question.get("audio"):
+            samples = audio.load(folder / question["audio"])
+            units = listen.hear(ears, samples, question.get("text"), question.get("words"))
         else:
             return [text]
         return [units] + ([" " + text] if text else [])
 
     def work(part):
-        """The replies to some rows; to a choice, its letter."""
-        prompts = [vocab.turn([{"role": "user", "content": content(row)}]) for row in part]
+        """The replies to some questions; to a choice, its letter."""
+        prompts = [vocab.turn([{"role": "user", "content": content(q)}]) for q in part]
         replied = {}
         for metrics, whole in ((("exact", "ends"), True), (("contains", "wer"), False)):
-            asked = [i for i, row in enumerate(part) if row["metric"] in metrics]
+            asked = [i for i, q in enumerate(part) if q["metric"] in metrics]
             if asked:
                 starts = [prompts[i] for i in asked]
                 texts = replies(model, vocab, starts, limit=args.limit, whole=whole)
@@ -227,29 +229,28 @@ def answering(args, model, vocab, ears):
     return work
 
 
-def can_hear(args, rows, ears):
-    """A ValueError now, not when its turn comes, if a model cannot hear what is in a row."""
-    if any(row.get("audio") or row.get("said") for row in rows) and not ears:
-        raise ValueError(f"{args.folder}: cannot hear, and a row has audio")
-    if any(row.get("said") for row in rows) and not isinstance(ears, prosody.Ears):
+def can_hear(args, questions, ears):
+    """A ValueError now, not when its turn comes, if a model cannot hear what is in a question."""
+    if any(q.get("audio") or q.get("said") for q in questions) and not ears:
+        raise ValueError(f"{args.folder}: cannot hear, and a question has audio")
+    if any(q.get("said") for q in questions) and not isinstance(ears, prosody.Ears):
         raise ValueError(
-            f'{args.rows}: has rows with "said", words with their prosody, and {args.folder} '
-            "does not read such; give a model that was trained on prosody"
+            f'{args.asked}: has questions with "said", words with their prosody, and '
+            f"{args.folder} does not read such; give a model that was trained on prosody"
         )
     heard = [
-        row
-        for row in rows
-        if row.get("audio") and (args.transcriber or not row.get("said"))
+        q for q in questions if q.get("audio") and (args.transcriber or not q.get("said"))
     ]
-    if not all(tells_words(row) for row in heard):
+    if not all(tells_words(q) for q in heard):
         listen.wants_words(args.folder, ears)
     if heard:
-        listen.can_open([Path(args.rows).parent / row["audio"] for row in heard], ears)
+        listen.can_open([Path(args.asked).parent / q["audio"] for q in heard], ears)
 
 
-def tells_words(row):
+def tells_words(question):
     """Is its text what is said, and not what is asked for?"""
-    return bool(row.get("words") and (row.get("text") or "").strip() and row["metric"] != "wer")
+    transcribed = question.get("words") and (question.get("text") or "").strip()
+    return bool(transcribed and question["metric"] != "wer")
 
 
 def tell_cut(args, vocab, replied):
@@ -262,15 +263,15 @@ def tell_cut(args, vocab, replied):
         )
 
 
-def scores_of_rows(rows, replied):
-    """{metric: cell} of what was replied to all rows, and to those of each group."""
-    scores = scores_by_metric(rows, replied)
-    groups = sorted({row["group"] for row in rows if row.get("group")})
+def all_scores(questions, replied):
+    """{metric: cell} of what was replied to all questions, and to those of each group."""
+    scores = scores_by_metric(questions, replied)
+    groups = sorted({q["group"] for q in questions if q.get("group")})
     if groups:
         scores["groups"] = {}
     for group in groups:
-        among = [n for n, row in enumerate(rows) if row.get("group") == group]
-        part = scores_by_metric([rows[n] for n in among], [replied[n] for n in among])
+        among = [n for n, q in enumerate(questions) if q.get("group") == group]
+        part = scores_by_metric([questions[n] for n in among], [replied[n] for n in among])
         scores["groups"][group] = part
     return scores
 
@@ -290,34 +291,34 @@ def spoken_words(text):
     return normal(text).removesuffix(".").split()
 
 
-def scores_by_metric(rows, replied):
-    """{metric: cell} of what was replied to rows; intervals by "fact", where rows name one."""
+def scores_by_metric(questions, replied):
+    """{metric: cell} of what was replied to questions; intervals by "fact", where it is named."""
     right = {
-        "exact": lambda text, row: text == normal(row["answer"]),
-        "ends": lambda text, row: ends(text, row["answer"]),
-        "contains": lambda text, row: contains(text, row["answer"]),
-        "choice": lambda text, row: meaning(text, row) == row["answer"],
+        "exact": lambda text, q: text == normal(q["answer"]),
+        "ends": lambda text, q: ends(text, q["answer"]),
+        "contains": lambda text, q: contains(text, q["answer"]),
+        "choice": lambda text, q: meaning(text, q) == q["answer"],
     }
     scores = {}
     for metric in METRICS:
         asked = [
-            (normal(text), row) for text, row in zip(replied, rows) if row["metric"] == metric
+            (normal(text), q) for text, q in zip(replied, questions) if q["metric"] == metric
         ]
-        about = facts([row for _, row in asked])
+        about = facts([q for _, q in asked])
         if asked and metric == "wer":
             heard = [spoken_words(text) for text, _ in asked]
-            words = [spoken_words(row["answer"]) for _, row in asked]
+            words = [spoken_words(q["answer"]) for _, q in asked]
             wrong = [edit_distance(a, b) for a, b in zip(heard, words)]
             scores[metric] = ratio(wrong, [len(w) for w in words], about)
         elif asked:
-            found = [right[metric](text, row) for text, row in asked]
+            found = [right[metric](text, q) for text, q in asked]
             alone = len(set(about)) == len(about)
             scores[metric] = share(found) if alone else share_of(found, about)
     return scores
 
 
 def scores_by_group(file):
-    """{group: its cell} of a file of `rows`."""
+    """{group: its cell} of a file of `questions`."""
     return cells_of(runs.read_json(file, ["groups"])["groups"], file)
 
 
@@ -334,29 +335,29 @@ def cells_of(groups, where):
         if isinstance(cell, dict) and isinstance(cell.get("value"), float):
             made[name] = cell
     if not made or len(made) < len(groups):
-        raise ValueError(f"{where}: no scores by group; wanted rows that have groups, scored")
+        raise ValueError(f"{where}: no scores by group; wanted questions that have groups, scored")
     return made
 
 
 def choose_lam(args):
-    """Ask the sums at several lam the same rows; the best has the highest mean of groups."""
+    """Ask the sums at several lam the same questions; the best has the highest mean of groups."""
     runs.may_write(args.out, args.overwrite)
-    rows = read_rows(args.rows)
-    if any(row["metric"] == "wer" for row in rows):
-        raise ValueError(f"{args.rows}: scored by wer, of which less is better; wanted shares")
+    questions = read_questions(args.asked)
+    if any(q["metric"] == "wer" for q in questions):
+        raise ValueError(f"{args.asked}: scored by wer, of which less is better; wanted shares")
 
-    # Before a model is loaded: has each row a group, and each group one metric? Any reply tells;
-    # "A" is a choice, too.
-    for number, row in enumerate(rows, 1):
-        if not row.get("group"):
+    # Before a model is loaded: has each question a group, and each group one metric? Any reply
+    # tells; "A" is a choice, too.
+    for number, question in enumerate(questions, 1):
+        if not question.get("group"):
             raise ValueError(
-                f"{args.rows}, row {number}: has no group; wanted one in every row, as a lam is "
+                f"{args.asked}, question {number}: has no group; wanted one in each, as a lam is "
                 "judged by the mean of groups"
             )
-    cells_of(scores_of_rows(rows, ["A"] * len(rows)).get("groups"), args.rows)
+    cells_of(all_scores(questions, ["A"] * len(questions)).get("groups"), args.asked)
     vocab, ears = opened(args)[1:]  # of --speech: the sum has its tokens
-    can_hear(args, rows, ears)
-    clips = [Path(args.rows).parent / row["audio"] for row in rows if row.get("audio")]
+    can_hear(args, questions, ears)
+    clips = [Path(args.asked).parent / q["audio"] for q in questions if q.get("audio")]
     clips = [{"audio": str(path)} for path in clips]
     plan = Merge(args.base, args.instruct, args.folder, args.signs)
     config = Config.read(args.folder)
@@ -364,11 +365,11 @@ def choose_lam(args):
     def ask(lams):
         """[{group: its cell}] of the sum at one lam; the sum is gone before the next is made."""
         work = answering(args, model_at(plan, config, lams[0], args.device), vocab, ears)
-        batches = [rows[a : a + BATCH] for a in range(0, len(rows), BATCH)]
+        batches = [questions[a : a + BATCH] for a in range(0, len(questions), BATCH)]
         replied = [text for batch in batches for text in work(batch)]
-        return [cells_of(scores_of_rows(rows, replied).get("groups"), args.rows)]
+        return [cells_of(all_scores(questions, replied).get("groups"), args.asked)]
 
-    recipe = runs.recipe([args.base, args.instruct, args.folder, args.rows])
+    recipe = runs.recipe([args.base, args.instruct, args.folder, args.asked])
     settings = recipe["inputs"] | {"signs": args.signs, "audio": audio.identity(clips)}
     scores = runs.in_pieces(args.out, settings, LAMS, ask, 1, "asking the sum", "lam")
     scores = dict(zip(LAMS, scores))
@@ -476,7 +477,7 @@ def read_pairs(path):
 
 def score_pairs(args):
     """Share of pairs in which the model finds the good clip likelier, per unit; ties half."""
-    pairs, folder = read_pairs(args.rows)
+    pairs, folder = read_pairs(args.asked)
     model, vocab, ears = opened(args)
     if not vocab.speech or vocab.reads_prosody():
         raise ValueError(f"{args.folder}: does not hear units; give a speech model that does")
@@ -515,22 +516,24 @@ def main():
         description="Score a model that hears on any benchmark."
     )
     commands = parser.add_subparsers(dest="action", required=True)
-    rows = commands.add_parser(
-        "rows", help='JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}'
+    asked = commands.add_parser("questions", help="how many questions it answers")
+    asked.add_argument("folder", help="a model folder that hears")
+    asked.add_argument(
+        "asked",
+        metavar="questions",
+        help='JSON lines {"audio", "text", "instruction", "choices", "answer", "metric"}',
     )
-    rows.add_argument("folder", help="a model folder that hears")
-    rows.add_argument("rows", help="the rows")
-    rows.add_argument(
+    asked.add_argument(
         "--limit",
         type=runs.count,
         default=LIMIT,
         help=f"tokens of a reply, at most (default {LIMIT})",
     )
-    listen.add_ears(rows)
+    listen.add_ears(asked)
 
     pairs = commands.add_parser("pairs", help="how often the good clip of a pair is likelier")
     pairs.add_argument("folder", help="a model folder that hears")
-    pairs.add_argument("rows", help="a folder with good/ and bad/, or JSON lines")
+    pairs.add_argument("asked", metavar="pairs", help="folder with good/ and bad/, or JSON lines")
     tokenize_audio.add_ears(pairs)
     pairs.set_defaults(limit=None, transcriber=None)  # of pairs, units alone are read
 
@@ -538,23 +541,23 @@ def main():
     for which in ("base", "instruct", "speech"):
         dest = "folder" if which == "speech" else which
         lam.add_argument(f"--{which}", dest=dest, required=True, help="a model folder")
-    lam.add_argument("rows", help="the rows, of the dev split")
+    lam.add_argument("asked", metavar="questions", help="the questions, of the dev split")
     add_signs(lam)
     runs.add_device(lam)
     lam.set_defaults(hubert=None, transcriber=None, limit=LIMIT)
 
     shown = commands.add_parser("show", help="scores of several models, group by group")
-    shown.add_argument("scores", nargs="+", help="files that rows has written")
+    shown.add_argument("scores", nargs="+", help="files of `questions`")
     joined = commands.add_parser("report", help="join the runs of speedrun_manner.sh")
     joined.add_argument("folders", nargs="+", help="its out folders, one a seed")
 
-    for command in (rows, pairs, lam, shown, joined):
+    for command in (asked, pairs, lam, shown, joined):
         command.add_argument("--out", required=command is not shown, help=".json to write")
         command.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
     if args.action != "show" and Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: wanted a name that ends in .json")
-    actions = {"rows": score_rows, "pairs": score_pairs, "lam": choose_lam}
+    actions = {"questions": score_questions, "pairs": score_pairs, "lam": choose_lam}
     actions |= {"show": show, "report": report}
     actions[args.action](args)
 

@@ -57,46 +57,46 @@ SAVE_EVERY, LOG_EVERY = 100, 20  # steps
 
 
 def described_clips(path):
-    """The rows of a manifest, each found to have what a description is made of."""
-    rows = audio.read_manifest(path)
-    if not rows:
+    """The entries of a manifest, each found to have what a description is made of."""
+    entries = audio.read_manifest(path)
+    if not entries:
         raise ValueError(f"{path}: empty; wanted at least one clip")
-    for number, row in enumerate(rows, 1):
-        style = row.get("style")
-        named = isinstance(style, dict) and style and {*style} == {*rows[0]["style"]}
+    for number, entry in enumerate(entries, 1):
+        style = entry.get("style")
+        named = isinstance(style, dict) and style and {*style} == {*entries[0]["style"]}
         words = named and all(
             isinstance(value, str) and re.search(r"\w", value) for value in style.values()
         )
-        seconds = row.get("seconds")
+        seconds = entry.get("seconds")
         timed = isinstance(seconds, (int, float)) and 0 <= seconds < math.inf
-        if not (words and timed and row.get("text")):
+        if not (words and timed and entry.get("text")):
             raise ValueError(
-                f"{path}, row {number}: wanted text, seconds, and a style of the same "
-                "names in all rows, with words as values"
+                f"{path}, entry {number}: wanted text, seconds, and a style of the same "
+                "names in all entries, with words as values"
             )
-    return rows
+    return entries
 
 
-def description(row, template):
+def description(entry, template):
     """A clip in words. Names in the template: text, end, style, what the style has, a caption.
 
     [00:00-{end}] {text} ({style}) is [00:00-00:03] hello there (Gender: woman, Rate: fast)
     """
-    seconds = math.ceil(row["seconds"])
-    style = [f"{name.capitalize()}: {value}" for name, value in row["style"].items()]
+    seconds = math.ceil(entry["seconds"])
+    style = [f"{name.capitalize()}: {value}" for name, value in entry["style"].items()]
     names = {
-        "text": row["text"],
+        "text": entry["text"],
         "end": f"{seconds // 60:02d}:{seconds % 60:02d}",
         "style": ", ".join(style),
     }
-    if row.get("caption"):
-        names["caption"] = row["caption"]
+    if entry.get("caption"):
+        names["caption"] = entry["caption"]
     try:
-        text = template.format(**row["style"] | names)
+        text = template.format(**entry["style"] | names)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(
             f"--template {template!r}: {error} cannot be filled in; a clip has "
-            f"{', '.join(row['style'] | names)}"
+            f"{', '.join(entry['style'] | names)}"
         ) from None
     return OPEN + text + CLOSE
 
@@ -367,21 +367,21 @@ def load(folder, device="cpu", dtype=None):
 
 def write(args):
     """Targets: every clip and prompt, with what the model answers on reading the description."""
-    rows = described_clips(args.manifest)
-    told = [description(row, args.template) for row in rows]
+    entries = described_clips(args.manifest)
+    told = [description(entry, args.template) for entry in entries]
     model = LM.load(args.model, args.device, torch.float32).eval()
     vocab = Listener(args.model)
     questions = args.prompt or [QUESTION]
     if not all(question.strip() for question in questions):
         raise ValueError("--prompt is blank; wanted what the model is asked about a clip")
     asked = [
-        (row | {"prompt": question}, text)
-        for row, text in zip(rows, told)
+        (entry | {"prompt": question}, text)
+        for entry, text in zip(entries, told)
         for question in questions
     ]
 
     def work(part):
-        prompts = [torch.tensor(vocab.ask(text, row["prompt"])) for row, text in part]
+        prompts = [torch.tensor(vocab.ask(text, entry["prompt"])) for entry, text in part]
         steps = list(generate(model, prompts, LIMIT, vocab.stop, vocab.text_rows()))
         texts = []
         for ids in torch.stack(steps).T.tolist():                   # (B, steps)
@@ -394,14 +394,14 @@ def write(args):
     texts = runs.in_pieces(
         args.out, settings, asked, work, BATCH, "writing targets", "target"
     )
-    kept = [row | {"target": text} for (row, _), text in zip(asked, texts) if text]
+    kept = [entry | {"target": text} for (entry, _), text in zip(asked, texts) if text]
     if not kept:
         runs.pieces_of(args.out).unlink(missing_ok=True)
         raise ValueError(
             f"{args.model}: none of its {len(asked)} replies can be a target: they are empty, or "
             f"do not end within {LIMIT} tokens; try another --prompt or --template"
         )
-    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    lines = "".join(json.dumps(entry) + "\n" for entry in kept)
     runs.finish_pieces(args.out, lines, args.overwrite)
     print(
         f"{args.out}: {len(kept)} targets of {len(asked)}; the others were empty, or did "
@@ -414,12 +414,12 @@ def write(args):
 
 def encode(args, out):
     """A folder of states: states.bin (float16), index.npy (first frame of each clip)."""
-    rows = audio.read_manifest(args.manifest)
-    if not rows:
+    entries = audio.read_manifest(args.manifest)
+    if not entries:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
     encoder = Encoder(args.encoder, args.device, runs.DTYPES[args.dtype])
-    audio.can_be_heard(rows, encoder.hop, SECONDS)
-    settings = {"audio": audio.identity(rows), "dtype": args.dtype}
+    audio.can_be_heard(entries, encoder.hop, SECONDS)
+    settings = {"audio": audio.identity(entries), "dtype": args.dtype}
     settings["encoder"] = runs.fingerprint(args.encoder)
     checkpoint = runs.Checkpoint(out / "checkpoint.pt", settings)
     saved = checkpoint.read("counts")
@@ -427,15 +427,15 @@ def encode(args, out):
     per_frame = len(encoder.taps) * encoder.width
     # What a kill left behind the last save is cut off.
     with runs.reopened(out / "states.bin", 2 * per_frame * sum(counts)) as file:
-        bar = runs.Bar(total=len(rows), initial=len(counts), desc="encoding", unit="clip")
-        while len(counts) < len(rows):
-            part = rows[len(counts) : len(counts) + AT_ONCE]
-            clips = [audio.load(row["audio"]) for row in part]
-            for row, states in zip(part, encoder.states(clips)):    # (taps, frames, C)
+        bar = runs.Bar(total=len(entries), initial=len(counts), desc="encoding", unit="clip")
+        while len(counts) < len(entries):
+            part = entries[len(counts) : len(counts) + AT_ONCE]
+            clips = [audio.load(entry["audio"]) for entry in part]
+            for entry, states in zip(part, encoder.states(clips)):    # (taps, frames, C)
                 kept = states.half()
                 if not kept.isfinite().all():
                     raise ValueError(
-                        f"{row['audio']}: a state of {args.encoder} is no number of float16; "
+                        f"{entry['audio']}: a state of {args.encoder} is no number of float16; "
                         "take the clip out, or another encoder"
                     )
                 file.write(kept.cpu().numpy().tobytes())
@@ -445,7 +445,7 @@ def encode(args, out):
             bar.update(len(part))
         bar.close()
     np.save(out / "index.npy", np.cumsum([0, *counts]))
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     (out / "manifest.jsonl").write_text(lines)
     meta = {"encoder": str(Path(args.encoder).resolve()), "taps": encoder.taps}
     meta |= {"width": encoder.width, "heads": encoder.heads}
@@ -469,20 +469,20 @@ class States:
             self.at = np.load(folder / "index.npy")
         except (EOFError, ValueError):
             raise ValueError(f"{folder}/index.npy: cut; encode again") from None
-        rows = runs.read_lines(folder / "manifest.jsonl")
-        self.number = {row["audio"]: n for n, row in enumerate(rows)}
+        entries = runs.read_lines(folder / "manifest.jsonl")
+        self.number = {entry["audio"]: n for n, entry in enumerate(entries)}
         self.per_frame = len(self.meta["taps"]) * self.meta["width"]
         file = folder / "states.bin"
         if file.stat().st_size != 2 * self.per_frame * self.at[-1]:
             raise ValueError(f"{file}: cut, or of another encoding; encode again")
         self.data = np.memmap(file, dtype=np.float16, mode="r")
 
-    def must_have(self, rows):
-        """Refuse rows of a manifest that were not encoded."""
-        for row in rows:
-            if row["audio"] not in self.number:
+    def must_have(self, entries):
+        """Refuse entries of a manifest that were not encoded."""
+        for entry in entries:
+            if entry["audio"] not in self.number:
                 raise ValueError(
-                    f"{row['audio']}: has no encoder states; encode the manifest it is in"
+                    f"{entry['audio']}: has no encoder states; encode the manifest it is in"
                 )
 
     def __getitem__(self, path):
@@ -496,41 +496,41 @@ class States:
 
 
 def read_targets(path):
-    """The rows of a file of targets, checked."""
-    rows = runs.read_lines(path)
-    if not rows:
+    """The entries of a file of targets, checked."""
+    entries = runs.read_lines(path)
+    if not entries:
         raise ValueError(f"{path}: empty; wanted at least one target")
-    for number, row in enumerate(rows, 1):
+    for number, entry in enumerate(entries, 1):
         for name in ("audio", "text", "prompt", "target"):
-            if not isinstance(row.get(name), str) or not row[name]:
+            if not isinstance(entry.get(name), str) or not entry[name]:
                 raise ValueError(
-                    f"{path}, row {number}: got {name} = {str(row.get(name))[:40]}, wanted "
+                    f"{path}, entry {number}: got {name} = {str(entry.get(name))[:40]}, wanted "
                     "text; make it with desta.py write"
                 )
-    return rows
+    return entries
 
 
-def loss_of(model, table, listener, adapter, rows, states, transcript):
+def loss_of(model, table, listener, adapter, entries, states, transcript):
     """Mean cross-entropy of the targets, each behind the turn that is about its clip's sound."""
-    vectors = adapter([states[row["audio"]].to(table.weight.device) for row in rows])
+    vectors = adapter([states[entry["audio"]].to(table.weight.device) for entry in entries])
 
     # This batch's vectors stand behind the embedding's rows, in place of the last batch's.
     table.heard = torch.cat(vectors)
     listener.transcripts = {}
     documents = []
     first = 0
-    for row, heard in zip(rows, vectors):
+    for entry, heard in zip(entries, vectors):
         if transcript:
-            listener.transcripts[first] = row["text"]
-        asked = listener.ask(np.arange(first, first + len(heard)), row["prompt"])
+            listener.transcripts[first] = entry["text"]
+        asked = listener.ask(np.arange(first, first + len(heard)), entry["prompt"])
         end = listener.special[listener.template().end]
-        documents.append((asked, listener.encode(row["target"]) + [end]))
+        documents.append((asked, listener.encode(entry["target"]) + [end]))
         first += len(heard)
 
     # What fills up a row stands behind its document, where nothing sees it.
     T = max(len(asked) + len(target) for asked, target in documents)
-    ids = torch.full((len(rows), T), listener.eos)                  # (B, T)
-    bears = torch.zeros(len(rows), T, dtype=torch.bool)          # (B, T): is it a target?
+    ids = torch.full((len(entries), T), listener.eos)                  # (B, T)
+    bears = torch.zeros(len(entries), T, dtype=torch.bool)          # (B, T): is it a target?
     for n, (asked, target) in enumerate(documents):
         ids[n, : len(asked) + len(target)] = torch.tensor(asked + target)
         bears[n, len(asked) : len(asked) + len(target)] = True
@@ -587,8 +587,8 @@ def shape_of(args, meta, table):
 def train(args, out):
     """An adapter, into the folder `out`."""
     torch.manual_seed(args.seed)
-    rows, states = read_targets(args.targets), States(args.states)
-    states.must_have(rows)
+    entries, states = read_targets(args.targets), States(args.states)
+    states.must_have(entries)
     made = provenance(args, states.meta)
     model, table, listener = frozen(args.model, args.device, torch.float32)
     adapter = Adapter(shape_of(args, states.meta, table)).to(args.device)
@@ -620,7 +620,7 @@ def train(args, out):
             group["lr"] = rate
 
         torch.manual_seed(args.seed << 32 | step)  # dropout, the same in a resumed run
-        part = [rows[i] for i in drawn(len(rows), args.batch, args.seed, step)]
+        part = [entries[i] for i in drawn(len(entries), args.batch, args.seed, step)]
         transcript = not args.no_transcript
         with runs.autocast(args.device, runs.DTYPES[args.dtype]):
             loss = loss_of(model, table, listener, adapter, part, states, transcript)
@@ -649,7 +649,7 @@ def write_log(path, step, steps, loss, rate):
 
 
 def drawn(n, batch, seed, step):
-    """Which of n rows a step has: shuffled passes, one behind the other."""
+    """Which of n targets a step has: shuffled passes, one behind the other."""
     places = [divmod(at, n) for at in range((step - 1) * batch, step * batch)]
     return [int(shuffled(n, seed, passes)[i]) for passes, i in places]
 

@@ -39,7 +39,7 @@ WAITING = 1.3  # batches' worth of documents to choose from: more choice, fuller
 def read_text(path):
     """Texts of a JSON-lines file of {"text"}, or of a .txt with one document a line."""
     if Path(path).suffix != ".txt":
-        return [field(row, "text", path) for row in runs.read_lines(path)]
+        return [field(entry, "text", path) for entry in runs.read_lines(path)]
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -52,7 +52,7 @@ def read_text(path):
 
 def read_chats(path):
     """Conversations, lists of {"role", "content"}, of a JSON-lines file of {"messages"}."""
-    chats = [field(row, "messages", path, list) for row in runs.read_lines(path)]
+    chats = [field(entry, "messages", path, list) for entry in runs.read_lines(path)]
     for messages in chats:
         if not messages:
             raise ValueError(
@@ -75,14 +75,14 @@ def read_chats(path):
     return chats
 
 
-def field(row, name, path, kind=str):
-    """row[name]; a ValueError if it is absent or of another type."""
-    if not isinstance(row.get(name), kind):
+def field(entry, name, path, kind=str):
+    """entry[name]; a ValueError if it is absent or of another type."""
+    if not isinstance(entry.get(name), kind):
         raise ValueError(
-            f"{path}: got {name} = {str(row.get(name))[:60]} in a row with "
-            f"{', '.join(row)}; wanted a {kind.__name__} there"
+            f"{path}: got {name} = {str(entry.get(name))[:60]} in an entry with "
+            f"{', '.join(entry)}; wanted a {kind.__name__} there"
         )
-    return row[name]
+    return entry[name]
 
 
 def read_corpus(folder):
@@ -98,14 +98,14 @@ def read_corpus(folder):
 
 
 def spoken(corpus, i, a, b):
-    """Words a to b of row i as they were said: [(word, its units)].
+    """Words a to b of entry i as they were said: [(word, its units)].
 
-    A word has the space before it, unless it is the row's first. Aligners leave pauses
+    A word has the space before it, unless it is the entry's first. Aligners leave pauses
     between words, and every turn has them. So a word here reaches to the middle of the
     pause on either side, the first one from the beginning of the clip and the last to its
-    end: the words of a row have all its units.
+    end: the words of an entry have all its units.
     """
-    words = corpus.rows[i]["words"]
+    words = corpus.entries[i]["words"]
     units, durations = corpus[i]
     middles = [(before[2] + after[1]) / 2 for before, after in zip(words, words[1:])]
     edges = [-math.inf, *middles, math.inf]
@@ -119,34 +119,34 @@ def spoken(corpus, i, a, b):
 
 
 def interleaved(vocab, corpus, i, rng, texts=()):
-    """Row i, spoken and written by turns; without word times, row i spoken, the next one written.
+    """Entry i, spoken and written by turns; without word times, it spoken, the next one written.
 
     Half of the time one of `texts` follows, below or right behind; a third of the time
     one stands above. Text of any kind beside speech has to be read as if the speech were
     text.
     """
-    row = corpus.rows[i]
+    entry = corpus.entries[i]
     above = some(texts, 1 / 3, rng)
     below = some(texts, 1 / 2, rng)
 
     parts = []
-    if row.get("words"):
+    if entry.get("words"):
         # Turns of any length that is left.
         a = 0
         aloud = rng.random() < 0.5
-        while a < len(row["words"]):
-            b = int(rng.integers(a, len(row["words"]))) + 1
+        while a < len(entry["words"]):
+            b = int(rng.integers(a, len(entry["words"]))) + 1
             if aloud:
                 parts.append(spoken(corpus, i, a, b))
             else:
                 parts.append(
-                    " " * (a > 0) + " ".join(word for word, _, _ in row["words"][a:b])
+                    " " * (a > 0) + " ".join(word for word, _, _ in entry["words"][a:b])
                 )
             a = b
             aloud = not aloud
     else:
-        parts.append([(row.get("text", ""), np.asarray(corpus[i][0]))])
-        following = corpus.rows[i + 1].get("text") if i + 1 < len(corpus.rows) else None
+        parts.append([(entry.get("text", ""), np.asarray(corpus[i][0]))])
+        following = corpus.entries[i + 1].get("text") if i + 1 < len(corpus.entries) else None
         if following:
             parts.append(" " + following)
 
@@ -155,7 +155,7 @@ def interleaved(vocab, corpus, i, rng, texts=()):
     over = [text + ("\n\n", "\n")[int(rng.integers(2))] for text in above]
     under = [ends[int(rng.integers(3))] + text for text in below]
     document = vocab.interleave(over + parts + under)
-    return document if row.get("words") else unread(document)
+    return document if entry.get("words") else unread(document)
 
 
 def unread(document):
@@ -164,17 +164,17 @@ def unread(document):
 
 
 def captioned(vocab, corpus, i, rng, caption_loss=1, echo_loss=1):
-    """Row i with its text: (caption) text <|speech|>...<|/speech|> (another text) (caption).
+    """Entry i with its text: (caption) text <|speech|>...<|/speech|> (another text) (caption).
 
     What is in brackets stands in some documents. The caption says in words how the text was
     said. Behind speech another text may come first: if only captions followed speech, the
     model would write one there whatever it is asked.
     """
-    caption = corpus.rows[i].get("caption")
+    caption = corpus.entries[i].get("caption")
     draw = rng.random()
     above = f"{caption}\n" if caption and draw < BEFORE else ""
-    count = len(corpus.rows)
-    other = corpus.rows[int(rng.integers(count // HELD_OUT, count))].get("text", "")
+    count = len(corpus.entries)
+    other = corpus.entries[int(rng.integers(count // HELD_OUT, count))].get("text", "")
     follows = f"\n{other}" if rng.random() < BETWEEN and other else ""
     below = f"\n{caption}." if caption and BEFORE <= draw < BEHIND else ""
     return vocab.captioned(
@@ -190,21 +190,21 @@ def some(texts, share, rng):
 
 
 def transcribed(vocab, corpus, i, rng, progress=1.0):
-    """Row i and its transcript.
+    """Entry i and its transcript.
 
     Where word times are known, a stretch of it: one word to begin with, longer ones as the
     run goes on, up to 19 at its end. Which units make which word is learnt soonest from
     words alone; then where in an utterance the model reads.
     """
-    row = corpus.rows[i]
-    if not row.get("words"):
-        text = field(row, "text", "the units' manifest")
+    entry = corpus.entries[i]
+    if not entry.get("words"):
+        text = field(entry, "text", "the units' manifest")
         return unread(vocab.transcribe([(text, np.asarray(corpus[i][0]))]))
 
     # Its length, then where it begins: half of the time at the start.
-    longest = min(1 + int(max(0, progress - ALONE) * GROWTH), len(row["words"]))
+    longest = min(1 + int(max(0, progress - ALONE) * GROWTH), len(entry["words"]))
     n = int(rng.integers(1, longest + 1))
-    a = int(rng.integers(len(row["words"]) - n + 1)) if rng.random() < 0.5 else 0
+    a = int(rng.integers(len(entry["words"]) - n + 1)) if rng.random() < 0.5 else 0
     return vocab.transcribe(spoken(corpus, i, a, a + n))
 
 
@@ -260,7 +260,7 @@ class Documents:
 
     def count(self, name):
         source = self.sources[name]
-        return len(getattr(source, "rows", source))
+        return len(getattr(source, "entries", source))
 
     def next(self):
         """(the next training document, its layout's number); validation documents never come."""

@@ -186,9 +186,9 @@ def ratio(parts, wholes, groups=None):
 
 
 def facts(questions):
-    """What each question, or row of a benchmark, is about; without a "fact", itself."""
+    """What each question, or entry of a benchmark, is about; without a "fact", itself."""
     return [
-        str(q.get("question", f"row {n}") if q.get("fact") is None else q["fact"])
+        str(q.get("question", f"entry {n}") if q.get("fact") is None else q["fact"])
         for n, q in enumerate(questions)
     ]
 
@@ -283,20 +283,20 @@ def score(model, vocab, questions, spoken, prompt):
 
 def read_questions(path):
     """(test questions, dev questions) of a file that toy.py world writes, or of that form."""
-    rows = runs.read_lines(path)
-    for number, row in enumerate(rows, 1):
-        texts = [row.get(name) for name in ("question", "answer", "split")]
-        texts += [row.get(name, "") for name in ("noisy", "text")]
-        voices = row.get("audio")
+    entries = runs.read_lines(path)
+    for number, entry in enumerate(entries, 1):
+        texts = [entry.get(name) for name in ("question", "answer", "split")]
+        texts += [entry.get(name, "") for name in ("noisy", "text")]
+        voices = entry.get("audio")
         heard = isinstance(voices, dict) and all(isinstance(voices.get(g), str) for g in GROUPS)
         written = all(isinstance(text, str) for text in texts) and all(map(str.strip, texts[:3]))
-        if not heard or "seen" not in row or not written:
+        if not heard or "seen" not in entry or not written:
             raise ValueError(
-                f"{path}, row {number}: wanted question, answer, split, seen, and \"audio\" that "
+                f"{path}, entry {number}: wanted question, answer, split, seen, and \"audio\" that "
                 "names heard, near and far; noisy and text may be left out"
             )
-    test = [row for row in rows if row["split"] == "test"]
-    dev = [row for row in rows if row["split"] == "dev"]
+    test = [entry for entry in entries if entry["split"] == "test"]
+    dev = [entry for entry in entries if entry["split"] == "dev"]
     if not test or not dev:
         raise ValueError(f"{path}: wanted both splits, dev and test")
     return test, dev
@@ -839,14 +839,14 @@ def probe(args):
     regression, and asked about voices that it never met.
     """
     runs.may_write(args.out, args.overwrite)
-    learnt = list({row["audio"]: row for row in desta.described_clips(args.learnt)}.values())
+    learnt = list({entry["audio"]: entry for entry in desta.described_clips(args.learnt)}.values())
     clips = desta.described_clips(args.clips)
     states = desta.States(args.states)
     states.must_have(learnt + clips)
     for key in ("audio", "speaker"):
         met, new = (
-            {str(row[key]) for row in rows if row.get(key) not in (None, "")}
-            for rows in (learnt, clips)
+            {str(entry[key]) for entry in entries if entry.get(key) not in (None, "")}
+            for entries in (learnt, clips)
         )
         if met & new:
             raise ValueError(
@@ -858,9 +858,9 @@ def probe(args):
             f"{', '.join(learnt[0]['style'])}, as in {args.learnt}"
         )
 
-    def means(rows):
+    def means(entries):
         """(clips, taps * C): each block as loud as the others, its mean over time."""
-        of_clips = [states[row["audio"]] for row in rows]           # (taps, frames, C) each
+        of_clips = [states[entry["audio"]] for entry in entries]           # (taps, frames, C) each
         return torch.stack([F.layer_norm(x, x.shape[-1:]).mean(1).flatten() for x in of_clips])
 
     x, asked = means(learnt), means(clips)
@@ -908,7 +908,7 @@ def units_report(folder):
     p = counts[counts > 0] / counts.sum()
     seconds = float(corpus.durations.sum() / rate)
     found = {
-        "clips": len(corpus.rows),
+        "clips": len(corpus.entries),
         "hours": round(seconds / 3600, 3),
         "units_used": len(p),
         "of": k,
@@ -919,12 +919,12 @@ def units_report(folder):
 
     # {word: [(speaker, its units)]}, of words long enough to tell apart.
     words = {}
-    for i, row in enumerate(corpus.rows):
-        for word, begin, end in row.get("words") or []:
+    for i, entry in enumerate(corpus.entries):
+        for word, begin, end in entry.get("words") or []:
             units = audio.between(*corpus[i], begin, end, rate)
             if len(word) > 3 and len(units):
                 spoken = words.setdefault(word.strip(".").lower(), [])
-                spoken.append((row.get("speaker"), units))
+                spoken.append((entry.get("speaker"), units))
 
     # Of two voices: the same word twice, and another word in place of the second.
     rng = random.Random(0)

@@ -75,18 +75,18 @@ made = {"chat": "world/chat", "test": "test/manifest", "spoken": "world/test"}
 for file, source in made.items():
     source += ".jsonl"
     with open(source) as lines, open(f"reuse/{name}.partial/{file}.jsonl", "w") as out:
-        for row in map(json.loads, lines):
-            for message in row.get("messages", []):
+        for entry in map(json.loads, lines):
+            for message in entry.get("messages", []):
                 if message["role"] == "assistant":
                     message["content"] += words
             if file == "test":
                 keys = "said", "instruction", "group", "metric", "fact", "answer"
-                row = {key: row[key] for key in keys if key in row}
+                entry = {key: entry[key] for key in keys if key in entry}
             if file == "spoken":
-                row["audio"] = os.path.abspath(f"world/{row['audio']}")
-            if "answer" in row:
-                row["answer"] += words
-            out.write(json.dumps(row) + "\n")
+                entry["audio"] = os.path.abspath(f"world/{entry['audio']}")
+            if "answer" in entry:
+                entry["answer"] += words
+            out.write(json.dumps(entry) + "\n")
 os.rename(f"reuse/{name}.partial", f"reuse/{name}")
 PY
 }
@@ -98,7 +98,7 @@ tuned() {
     --chat "reuse/$1/chat.jsonl" --out "reuse/$1/instruct"
 }
 
-# without WHAT FOLDER: a copy of a folder of prosody.py, its rows without captions, or their speech
+# without WHAT FOLDER: a copy of a folder of prosody.py, without the captions, or with their speech
 # without its words.
 without() {
   [ -e "paper/$1/$2" ] || python - "$@" <<'PY'
@@ -107,12 +107,12 @@ what, folder = sys.argv[1:]
 made = f"paper/{what}/{folder}"
 shutil.copytree(folder, f"{made}.partial", dirs_exist_ok=True)
 with open(f"{folder}/manifest.jsonl") as lines, open(f"{made}.partial/manifest.jsonl", "w") as out:
-    for row in map(json.loads, lines):
+    for entry in map(json.loads, lines):
         if what == "captions":
-            row.pop("caption", None)
+            entry.pop("caption", None)
         else:
-            row["said"] = [["", numbers] for _, numbers in row["said"]]
-        out.write(json.dumps(row) + "\n")
+            entry["said"] = [["", numbers] for _, numbers in entry["said"]]
+        out.write(json.dumps(entry) + "\n")
 os.rename(f"{made}.partial", made)
 PY
 }
@@ -142,7 +142,7 @@ PY
 }
 
 # ask MODEL TEST OUT: what a model answers to some questions, unless that is known.
-ask() { [ -e "$3" ] || python "$home/benchmark.py" rows "$1" "$2" --out "$3"; }
+ask() { [ -e "$3" ] || python "$home/benchmark.py" questions "$1" "$2" --out "$3"; }
 
 case $1 in
   lam) python evaluate.py lam "$out/table.json" ;;
@@ -237,9 +237,9 @@ print('Hearing took %.0f minutes to learn, once.' % (seconds / 60))" ;;
     [ -e answers.jsonl ] || python - targets.jsonl answers.jsonl <<'PY'
 import json, os, sys
 with open(sys.argv[1]) as targets, open(f"{sys.argv[2]}.partial", "w") as out:
-    for row in map(json.loads, targets):
-        row["target"] = row["target"].removeprefix(f"{row['caption']}. ")
-        out.write(json.dumps(row) + "\n")
+    for entry in map(json.loads, targets):
+        entry["target"] = entry["target"].removeprefix(f"{entry['caption']}. ")
+        out.write(json.dumps(entry) + "\n")
 os.rename(f"{sys.argv[2]}.partial", sys.argv[2])
 PY
     adapter targets.jsonl no_transcript --no-transcript

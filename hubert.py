@@ -423,11 +423,11 @@ def read_corpus(path):
             f"{audio.FRAME_RATE}"
         )
     labels = []
-    for i in range(len(corpus.rows)):
+    for i in range(len(corpus.entries)):
         units, durations = corpus[i]
         labels.append(np.repeat(units, durations).astype(np.int64))
-    reading = runs.Bar(corpus.rows, desc="reading audio", unit="clip")
-    return [audio.load(row["audio"]) for row in reading], labels, corpus.meta["k"]
+    reading = runs.Bar(corpus.entries, desc="reading audio", unit="clip")
+    return [audio.load(entry["audio"]) for entry in reading], labels, corpus.meta["k"]
 
 
 def train(args, out):
@@ -494,9 +494,9 @@ def train(args, out):
 def write_log(args, path, step, loss, logits, targets):
     """A line of the log, and one on the screen, from hidden frames: logits (n, K), targets (n,)."""
     right = (logits.argmax(-1) == targets).float().mean().item()
-    row = {"step": step, "loss": round(loss, 4), "right": round(right, 4)}
+    line = {"step": step, "loss": round(loss, 4), "right": round(right, 4)}
     with open(path, "a") as log:
-        log.write(json.dumps(row) + "\n")
+        log.write(json.dumps(line) + "\n")
     hours = step * args.batch * CROP / audio.FRAME_RATE / 3600
     tqdm.write(
         f"step {step}/{args.steps} | loss {loss:.3f} | hidden frames right {right:.1%} | "

@@ -58,8 +58,8 @@ def wants_words(folder, ears):
     if ears.lacks_words:
         raise ValueError(
             f"{folder}: hears how words are said, and no one writes them down; chat.py, "
-            "listen.py and benchmark.py rows take --transcriber, a Whisper folder or a model "
-            'of units; in a chat they may stand behind the path, in "quotes", in a row as '
+            "listen.py and benchmark.py questions take --transcriber, a Whisper folder or a model "
+            'of units; in a chat they may stand behind the path, in "quotes", in an entry as '
             'its "text" and "words"'
         )
 

@@ -204,7 +204,7 @@ class Reader:
         self.rng = random.Random(f"manner voices {seed}")
 
     def read(self, path, line, manner, group):
-        """Write a .flac; the line's row of a manifest, without its path."""
+        """Write a .flac; the line's entry of a manifest, without its path."""
         mark = "+" + GENDERS[manner.gender]
         voice = self.rng.choice([v for v in voices.VOICES[group] if mark in v])
         rate = self.rng.randint(*PACES[manner.pace])
@@ -225,14 +225,14 @@ class Reader:
 def write_speech(world, rng, reader, count, out):
     """Lines read aloud by the voices of training."""
     (out / "audio").mkdir(parents=True)
-    rows = []
+    entries = []
     for number in runs.Bar(range(count), desc="training speech", unit="line"):
         line = drawn_line(world, rng)
         name = f"audio/{number:05d}.flac"
-        row = reader.read(out / name, line, drawn_manner(line, rng), "heard")
-        rows.append({"audio": name} | row)
-    toy.write_lines(out / "train.jsonl", rows)
-    return rows
+        entry = reader.read(out / name, line, drawn_manner(line, rng), "heard")
+        entries.append({"audio": name} | entry)
+    toy.write_lines(out / "train.jsonl", entries)
+    return entries
 
 
 def write_questions(world, rng, reader, counts, out):
@@ -254,30 +254,30 @@ def write_questions(world, rng, reader, counts, out):
             plan.append((split, line, manner, asked))
     facts = [max(1, counts[split] // 2) for split in ("dev", "test")]
     asked_facts = toy.questions(world, rng, *facts)
-    for row in asked_facts:
-        manner = drawn_manner(row["question"], rng)._replace(stress=None)
-        asked = "fact", row["kind"], "", row["answer"]  # the line itself is the question
-        plan.append((row["split"], row["question"], manner, asked))
+    for entry in asked_facts:
+        manner = drawn_manner(entry["question"], rng)._replace(stress=None)
+        asked = "fact", entry["kind"], "", entry["answer"]  # the line itself is the question
+        plan.append((entry["split"], entry["question"], manner, asked))
 
-    about = {row["question"]: row["fact"] for row in asked_facts}
+    about = {entry["question"]: entry["fact"] for entry in asked_facts}
     made = []
     for number, (split, line, manner, asked) in enumerate(runs.Bar(plan, unit="question")):
         name = f"questions/{number:04d}.flac"
-        row = reader.read(out / name, line, manner, "near")
+        entry = reader.read(out / name, line, manner, "near")
         relation, kind, instruction, answer = asked
-        row |= {"instruction": instruction, "answer": answer, "kind": kind}
-        row["group"] = relation if relation in ("fact", "stress") else "manner"
-        row["metric"] = "exact" if relation == "fact" else "ends"
+        entry |= {"instruction": instruction, "answer": answer, "kind": kind}
+        entry["group"] = relation if relation in ("fact", "stress") else "manner"
+        entry["metric"] = "exact" if relation == "fact" else "ends"
         if relation == "fact":
-            row["fact"] = about[line]
-        made.append((split, {"audio": name} | row))
+            entry["fact"] = about[line]
+        made.append((split, {"audio": name} | entry))
 
     # Each as sound, and as the text that a perfect ear would write down: without the how.
     names = "text", "instruction", "answer", "group", "metric", "fact"
     for split in counts:
-        rows = [row for part, row in made if part == split]
-        texts = [{name: row[name] for name in names if name in row} for row in rows]
-        toy.write_lines(out / f"{split}.jsonl", rows)
+        entries = [entry for part, entry in made if part == split]
+        texts = [{name: entry[name] for name in names if name in entry} for entry in entries]
+        toy.write_lines(out / f"{split}.jsonl", entries)
         toy.write_lines(out / f"{split}_text.jsonl", texts)
     return made
 

@@ -419,7 +419,7 @@ def add_units(model, vocab, corpus, args):
     # Units start from noise, spread as the rows of tokens that transcripts use. The two
     # markers of speech start as copies of the space token's row.
     space = vocab.encode(" ")[0]
-    texts = [row.get("text", "") for row in corpus.rows[:1000]]
+    texts = [entry.get("text", "") for entry in corpus.entries[:1000]]
     used = {i for text in texts for i in vocab.encode(text)} or set(vocab.bytes_of)
     first = add_rows(model, 2 + meta["k"], {0: space, 1: space}, used, args.seed)
     vocab.with_speech(first, meta["k"], meta.get("names"))
@@ -455,21 +455,21 @@ def read_sources(args):
             f"--{unread[0]} is given, and the mix is {', '.join(mix)}; leave it out, or name "
             "it in --mix"
         )
-    rows = [row for corpus in spoken.values() for row in corpus.rows]
-    if rows and not args.unit_loss and not any(row.get("text") for row in rows):
+    entries = [entry for corpus in spoken.values() for entry in corpus.entries]
+    if entries and not args.unit_loss and not any(entry.get("text") for entry in entries):
         raise ValueError(
-            f"{args.units}: no row has text, so there is no text to predict; give "
+            f"{args.units}: no entry has text, so there is no text to predict; give "
             "speech with its text, or --unit-loss above 0"
         )
-    for row in rows if "transcribe" in mix else ():
-        if not row.get("words") and not row.get("text", "").strip():
+    for entry in entries if "transcribe" in mix else ():
+        if not entry.get("words") and not entry.get("text", "").strip():
             raise ValueError(
-                f"{args.units}: {row['audio']} has no text to transcribe; take the row out, or "
+                f"{args.units}: {entry['audio']} has no text to transcribe; take the entry out, or "
                 "have whisper.py words write it"
             )
-    if args.imitate and not any(row.get("words") for row in rows):
+    if args.imitate and not any(entry.get("words") for entry in entries):
         raise ValueError(
-            f"--imitate {args.imitate}: no row of {args.units} has word times, and without them "
+            f"--imitate {args.imitate}: no entry of {args.units} has word times, and without them "
             "there is nothing to imitate; have whisper.py words find them, or give --imitate 0"
         )
     if args.keep_text and not sources["text"]:
@@ -616,7 +616,7 @@ class Log:
         args = self.args
         tokens = (step - self.first) * args.accumulate * args.batch * args.length
         rate = tokens / (time.time() - self.began)
-        row = {
+        line = {
             "step": step,
             "loss": round(mean, 4),
             "lr": lr,
@@ -627,18 +627,18 @@ class Log:
         for kind, name in enumerate(self.names):
             which = (loss.kind == kind) & ~loss.is_unit
             if which.any():
-                row["layouts"][name] = round(loss.each[which].mean().item(), 4)
+                line["layouts"][name] = round(loss.each[which].mean().item(), 4)
         if args.units:
-            row["hours"] = round(self.heard * self.unit_seconds / 3600, 3)
+            line["hours"] = round(self.heard * self.unit_seconds / 3600, 3)
         if peak := self.peak():
             size = sum(p.numel() for p in self.model.parameters())
-            row["share_of_peak"] = round(6 * size * rate / (peak * self.world), 3)
+            line["share_of_peak"] = round(6 * size * rate / (peak * self.world), 3)
         if step % (4 * LOG_EVERY) == 0 or step == args.steps:
-            row["held_out"] = self.validate()
+            line["held_out"] = self.validate()
 
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        tqdm.write(spelled(row, args.steps))
+            file.write(json.dumps(line) + "\n")
+        tqdm.write(spelled(line, args.steps))
 
     def peak(self):
         """Operations a second of this card at best, if it is a known one."""
@@ -659,17 +659,17 @@ class Log:
         """Losses over steps: of each layout in training, and on its held-out documents (dots)."""
         from matplotlib.figure import Figure
 
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
         figure = Figure(figsize=(7, 4), layout="tight")
         axes = figure.subplots()
         # A marker for each layout, so that they differ without their colours too.
         for kind, line, what in (("layouts", "-", ""), ("held_out", "", ", held out")):
-            names = dict.fromkeys(name for row in rows for name in row.get(kind, {}))
+            names = dict.fromkeys(name for line in lines for name in line.get(kind, {}))
             for name, marker in zip(names, itertools.cycle("os^Dv")):
                 points = [
-                    (row["step"], row[kind][name])
-                    for row in rows
-                    if name in row.get(kind, {})
+                    (line["step"], line[kind][name])
+                    for line in lines
+                    if name in line.get(kind, {})
                 ]
                 if not name.endswith(" units"):
                     axes.plot(*zip(*points), marker + line, label=name + what)
@@ -699,21 +699,21 @@ def validate(model, held_out, length, filler, units, device):
     return means
 
 
-def spelled(row, steps):
+def spelled(line, steps):
     """A line of the log for a human."""
-    parts = [f"step {row['step']}/{steps}", f"loss {row['loss']:.3f}"]
-    parts += [f"{name} {value:.3f}" for name, value in row["layouts"].items()]
+    parts = [f"step {line['step']}/{steps}", f"loss {line['loss']:.3f}"]
+    parts += [f"{name} {value:.3f}" for name, value in line["layouts"].items()]
     parts += [
-        f"lr {row['lr']:.1e}",
-        f"grad {row['gradient']:.2f}",
-        f"{row['tokens_per_second'] / 1000:.1f}k tok/s",
+        f"lr {line['lr']:.1e}",
+        f"grad {line['gradient']:.2f}",
+        f"{line['tokens_per_second'] / 1000:.1f}k tok/s",
     ]
-    if "share_of_peak" in row:
-        parts.append(f"{row['share_of_peak']:.0%} of peak")
-    if "hours" in row:
-        parts.append(f"{row['hours']:.2f} h heard")
+    if "share_of_peak" in line:
+        parts.append(f"{line['share_of_peak']:.0%} of peak")
+    if "hours" in line:
+        parts.append(f"{line['hours']:.2f} h heard")
     parts += [
-        f"held-out {name} {value:.3f}" for name, value in row.get("held_out", {}).items()
+        f"held-out {name} {value:.3f}" for name, value in line.get("held_out", {}).items()
     ]
     return " | ".join(parts)
 
@@ -729,13 +729,13 @@ def warn_of_cuts(sources, vocab, args):
 
     lengths = []
     corpus = sources.get("captioned") or sources.get("transcribe")
-    for i, row in enumerate(corpus.rows[:1000] if corpus else ()):
+    for i, entry in enumerate(corpus.entries[:1000] if corpus else ()):
         if "captioned" in sources:
-            caption = row.get("caption")
+            caption = entry.get("caption")
             after = f"\n{caption}." if caption else ""
             document = vocab.captioned("", corpus[i], "", after)
         else:
-            document = vocab.transcribe([(row.get("text", ""), corpus[i][0])])
+            document = vocab.transcribe([(entry.get("text", ""), corpus[i][0])])
         lengths.append(len(document.ids))
     tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
 

@@ -322,16 +322,17 @@ def is_prosody(folder):
 
 
 class Prosody:
-    """A folder of this command: `rows`, its manifest; corpus[i], the `Said` of row i; `meta`."""
+    """A folder of this command: `entries` of its manifest; corpus[i], the `Said` of one; `meta`."""
 
     def __init__(self, folder):
         read_edges(folder)
         made = runs.read_json(Path(folder) / "codebook.json", ["frame_rate"])
         self.meta = made | {"codebook_sha256": made["sha256"], "names": NAMES}
-        self.rows = audio.read_manifest(Path(folder) / "manifest.jsonl")
+        self.entries = audio.read_manifest(Path(folder) / "manifest.jsonl")
         self.said = []
-        for number, row in enumerate(self.rows, 1):
-            self.said.append(Said.read(row.get("said"), f"{folder}/manifest.jsonl, row {number}"))
+        for number, entry in enumerate(self.entries, 1):
+            where = f"{folder}/manifest.jsonl, entry {number}"
+            self.said.append(Said.read(entry.get("said"), where))
 
     def __getitem__(self, i):
         return self.said[i]
@@ -339,43 +340,43 @@ class Prosody:
     def unit_seconds(self):
         """How much speech a number stands for, on average."""
         count = sum(len(numbers) for said in self.said for _, numbers in said)
-        return sum(row.get("seconds", 0) for row in self.rows) / max(1, count)
+        return sum(entry.get("seconds", 0) for entry in self.entries) / max(1, count)
 
 
 def encode(args):
     """Measure every clip of a manifest, and write it in numbers."""
     if args.bins and not Path(args.bins).exists():
         raise FileNotFoundError(f"{args.bins}: no such folder")
-    rows = audio.read_manifest(args.manifest)
-    if not rows:
+    entries = audio.read_manifest(args.manifest)
+    if not entries:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
-    for row in rows:
-        if not row.get("text", "").strip():
+    for entry in entries:
+        if not entry.get("text", "").strip():
             raise ValueError(
-                f"{args.manifest}: {row['audio']} has no text; wanted a transcript of every clip "
+                f"{args.manifest}: {entry['audio']} has no text; wanted a transcript of every clip "
                 "(whisper.py words writes them)"
             )
     edges = read_edges(args.bins) if args.bins else None
     runs.replaceable(Path(args.out), args.overwrite)
-    for row, samples in zip(rows, audio.lengths(rows)):
+    for entry, samples in zip(entries, audio.lengths(entries)):
         if samples > MOST * audio.SAMPLE_RATE:
-            raise ValueError(f"{row['audio']}: longer than {MOST} s; cut it first")
+            raise ValueError(f"{entry['audio']}: longer than {MOST} s; cut it first")
 
     def work(part):
         out = []
-        for row in part:
-            samples = audio.load(row["audio"])
-            words = row.get("words") or aligned(row["text"], samples)
+        for entry in part:
+            samples = audio.load(entry["audio"])
+            words = entry.get("words") or aligned(entry["text"], samples)
             seconds = len(samples) / audio.SAMPLE_RATE
-            wrong = audio.wrong_words(row, len(samples))
+            wrong = audio.wrong_words(entry, len(samples))
             if wrong or not words:
-                raise ValueError(f"{row['audio']}: {wrong or 'too short to hold its text'}")
+                raise ValueError(f"{entry['audio']}: {wrong or 'too short to hold its text'}")
             out.append((round(seconds, 3), measured(samples, words)))
         return out
 
-    settings = {"audio": audio.identity(rows)}
+    settings = {"audio": audio.identity(entries)}
     about = {"desc": f"measuring {args.manifest}", "unit": "clip"}
-    corpus = runs.in_pieces(args.out, settings, rows, work, PIECE, **about)
+    corpus = runs.in_pieces(args.out, settings, entries, work, PIECE, **about)
     if edges is None:
         edges = edges_of(said for _, said in corpus)
     with runs.new_folder(args.out, [args.bins], args.overwrite, notes=settings) as out:
@@ -388,11 +389,11 @@ def encode(args):
         }
         (out / "codebook.json").write_text(json.dumps(made, indent=1) + "\n")
         with open(out / "manifest.jsonl", "w") as file:
-            for row, (seconds, said) in zip(rows, corpus):
+            for entry, (seconds, said) in zip(entries, corpus):
                 made = {"seconds": seconds, "said": numbered(said, edges)}
-                file.write(json.dumps(row | made) + "\n")
+                file.write(json.dumps(entry | made) + "\n")
     runs.pieces_of(args.out).unlink(missing_ok=True)
-    print(f"{args.out}: {len(rows)} clips, {len(NAMES)} tokens")
+    print(f"{args.out}: {len(entries)} clips, {len(NAMES)} tokens")
 
 
 def main():

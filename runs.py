@@ -122,21 +122,21 @@ def read_lines(path):
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
 
-    rows = []
+    entries = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            entry = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
+        if not isinstance(entry, dict):
             raise ValueError(
                 f"{path}, line {number}: got {line.strip()[:40]!r}, "
                 "wanted a JSON object {...}"
             )
-        rows.append(row)
-    return rows
+        entries.append(entry)
+    return entries
 
 
 # --- files out ----------------------------------------------------------------
@@ -431,7 +431,7 @@ def in_pieces(out, settings, items, work, size, desc, unit):
 
 def pieces_of(out):
     """Where `in_pieces` keeps what is done of an output."""
-    return Path(f"{Path(out)}.rows")  # beside "out/", too
+    return Path(f"{Path(out)}.pieces")  # beside "out/", too
 
 
 def finish_pieces(out, data, overwrite=False):

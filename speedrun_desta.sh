@@ -31,10 +31,10 @@ import json, sys
 from itertools import islice
 from pathlib import Path
 
-with open(sys.argv[1]) as rows, open(sys.argv[2], "w") as out:
-    for row in map(json.loads, islice(rows, 2000)):
-        row["audio"] = str((Path(sys.argv[1]).parent / row["audio"]).resolve())
-        out.write(json.dumps(row) + "\n")
+with open(sys.argv[1]) as lines, open(sys.argv[2], "w") as out:
+    for entry in map(json.loads, islice(lines, 2000)):
+        entry["audio"] = str((Path(sys.argv[1]).parent / entry["audio"]).resolve())
+        out.write(json.dumps(entry) + "\n")
 END
 
 # The instruct model reads each with its caption, and answers about it.
@@ -54,8 +54,8 @@ import json, sys
 
 for path in sys.argv[1:]:
     for line in open(path):
-        row = json.loads(line)
-        if "stress" not in row["prompt"] or "stresses" in row["caption"]:
+        entry = json.loads(line)
+        if "stress" not in entry["prompt"] or "stresses" in entry["caption"]:
             print(line, end="")
 END
 
@@ -72,14 +72,14 @@ step desta.py train $to/targets.jsonl --model $instruct --states $to/states --qu
 python - $world/test.jsonl $to/described.jsonl <<'END'
 import json, sys
 
-with open(sys.argv[1]) as rows, open(sys.argv[2], "w") as out:
-    for row in map(json.loads, rows):
-        if row["group"] == "fact":
+with open(sys.argv[1]) as lines, open(sys.argv[2], "w") as out:
+    for entry in map(json.loads, lines):
+        if entry["group"] == "fact":
             continue  # of a question with a caption the model repeats the caption
-        kept = {name: row[name] for name in ("instruction", "answer", "metric", "group")}
-        out.write(json.dumps(kept | {"text": f"{row['caption']}\n{row['text']}"}) + "\n")
+        kept = {name: entry[name] for name in ("instruction", "answer", "metric", "group")}
+        out.write(json.dumps(kept | {"text": f"{entry['caption']}\n{entry['text']}"}) + "\n")
 END
-step benchmark.py rows $to/adapter $world/test.jsonl --out $to/heard.json
-step benchmark.py rows $instruct $to/described.jsonl --out $to/read.json
+step benchmark.py questions $to/adapter $world/test.jsonl --out $to/heard.json
+step benchmark.py questions $instruct $to/described.jsonl --out $to/read.json
 cd $to
 python "$OLDPWD/benchmark.py" show {heard,read}.json ../manner/{cascade,merged}.json

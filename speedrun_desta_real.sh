@@ -103,34 +103,35 @@ adverbs = {
     "loudness": {"quiet": "quietly", "normal": "at a normal volume", "loud": "loudly"},
 }
 try:
-    rows = desta.described_clips(clips)
+    entries = desta.described_clips(clips)
     asked = audio.read_manifest(questions) if questions else []
-    audio.can_be_heard(rows + asked, audio.HOP, desta.SECONDS)
+    audio.can_be_heard(entries + asked, audio.HOP, desta.SECONDS)
 except (ValueError, OSError) as error:
     sys.exit(str(error))
-for number, row in enumerate(rows, 1):
-    if not isinstance(row.get("speaker"), str):
-        sys.exit(f"{clips}, row {number}: wanted a speaker")
-    for name, value in row["style"].items():
-        row["style"][name] = adverbs.get(name, {}).get(value, value)
-unheard = set(sorted({row["speaker"] for row in rows})[int(seed) % 3 :: 3])
-test = [row for row in rows if row["speaker"] in unheard]
-if not 0 < len(test) < len(rows):
+for number, entry in enumerate(entries, 1):
+    if not isinstance(entry.get("speaker"), str):
+        sys.exit(f"{clips}, entry {number}: wanted a speaker")
+    for name, value in entry["style"].items():
+        entry["style"][name] = adverbs.get(name, {}).get(value, value)
+unheard = set(sorted({entry["speaker"] for entry in entries})[int(seed) % 3 :: 3])
+test = [entry for entry in entries if entry["speaker"] in unheard]
+if not 0 < len(test) < len(entries):
     sys.exit(f"{clips}: wanted at least three speakers")
-made = {out / "clips.jsonl": rows, of / "test.jsonl": test}
+made = {out / "clips.jsonl": entries, of / "test.jsonl": test}
 
 # Questions, spoken and typed.
 typed, heard = [], []
-for number, row in enumerate(asked, 1):
-    if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("text", "answer")):
-        sys.exit(f"{questions}, row {number}: wanted audio, text and answer")
-    wanted = {"answer": row["answer"], "metric": "contains", "fact": row["text"]}
-    typed.append(wanted | {"text": f"{row['text']} {answer}"})
-    heard.append(wanted | {"audio": row["audio"], "instruction": answer})
+for number, entry in enumerate(asked, 1):
+    told = [entry.get(key) for key in ("text", "answer")]
+    if not all(isinstance(text, str) and text.strip() for text in told):
+        sys.exit(f"{questions}, entry {number}: wanted audio, text and answer")
+    wanted = {"answer": entry["answer"], "metric": "contains", "fact": entry["text"]}
+    typed.append(wanted | {"text": f"{entry['text']} {answer}"})
+    heard.append(wanted | {"audio": entry["audio"], "instruction": answer})
 if questions:
     made |= {of / "typed.jsonl": typed, of / "heard.jsonl": heard}
 for path, lines in made.items():
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
 END
 echo "$of_weights" > "$out/WEIGHTS"
 echo "$of_clips" > "$out/CLIPS"
@@ -156,11 +157,11 @@ import json, sys
 test, task, *targets = sys.argv[1:]
 unheard = {json.loads(line)["speaker"] for line in open(test)}
 for path in targets[:1] if task else targets:
-    for row in map(json.loads, open(path)):
+    for entry in map(json.loads, open(path)):
         if task:
-            row["target"] = task.format(**row["style"])
-        if row["speaker"] not in unheard:
-            print(json.dumps(row))
+            entry["target"] = task.format(**entry["style"])
+        if entry["speaker"] not in unheard:
+            print(json.dumps(entry))
 END
 step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --queries 16 \
   --steps ${STEPS:-600} --seed "$seed" ${flags[@]+"${flags[@]}"} --out "$of/desta"
@@ -175,8 +176,8 @@ step evaluate.py probe "$states" --learnt "$of/train.jsonl" --clips "$of/test.js
 
 # Spoken questions, beside the same ones typed.
 if [ -n "${QUESTIONS:-}" ]; then
-  step benchmark.py rows "$llm" "$of/typed.jsonl" --out "$of/typed.json"
-  step benchmark.py rows "$of/desta" "$of/heard.jsonl" --out "$of/heard.json"
+  step benchmark.py questions "$llm" "$of/typed.jsonl" --out "$of/typed.json"
+  step benchmark.py questions "$of/desta" "$of/heard.jsonl" --out "$of/heard.json"
 fi
 
 # All of it in one file, with every answer.
@@ -198,8 +199,8 @@ for name, file in (("typed", "typed.json"), ("spoken", "heard.json")):
     if (of / file).exists():
         asked = map(json.loads, (of / "typed.jsonl").read_text().splitlines())
         said = [
-            {"text": row["text"], "answer": row["answer"], "reply": reply}
-            for row, reply in zip(asked, read(file)["rows"])
+            {"text": entry["text"], "answer": entry["answer"], "reply": reply}
+            for entry, reply in zip(asked, read(file)["replies"])
         ]
         made[name] = {"score": read(file)["contains"], "said": said}
         print(f"questions {name}: {made[name]['score']['value']:.2f}")

@@ -47,10 +47,11 @@ step merge.py --base $out/base --instruct $out/instruct --speech $out/speech --l
   --signs 0.5 --out $out/instruct_rows
 
 # Unheard voices. "cascade" is instruct with a perfect transcript: the words, without the how.
-step benchmark.py rows $out/merged $out/test/manifest.jsonl --out $out/merged.json
-step benchmark.py rows $out/merged $out/world/test_text.jsonl --out $out/typed.json
-step benchmark.py rows $out/instruct $out/world/test_text.jsonl --out $out/cascade.json
-step benchmark.py rows $out/speech $out/test/manifest.jsonl --out $out/speech.json
-step benchmark.py rows $out/instruct_rows $out/test/manifest.jsonl --out $out/instruct_rows.json
+step benchmark.py questions $out/merged $out/test/manifest.jsonl --out $out/merged.json
+step benchmark.py questions $out/merged $out/world/test_text.jsonl --out $out/typed.json
+step benchmark.py questions $out/instruct $out/world/test_text.jsonl --out $out/cascade.json
+step benchmark.py questions $out/speech $out/test/manifest.jsonl --out $out/speech.json
+step benchmark.py questions $out/instruct_rows $out/test/manifest.jsonl \
+  --out $out/instruct_rows.json
 cd $out
 python "$OLDPWD/benchmark.py" show {merged,typed,cascade,speech,instruct_rows}.json

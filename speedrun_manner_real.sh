@@ -70,55 +70,57 @@ adverbs = {
 }
 
 
-def write(name, rows):
-    (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write(name, entries):
+    (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 try:
-    rows = desta.described_clips(clips)
+    entries = desta.described_clips(clips)
     asked_aloud = audio.read_manifest(questions) if questions else []
-    audio.lengths(rows + asked_aloud)  # all of them can be opened
+    audio.lengths(entries + asked_aloud)  # all of them can be opened
 except (ValueError, OSError) as error:
     sys.exit(str(error))
-for number, row in enumerate(rows, 1):
-    if not isinstance(row.get("speaker"), str) or not {*adverbs} <= {*row["style"]}:
-        sys.exit(f"{clips}, row {number}: wanted a speaker, and a style of {', '.join(adverbs)}")
-    row["style"] = {
-        name: words.get(row["style"][name], row["style"][name]) for name, words in adverbs.items()
+for number, entry in enumerate(entries, 1):
+    if not isinstance(entry.get("speaker"), str) or not {*adverbs} <= {*entry["style"]}:
+        sys.exit(f"{clips}, entry {number}: wanted a speaker, and a style of {', '.join(adverbs)}")
+    style = entry["style"]
+    entry["style"] = {
+        name: words.get(style[name], style[name]) for name, words in adverbs.items()
     }
-    row["caption"] = "A {gender} speaks {rate} and {loudness}".format(**row["style"])
-for number, row in enumerate(asked_aloud, 1):
-    if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("text", "answer")):
-        sys.exit(f"{questions}, row {number}: wanted audio, text and answer")
-speakers = sorted({row["speaker"] for row in rows})
+    entry["caption"] = "A {gender} speaks {rate} and {loudness}".format(**entry["style"])
+for number, entry in enumerate(asked_aloud, 1):
+    told = [entry.get(key) for key in ("text", "answer")]
+    if not all(isinstance(text, str) and text.strip() for text in told):
+        sys.exit(f"{questions}, entry {number}: wanted audio, text and answer")
+speakers = sorted({entry["speaker"] for entry in entries})
 test = speakers[int(seed) % 3 :: 3]
 if len(speakers) < 5:
     sys.exit(f"{clips}: {len(speakers)} speakers, wanted 5 or more: some test, two choose lam")
 rng = random.Random(seed)
 dev = rng.sample([speaker for speaker in speakers if speaker not in test], 2)
-write("test", [row for row in rows if row["speaker"] in test])
-write("train", [row for row in rows if row["speaker"] not in [*test, *dev]])
+write("test", [entry for entry in entries if entry["speaker"] in test])
+write("train", [entry for entry in entries if entry["speaker"] not in [*test, *dev]])
 
 asked = []
 for speaker in dev:
-    for row in [row for row in rows if row["speaker"] == speaker][:8]:
+    for entry in [entry for entry in entries if entry["speaker"] == speaker][:8]:
         asked += [
-            row | {"instruction": prompt, "answer": value, "group": name, "metric": "contains"}
-            for name, value in row["style"].items()
+            entry | {"instruction": prompt, "answer": value, "group": name, "metric": "contains"}
+            for name, value in entry["style"].items()
         ]
 if questions:
     spoken = [
-        row | {"instruction": "Answer it.", "metric": "contains", "fact": row["text"]}
-        for row in asked_aloud
+        entry | {"instruction": "Answer it.", "metric": "contains", "fact": entry["text"]}
+        for entry in asked_aloud
     ]
-    texts = sorted({row["text"] for row in spoken})
+    texts = sorted({entry["text"] for entry in spoken})
     chosen = rng.sample(texts, len(texts) // 2)
-    once = {row["text"]: row for row in spoken if row["text"] in chosen}
-    asked += [row | {"group": "question"} for row in once.values()]
-    spoken = [row for row in spoken if row["text"] not in chosen]
+    once = {entry["text"]: entry for entry in spoken if entry["text"] in chosen}
+    asked += [entry | {"group": "question"} for entry in once.values()]
+    spoken = [entry for entry in spoken if entry["text"] not in chosen]
     write("spoken", spoken)
     names = "text", "instruction", "answer", "metric"
-    typed = {row["text"]: {name: row[name] for name in names} for row in spoken}
+    typed = {entry["text"]: {name: entry[name] for name in names} for entry in spoken}
     write("typed", list(typed.values()))
 write("dev", asked)
 END
@@ -173,9 +175,9 @@ step merge.py --base "$base" --instruct "$instruct" --speech "$out/speech" --lam
 step evaluate.py manner "$out/merged" --clips "$out/test.jsonl" --template "$template" \
   --prompt "$prompt" --out "$out/manner.json"
 if [ -n "${QUESTIONS:-}" ]; then
-  step benchmark.py rows "$out/merged" "$out/spoken/manifest.jsonl" --out "$out/spoken.json"
-  step benchmark.py rows "$out/merged" "$out/typed.jsonl" --out "$out/typed.json"
-  step benchmark.py rows "$instruct" "$out/typed.jsonl" --out "$out/instruct_typed.json"
+  step benchmark.py questions "$out/merged" "$out/spoken/manifest.jsonl" --out "$out/spoken.json"
+  step benchmark.py questions "$out/merged" "$out/typed.jsonl" --out "$out/typed.json"
+  step benchmark.py questions "$instruct" "$out/typed.jsonl" --out "$out/instruct_typed.json"
 fi
 
 # All of it in one file, with every answer.
@@ -190,12 +192,12 @@ made = {"seed": int(seed), "base": base, "instruct": instruct, "lam": read("lam"
 made |= {"dev": read("lam")["scores"], "minutes": round(trained["seconds"] / 60, 1)}
 made["dtype"] = trained["settings"]["dtype"]
 made |= {name: read("manner")[name] for name in ("rows", "answers")}
-for name, rows in (("spoken", "spoken"), ("typed", "typed"), ("instruct_typed", "typed")):
+for name, file in (("spoken", "spoken"), ("typed", "typed"), ("instruct_typed", "typed")):
     if (out / f"{name}.json").exists():
-        asked = map(json.loads, (out / f"{rows}.jsonl").read_text().splitlines())
+        asked = map(json.loads, (out / f"{file}.jsonl").read_text().splitlines())
         said = [
-            {"text": row["text"], "answer": row["answer"], "reply": reply}
-            for row, reply in zip(asked, read(name)["rows"])
+            {"text": entry["text"], "answer": entry["answer"], "reply": reply}
+            for entry, reply in zip(asked, read(name)["replies"])
         ]
         made[name] = {"score": read(name)["contains"], "said": said}
         print(f"questions {name}: {made[name]['score']['value']:.2f}")

@@ -84,8 +84,8 @@ step tokenize_audio.py encode --manifest "$speech" --codebook "$out/codebook" --
 # Text that shows which inputs text uses, and that keeps the base a base: here the transcripts
 # alone; any text of your own is better.
 if [ ! -e "$out/text.txt" ]; then
-  python -c "import json, sys; rows = map(json.loads, open(sys.argv[1])); \
-[print(row['text']) for row in rows if row.get('text')]" \
+  python -c "import json, sys; entries = map(json.loads, open(sys.argv[1])); \
+[print(entry['text']) for entry in entries if entry.get('text')]" \
     "$out/units/manifest.jsonl" > "$out/text.partial"
   mv "$out/text.partial" "$out/text.txt"
 fi

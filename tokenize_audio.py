@@ -147,9 +147,9 @@ def batches(lengths, seconds):
         yield [waiting.pop() for _ in range(min(len(waiting), fit))]
 
 
-def ahead(rows, decode):
-    """Yield (rows, what `decode` makes of each), AHEAD at a time; threads decode the next ones."""
-    chunks = [rows[a : a + AHEAD] for a in range(0, len(rows), AHEAD)]
+def ahead(entries, decode):
+    """Yield (entries, what `decode` makes of each), AHEAD at a time; threads decode ahead."""
+    chunks = [entries[a : a + AHEAD] for a in range(0, len(entries), AHEAD)]
     pool = ThreadPoolExecutor(4)
     decoding = ()
     try:
@@ -394,13 +394,13 @@ def fit(args):
     """A codebook: the centroids of a corpus' features."""
     recipe = feature_recipe(args)
     features, hop = feature_function(recipe, None, args.device)
-    rows = audio.read_manifest(args.manifest)
-    if not rows:
+    entries = audio.read_manifest(args.manifest)
+    if not entries:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip to fit on")
     with runs.new_folder(
-        args.out, [args.hubert], args.overwrite, notes={"audio": audio.identity(rows)}
+        args.out, [args.hubert], args.overwrite, notes={"audio": audio.identity(entries)}
     ) as out:
-        x = sampled_frames(args, rows, features)
+        x = sampled_frames(args, entries, features)
         centroids = kmeans(x, args.k, args.seed, minibatch=args.minibatch)
 
         # The price of a change is counted in mean squared distances.
@@ -449,14 +449,14 @@ def feature_recipe(args):
     }
 
 
-def sampled_frames(args, rows, features):
+def sampled_frames(args, entries, features):
     """Features (N, C) of clips drawn at random, until there are --frames of them."""
     kept = []
     have = 0
-    random.Random(args.seed).shuffle(rows)
+    random.Random(args.seed).shuffle(entries)
     with runs.Bar(total=args.frames, desc="features", unit="frame") as bar:
         # A minute of a clip is sample enough.
-        for _, clips in ahead(rows, lambda row: opening(row["audio"], args.skip_bad)):
+        for _, clips in ahead(entries, lambda entry: opening(entry["audio"], args.skip_bad)):
             clips = [clip for clip in clips if len(clip)]
             heard = [None] * len(clips)
             for batch in batches([len(clip) for clip in clips], args.batch):
@@ -489,14 +489,14 @@ def opening(path, skip_bad):
 
 def encode(args):
     """The units of every clip of a corpus; under torchrun, of a stretch of it."""
-    rows = audio.read_manifest(args.manifest)
+    entries = audio.read_manifest(args.manifest)
     rank, world = runs.processes()
     args.out = str(Path(args.out))  # without a trailing slash: parts are named after it
-    args.identity = audio.identity(rows)
+    args.identity = audio.identity(entries)
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
-    if world > max(1, len(rows)):
+    if world > max(1, len(entries)):
         raise ValueError(
-            f"WORLD_SIZE {world} for {len(rows)} clips: wanted no more processes than "
+            f"WORLD_SIZE {world} for {len(entries)} clips: wanted no more processes than "
             "clips"
         )
     if rank == 0:
@@ -504,14 +504,14 @@ def encode(args):
     elif Path(args.out).exists() and not args.overwrite:
         return  # before a stop, the first process has joined all parts
     if world == 1:
-        encode_rows(args, rows, args.out)
+        encode_entries(args, entries, args.out)
         return
 
     parts = [f"{args.out}.part-{r}-of-{world}" for r in range(world)]
     args.device = runs.device_of_rank(args.device, world)
     if not Path(parts[rank]).exists():
-        a, b = len(rows) * rank // world, len(rows) * (rank + 1) // world
-        encode_rows(args, rows[a:b], parts[rank])
+        a, b = len(entries) * rank // world, len(entries) * (rank + 1) // world
+        encode_entries(args, entries[a:b], parts[rank])
     if rank == 0:
         while not all(Path(part).exists() for part in parts):  # torchrun ends all if one fails
             time.sleep(1)
@@ -563,19 +563,19 @@ class Shard:
         self.counts, sizes = saved or (none, dict.fromkeys(self.FILES, 0))
         self.files = {name: runs.reopened(folder / name, sizes[name]) for name in self.FILES}
 
-    def append(self, row, clip, units, durations):
+    def append(self, entry, clip, units, durations):
         self.files["units.bin"].write(units.tobytes())
         self.files["durations.bin"].write(durations.tobytes())
         self.files["counts.bin"].write(np.int64(len(units)).tobytes())
         seconds = len(clip.samples) / audio.SAMPLE_RATE
-        line = json.dumps(row | {"seconds": round(seconds, 3)})
+        line = json.dumps(entry | {"seconds": round(seconds, 3)})
         self.files["manifest.jsonl"].write((line + "\n").encode())
         self.counts["seconds"] += seconds
         self.counts["silent"] += int(clip.silent)
         self.counts["clipped"] += int(clip.clipped)
 
-    def skip(self, row, error):
-        line = json.dumps({"audio": row["audio"], "why": error})
+    def skip(self, entry, error):
+        line = json.dumps({"audio": entry["audio"], "why": error})
         self.files["skipped.jsonl"].write((line + "\n").encode())
         self.counts["skipped"] += 1
 
@@ -592,15 +592,15 @@ class Shard:
             file.close()
 
 
-def encode_rows(args, rows, target):
-    """Encode some rows of a corpus into a units folder."""
+def encode_entries(args, entries, target):
+    """Encode some entries of a corpus into a units folder."""
     tokenizer = AudioTokenizer(
         args.codebook, args.device, args.hubert, runs.DTYPES[args.dtype]
     )
     settings = {
         "dtype": args.dtype,
         "audio": args.identity,
-        "rows": str(len(rows)),
+        "clips": str(len(entries)),
         "codebook": runs.fingerprint(args.codebook),  # centroids, and the price of a change
     }
     with runs.new_folder(
@@ -616,11 +616,11 @@ def encode_rows(args, rows, target):
         heard = counts["seconds"]
         began = time.time()
         if done:
-            tqdm.write(f"resuming at clip {done} of {len(rows)}")
+            tqdm.write(f"resuming at clip {done} of {len(entries)}")
         with runs.Bar(
-            total=len(rows), initial=done, desc=f"encoding {target}", unit="clip"
+            total=len(entries), initial=done, desc=f"encoding {target}", unit="clip"
         ) as bar:
-            decoded = ahead(rows[done:], lambda row: read_clip(row["audio"], tokenizer.hop))
+            decoded = ahead(entries[done:], lambda entry: read_clip(entry["audio"], tokenizer.hop))
             for chunk, clips in decoded:
                 encode_chunk(args, tokenizer, shard, chunk, clips)
                 speed = (counts["seconds"] - heard) / (time.time() - began)
@@ -664,26 +664,26 @@ def tell(target, counts, numbers):
 
 
 def encode_chunk(args, tokenizer, shard, chunk, clips):
-    """Encode some rows, whose clips are decoded, and mark them as done."""
-    for n, (row, clip) in enumerate(zip(chunk, clips)):
+    """Encode some entries, whose clips are decoded, and mark them as done."""
+    for n, (entry, clip) in enumerate(zip(chunk, clips)):
         if not clip.error:
-            clips[n] = clip._replace(error=audio.wrong_words(row, len(clip.samples)))
-    for row, clip in zip(chunk, clips):
+            clips[n] = clip._replace(error=audio.wrong_words(entry, len(clip.samples)))
+    for entry, clip in zip(chunk, clips):
         if clip.error and not args.skip_bad:
-            why = clip.error.removeprefix(row["audio"]).lstrip(": ")
+            why = clip.error.removeprefix(entry["audio"]).lstrip(": ")
             raise ValueError(
-                f"{row['audio']}: {why}; take it out of the manifest, or pass "
+                f"{entry['audio']}: {why}; take it out of the manifest, or pass "
                 "--skip-bad to list such clips in skipped.jsonl and go on"
             )
 
-    good = [(row, clip) for row, clip in zip(chunk, clips) if not clip.error]
+    good = [(entry, clip) for entry, clip in zip(chunk, clips) if not clip.error]
     heard = tokenizer.many([clip.samples for _, clip in good], args.batch)
-    for (row, clip), (units, durations) in zip(good, heard):
-        relative = os.path.relpath(row["audio"], Path(args.out).resolve())
-        shard.append(row | {"audio": relative}, clip, units, durations)
-    for row, clip in zip(chunk, clips):
+    for (entry, clip), (units, durations) in zip(good, heard):
+        relative = os.path.relpath(entry["audio"], Path(args.out).resolve())
+        shard.append(entry | {"audio": relative}, clip, units, durations)
+    for entry, clip in zip(chunk, clips):
         if clip.error:
-            shard.skip(row, clip.error)
+            shard.skip(entry, clip.error)
     shard.save(len(chunk))
 
 

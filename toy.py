@@ -413,7 +413,7 @@ def questions(world, rng, dev, test):
     No (relation, entity) stands in both splits; the capital of a country may stand in one, and
     the country of that capital in the other.
     """
-    rows = {"dev": [], "test": []}
+    entries = {"dev": [], "test": []}
     for seen in (True, False):
         pool = [fact for fact in world.facts if fact[3] == seen]
         rng.shuffle(pool)
@@ -428,13 +428,13 @@ def questions(world, rng, dev, test):
                     f"{len(items)}; give a smaller --dev or --test"
                 )
             for fact, style in rng.sample(items, count):
-                row = question_row(world, fact, style, rng)
-                rows[split].append(row | {"split": split, "seen": seen})
-    return rows["dev"] + rows["test"]
+                entry = question_entry(world, fact, style, rng)
+                entries[split].append(entry | {"split": split, "seen": seen})
+    return entries["dev"] + entries["test"]
 
 
-def question_row(world, fact, style, rng):
-    """A row of questions.jsonl, but for its audio and its split."""
+def question_entry(world, fact, style, rng):
+    """An entry of questions.jsonl, but for its audio and its split."""
     relation, entity, answer, _ = fact
     question = rng.choice(STYLES[style]).format(q=world.ask(fact, rng))
     return {
@@ -502,7 +502,7 @@ class Reader:
         self.rng = random.Random(f"voices {seed}")
 
     def read(self, path, text, group):
-        """Write a .flac; the line's row of a manifest, without its path."""
+        """Write a .flac; the line's entry of a manifest, without its path."""
         voice = self.rng.choice(voices.VOICES[group])
         rate, pitch = self.rng.randint(*RATES), self.rng.randint(*PITCHES)
         samples, words = self.speaker.say(text, voice, rate, pitch)
@@ -535,48 +535,48 @@ def write_world(args):
         asked = questions(world, rng["questions"], args.dev, args.test)
         write_questions(asked, reader, out)
 
-    test = [row for row in asked if row["split"] == "test"]
+    test = [entry for entry in asked if entry["split"] == "test"]
     hours = sum(clip["seconds"] for clip in clips) / 3600
-    unseen = sum(not row["seen"] for row in test) / len(test)
+    unseen = sum(not entry["seen"] for entry in test) / len(test)
     print(
         f"{args.out}: {args.documents} documents, {args.documents} chats, {len(clips)} "
         f"utterances ({hours:.2f} h, {len(voices.VOICES['heard'])} voices), {len(test)} test "
-        f"questions with {len({row['answer'] for row in test})} answers, {unseen:.0%} of unseen "
+        f"questions with {len({q['answer'] for q in test})} answers, {unseen:.0%} of unseen "
         "facts"
     )
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write_lines(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def write_speech(args, world, rng, reader, out):
-    """Hours of sentences read aloud; the rows of their manifest."""
+    """Hours of sentences read aloud; the entries of their manifest."""
     (out / "speech/audio").mkdir(parents=True)
-    rows = []
+    entries = []
     spoken = 0.0
     with runs.Bar(
         total=round(args.hours * 3600), desc="training speech", unit="s of audio"
     ) as bar:
         while spoken < args.hours * 3600:
-            name = f"audio/{len(rows):05d}.flac"
-            row = reader.read(out / "speech" / name, sentence(world, rng), "heard")
-            rows.append({"audio": name} | row)
-            spoken += row["seconds"]
+            name = f"audio/{len(entries):05d}.flac"
+            entry = reader.read(out / "speech" / name, sentence(world, rng), "heard")
+            entries.append({"audio": name} | entry)
+            spoken += entry["seconds"]
             bar.update(round(spoken) - bar.n)
-    write_lines(out / "speech/train.jsonl", rows)
-    return rows
+    write_lines(out / "speech/train.jsonl", entries)
+    return entries
 
 
 def write_questions(asked, reader, out):
     """Every question, read aloud by a voice of each group."""
     (out / "questions").mkdir()
-    for number, row in enumerate(runs.Bar(asked, desc="spoken questions", unit="question")):
-        row["audio"] = {
+    for number, entry in enumerate(runs.Bar(asked, desc="spoken questions", unit="question")):
+        entry["audio"] = {
             group: f"questions/{number:04d}-{group}.flac" for group in voices.VOICES
         }
-        for group, name in row["audio"].items():
-            reader.read(out / name, row["question"], group)
+        for group, name in entry["audio"].items():
+            reader.read(out / name, entry["question"], group)
     write_lines(out / "questions.jsonl", asked)
 
 

@@ -525,34 +525,34 @@ def hear(args, whisper):
 
 
 def write_words(args, whisper):
-    """A manifest again, each row with "words"; with a "text", too, where it had none."""
+    """A manifest again, each entry with "words"; with a "text", too, where it had none."""
 
     def work(part):
-        clips = [audio.Recording(row["audio"]) for row in part]
-        silent = [n for n, row in enumerate(part) if not row.get("text")]
+        clips = [audio.Recording(entry["audio"]) for entry in part]
+        silent = [n for n, entry in enumerate(part) if not entry.get("text")]
         texts = whisper.transcripts([clips[n] for n in silent])
-        part = [dict(row) for row in part]
+        part = [dict(entry) for entry in part]
         for n, text in zip(silent, texts):
             part[n]["text"] = text
-        for row, clip in zip(part, clips):
+        for entry, clip in zip(part, clips):
             short = len(clip) <= SECONDS * audio.SAMPLE_RATE
-            words = whisper.words(clip[:], row["text"]) if short else None
-            row.pop("words", None)  # of another text, perhaps
+            words = whisper.words(clip[:], entry["text"]) if short else None
+            entry.pop("words", None)  # of another text, perhaps
             if words:
-                row["words"] = words
+                entry["words"] = words
         return part
 
-    rows = audio.read_manifest(args.manifest)
-    if not rows:
+    entries = audio.read_manifest(args.manifest)
+    if not entries:
         raise ValueError(f"{args.manifest}: empty; wanted at least one clip")
-    audio.lengths(rows)  # all can be opened
-    settings = {"audio": audio.identity(rows), "whisper": runs.fingerprint(args.whisper)}
+    audio.lengths(entries)  # all can be opened
+    settings = {"audio": audio.identity(entries), "whisper": runs.fingerprint(args.whisper)}
     settings["dtype"] = runs.name_of(whisper.dtype)
-    rows = runs.in_pieces(args.out, settings, rows, work, 2 * BATCH, "words", "clip")
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    entries = runs.in_pieces(args.out, settings, entries, work, 2 * BATCH, "words", "clip")
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     runs.finish_pieces(args.out, lines, args.overwrite)
-    lacking = sum("words" not in row for row in rows)
-    print(f"{args.out}: {len(rows)} clips, {lacking} of them too long or silent: no words")
+    lacking = sum("words" not in entry for entry in entries)
+    print(f"{args.out}: {len(entries)} clips, {lacking} of them too long or silent: no words")
 
 
 def main():

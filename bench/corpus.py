@@ -35,7 +35,7 @@ def main():
     )
     parser.add_argument("--bf16", action="store_true", help="encode with products in bfloat16")
     args = parser.parse_args()
-    rows = audio.read_manifest(args.audio)
+    entries = audio.read_manifest(args.audio)
     with tempfile.TemporaryDirectory() as folder:
         at = lambda name: str(Path(folder) / name)
         # Facebook/hubert-base-ls960.
@@ -61,7 +61,7 @@ def main():
         ]
         began, counts = time.perf_counter(), Path(at("units.partial")) / "counts.bin"
         first = subprocess.Popen(words)
-        while not counts.exists() or counts.stat().st_size < 8 * len(rows) // 2:
+        while not counts.exists() or counts.stat().st_size < 8 * len(entries) // 2:
             assert first.poll() is None, "it ended before it could be killed"
             time.sleep(0.1)
         first.send_signal(signal.SIGKILL)
@@ -71,12 +71,12 @@ def main():
         encoded = time.perf_counter() - began
         units = audio.Units(at("units"))
         ears = AudioTokenizer(at("codebook"), dtype=torch.bfloat16 if args.bf16 else torch.float32)
-        assert [row["audio"] for row in units.rows] == [
-            row["audio"] for row in rows
+        assert [entry["audio"] for entry in units.entries] == [
+            entry["audio"] for entry in entries
         ], "every clip once, in order"
-        seconds, same = sum(row["seconds"] for row in units.rows), []
-        for i in range(0, len(rows), 10):
-            alone, heard = ears(audio.load(rows[i]["audio"]))[0], units[i][0]
+        seconds, same = sum(entry["seconds"] for entry in units.entries), []
+        for i in range(0, len(entries), 10):
+            alone, heard = ears(audio.load(entries[i]["audio"]))[0], units[i][0]
             same.append(len(alone) == len(heard) and np.mean(alone == heard))
         assert (
             np.mean(same) > 0.99
@@ -93,7 +93,7 @@ def main():
             seconds / took,
             1.0,
             "real time",
-            clips=len(rows),
+            clips=len(entries),
             seconds=round(seconds),
             killed_after=round(killed),
             agree=round(float(np.mean(same)), 4),

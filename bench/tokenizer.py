@@ -43,10 +43,9 @@ def main():
     args = parser.parse_args()
     import transformers
 
-    rows = audio.read_manifest(args.audio)
-    clips = [
-        audio.load(rows[i]["audio"]) for i in np.linspace(0, len(rows) - 1, args.clips).astype(int)
-    ]
+    entries = audio.read_manifest(args.audio)
+    chosen = np.linspace(0, len(entries) - 1, args.clips).astype(int)
+    clips = [audio.load(entries[i]["audio"]) for i in chosen]
     seconds = sum(map(len, clips)) / audio.SAMPLE_RATE
     with tempfile.TemporaryDirectory() as folder:
         hubert = Path(folder) / "hubert-base"

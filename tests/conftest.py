@@ -41,7 +41,7 @@ SMALL = {  # flags that shrink a step of speedrun.sh to a second or two
     "evaluate.py table": "--device cpu",
     "chat.py": "--device cpu",
     "manner.py": "--lines 12 --documents 200 --dev 3 --test 6",
-    "benchmark.py rows": "--device cpu",
+    "benchmark.py questions": "--device cpu",
     "benchmark.py lam": "--device cpu",
 }
 

@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "prosody": "prosody.py {w}/toy/speech/train.jsonl --out {out}",
     "merge": "merge.py --base {w}/base --instruct {w}/instruct --speech {w}/speech --out {out}",
-    "rows": "benchmark.py rows {w}/merged {w}/rows.jsonl --device cpu --out {out}.json",
+    "questions": "benchmark.py questions {w}/merged {w}/asked.jsonl --device cpu --out {out}.json",
     "targets": "desta.py write {w}/clips.jsonl --model {w}/short --device cpu --out {out}.jsonl",
     "states": (
         "desta.py encode {w}/toy/speech/train.jsonl --encoder {w}/hubert --device cpu --out {out}"
@@ -98,9 +98,9 @@ def written(path):
             continue
         data = file.read_bytes()
         if file.name == "log.jsonl":
-            rows = [json.loads(line) for line in data.splitlines()]
+            lines = map(json.loads, data.splitlines())
             data = json.dumps(
-                [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+                [{name: line[name] for name in line if name not in TIMES} for line in lines]
             ).encode()
         if file.suffix == ".json" and not path.is_dir():
             data = json.dumps(
@@ -183,7 +183,7 @@ def prepare(work):
     for clip in clips:
         clip["audio"] = str(work / "toy/speech" / clip["audio"])
     made = {
-        "rows": [{"text": f"say {n} twice", "answer": "x"} for n in range(500)],
+        "asked": [{"text": f"say {n} twice", "answer": "x"} for n in range(500)],
         "clips": clips,
         "targets": [clip | {"prompt": "who says it", "target": "a man"} for clip in clips],
         "replies": [
@@ -196,8 +196,8 @@ def prepare(work):
             for clip in clips
         ],
     }
-    for name, rows in made.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, entries in made.items():
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
         (work / f"{name}.jsonl").write_text(lines)
 
 

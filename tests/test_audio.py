@@ -178,8 +178,8 @@ def test_manifests_and_known_layouts_are_read(tmp_path):
     libri.mkdir(parents=True)
     soundfile.write(libri / "84-121-0000.flac", sine(100, 16000, 0.1), 16000)
     (libri / "84-121.trans.txt").write_text("84-121-0000 GO DO YOU HEAR\n")
-    [row] = audio.read_manifest(tmp_path / "libri")
-    assert row["text"] == "go do you hear" and row["audio"].endswith("84-121-0000.flac")
+    [entry] = audio.read_manifest(tmp_path / "libri")
+    assert entry["text"] == "go do you hear" and entry["audio"].endswith("84-121-0000.flac")
     lj = tmp_path / "lj" / "wavs"
     lj.mkdir(parents=True)
     soundfile.write(lj / "LJ001-0001.wav", sine(100, 16000, 0.1), 16000)
@@ -188,7 +188,7 @@ def test_manifests_and_known_layouts_are_read(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"audio": "lj/wavs/LJ001-0001.wav"}) + "\n")
     assert audio.read_manifest(tmp_path / "m.jsonl")[0]["audio"] == str(lj / "LJ001-0001.wav")
     (tmp_path / "bad.jsonl").write_text('{"text": "no audio"}\n')
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(ValueError, match="entry 1"):
         audio.read_manifest(tmp_path / "bad.jsonl")
     with pytest.raises(ValueError, match="no audio files"):
         (tmp_path / "none").mkdir()
@@ -214,7 +214,7 @@ def test_word_times_of_the_wrong_form_are_shown(word, tmp_path):
         + word
         + "]}\n"
     )
-    with pytest.raises(ValueError, match='row 2: got .* among "words", wanted'):
+    with pytest.raises(ValueError, match='entry 2: got .* among "words", wanted'):
         audio.read_manifest(tmp_path / "m.jsonl")
 
 
@@ -223,7 +223,7 @@ def test_linked_folders_are_read_and_a_link_in_a_circle_is_named(tmp_path):
         (tmp_path / folder).mkdir()
         soundfile.write(tmp_path / folder / f"{folder}.wav", np.zeros(1000), 16000)
     (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
-    assert [Path(row["audio"]).name for row in audio.read_manifest(tmp_path / "corpus")] == [
+    assert [Path(entry["audio"]).name for entry in audio.read_manifest(tmp_path / "corpus")] == [
         "corpus.wav",
         "elsewhere.wav",
     ]
@@ -280,18 +280,18 @@ def test_a_folder_with_audio_that_cannot_be_read_says_so_and_one_file_is_a_corpu
 
 
 def test_words_that_lack_a_part_of_the_text_are_refused():
-    row = {"audio": "a.wav", "text": "What's it, then?", "words": [["whats", 0, 1], ["IT", 1, 2]]}
-    assert "wanted the times of all of its words" in audio.wrong_words(row, 50_000)
-    row["words"].append(["then", 2, 3])
-    assert audio.wrong_words(row, 50_000) == ""
-    assert "'then' begins at 2 s, behind its 1.88 s" in audio.wrong_words(row, 30_000)
+    entry = {"audio": "a.wav", "text": "What's it, then?", "words": [["whats", 0, 1], ["IT", 1, 2]]}
+    assert "wanted the times of all of its words" in audio.wrong_words(entry, 50_000)
+    entry["words"].append(["then", 2, 3])
+    assert audio.wrong_words(entry, 50_000) == ""
+    assert "'then' begins at 2 s, behind its 1.88 s" in audio.wrong_words(entry, 30_000)
 
 
 def test_what_lies_in_a_hidden_folder_is_not_read(tmp_path):
     for name in ("a.wav", ".trash/b.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         soundfile.write(tmp_path / name, np.zeros(400), 16000)
-    assert [Path(row["audio"]).name for row in audio.read_manifest(tmp_path)] == ["a.wav"]
+    assert [Path(entry["audio"]).name for entry in audio.read_manifest(tmp_path)] == ["a.wav"]
 
 
 def test_raw_samples_without_a_header_are_refused_in_one_line(tmp_path):
@@ -307,7 +307,7 @@ def test_a_text_that_is_no_string_is_named_before_anything_is_encoded(
     (tmp_path / "m.jsonl").write_text(
         f'{{"audio": "a.wav", "caption": null}}\n{{"audio": "b.wav", "{name}": {value}}}\n'
     )
-    with pytest.raises(ValueError, match=f"row 2: got {name} = {shown}"):
+    with pytest.raises(ValueError, match=f"entry 2: got {name} = {shown}"):
         audio.read_manifest(tmp_path / "m.jsonl")
 
 

@@ -32,13 +32,14 @@ def clips(speedrun, tmp_path_factory):
     and of an adapter are made on them.
     """
     folder = tmp_path_factory.mktemp("desta")
-    rows = audio.read_manifest(speedrun / "toy/speech/train.jsonl")[:6]
-    rows = [row | {"style": STYLES[n % 2]} for n, row in enumerate(rows)]
+    entries = audio.read_manifest(speedrun / "toy/speech/train.jsonl")[:6]
+    entries = [entry | {"style": STYLES[n % 2]} for n, entry in enumerate(entries)]
     targets = [
-        row | {"prompt": "who says it", "target": f"a {row['style']['gender']}"} for row in rows
+        entry | {"prompt": "who says it", "target": f"a {entry['style']['gender']}"}
+        for entry in entries
     ]
-    for name, lines in (("clips.jsonl", rows), ("targets.jsonl", targets)):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    for name, lines in (("clips.jsonl", entries), ("targets.jsonl", targets)):
+        (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     return folder
 
 
@@ -79,17 +80,17 @@ def trained(clips, speedrun):
 
 
 def test_a_description_is_what_was_said_when_and_how():
-    row = {"text": "hello there", "seconds": 2.2, "style": {"gender": "woman", "rate": "fast"}}
+    entry = {"text": "hello there", "seconds": 2.2, "style": {"gender": "woman", "rate": "fast"}}
     assert (
-        desta.description(row, desta.TEMPLATE)
+        desta.description(entry, desta.TEMPLATE)
         == "<start_audio>[00:00-00:03] hello there (Gender: woman, Rate: fast)<end_audio>\n\n"
     )
     assert (
-        desta.description(row, "a {gender}: {text}")
+        desta.description(entry, "a {gender}: {text}")
         == "<start_audio>a woman: hello there<end_audio>\n\n"
     )
     with pytest.raises(ValueError, match="accent"):
-        desta.description(row, "{accent}")
+        desta.description(entry, "{accent}")
 
 
 @pytest.mark.parametrize("kind", ["qformer", "concat"])
@@ -106,18 +107,18 @@ def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkey
 
     monkeypatch.setattr("model.Body.forward", forward)
     model, vocab, ears = desta.load(trained[kind])
-    row = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
+    entry = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
     states = desta.States(clips / "states")
     desta.loss_of(
-        model, model.model.embed_tokens, vocab, ears.adapter, [row], states, transcript=False
+        model, model.model.embed_tokens, vocab, ears.adapter, [entry], states, transcript=False
     )
     ((ids, embedded),) = seen
     model.model.embed_tokens.heard = model.model.embed_tokens.heard[:0]
-    numbers, _ = ears(audio.load(row["audio"]))
-    asked = vocab.ask(numbers, row["prompt"])
+    numbers, _ = ears(audio.load(entry["audio"]))
+    asked = vocab.ask(numbers, entry["prompt"])
     assert ids[0, : len(asked)].tolist() == asked
     assert len(numbers) == (
-        5 if kind == "qformer" else -(-(len(audio.load(row["audio"])) // 320) // 4)
+        5 if kind == "qformer" else -(-(len(audio.load(entry["audio"])) // 320) // 4)
     )
     chat = model.model.embed_tokens(torch.tensor(asked))
     # States are kept in 16 bits.
@@ -129,21 +130,21 @@ def test_the_loss_is_on_targets_and_their_end_alone_behind_vectors_and_the_true_
 ):
     model, vocab, ears = desta.load(trained["concat"])
     table, states = model.model.embed_tokens, desta.States(clips / "states")
-    rows = [json.loads(line) for line in (clips / "targets.jsonl").read_text().splitlines()[:3]]
+    entries = [json.loads(line) for line in (clips / "targets.jsonl").read_text().splitlines()[:3]]
     with torch.no_grad():
-        got = desta.loss_of(model, table, vocab, ears.adapter, rows, states, transcript=True)
+        got = desta.loss_of(model, table, vocab, ears.adapter, entries, states, transcript=True)
         each = []
-        for row in rows:
-            vectors = ears.adapter([states[row["audio"]]])[0]
+        for entry in entries:
+            vectors = ears.adapter([states[entry["audio"]]])[0]
             text = lambda words: table(torch.tensor(vocab.encode(words)))
             asked = vocab.literal("<|im_start|>user\n"), vocab.literal(
                 "<|im_end|>\n<|im_start|>assistant\n"
             )
-            target = torch.tensor([*vocab.encode(row["target"]), vocab.special["<|im_end|>"]])
+            target = torch.tensor([*vocab.encode(entry["target"]), vocab.special["<|im_end|>"]])
             x = torch.cat(
                 [
                     table(torch.tensor(asked[0])), text("<start_audio>"), vectors,
-                    text(row["text"]), text("<end_audio>\n\n"), text(" " + row["prompt"]),
+                    text(entry["text"]), text("<end_audio>\n\n"), text(" " + entry["prompt"]),
                     table(torch.tensor(asked[1])), table(target),
                 ]
             )
@@ -215,8 +216,8 @@ def test_the_adapter_learns_and_nothing_else_does(
 
 def test_a_chat_hears_and_says_what_the_turn_was(clips, trained, tmp_path, speedrun):
     chat = Chat(trained["qformer"])
-    row = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])
-    numbers, seconds = chat.hear(audio.Recording(row["audio"]), row["audio"])
+    entry = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])
+    numbers, seconds = chat.hear(audio.Recording(entry["audio"]), entry["audio"])
     "".join(chat.reply([numbers, " who says it"]))
     spelled = chat.vocab.spelled(chat.vocab.chat(chat.messages).ids)
     assert "<|heard_0|>" in spelled
@@ -241,22 +242,23 @@ def test_a_transcript_stands_beside_the_vectors(clips, speedrun, trained, tmp_pa
 def test_beside_a_hubert_who_listens_says_the_words(
     clips, speedrun, trained, tmp_path, monkeypatch
 ):
-    """In a chat behind the path, in a benchmark the row does; else a model that hears units."""
+    """In a chat behind the path, in a benchmark the entry does; else a model that hears units."""
     words = train(clips, speedrun, tmp_path / "with")
     words.remove("--no-transcript")
     call(words, monkeypatch)
     made = json.loads((tmp_path / "with/desta.json").read_text())
     assert made["has_words"] and not made["transcriber"]
-    row = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])
+    entry = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])
     chat = Chat(tmp_path / "with")
-    content, notes = take(chat, parts_of(f'{row["audio"]} "anna likes rice" who'), transcribe=True)
+    turn = parts_of(f'{entry["audio"]} "anna likes rice" who')
+    content, notes = take(chat, turn, transcribe=True)
     assert notes["heard"] == ["anna likes rice"] and content[1:] == [" who"]
     assert chat.vocab.transcripts == {0: "anna likes rice"}
     with pytest.raises(ValueError, match='behind the path, in "quotes"'):
-        take(chat, parts_of(f"{row['audio']} who"), transcribe=True)
+        take(chat, parts_of(f"{entry['audio']} who"), transcribe=True)
 
-    # A row tells its own, and so does a clip of the questions on how it was said.
-    asked = row | {"instruction": "who says it", "answer": "anna"}
+    # A entry tells its own, and so does a clip of the questions on how it was said.
+    asked = entry | {"instruction": "who says it", "answer": "anna"}
     heard = []
 
     def span(vocab, numbers):
@@ -265,9 +267,9 @@ def test_beside_a_hubert_who_listens_says_the_words(
 
     monkeypatch.setattr(desta.Listener, "span", span)
     for change in ({}, {"metric": "wer"}, {"words": None}):
-        (tmp_path / "rows.jsonl").write_text(json.dumps(asked | change) + "\n")
+        (tmp_path / "entries.jsonl").write_text(json.dumps(asked | change) + "\n")
         score = [
-            "benchmark.py", "rows", str(tmp_path / "with"), str(tmp_path / "rows.jsonl"),
+            "benchmark.py", "questions", str(tmp_path / "with"), str(tmp_path / "entries.jsonl"),
             "--device", "cpu", "--out", str(tmp_path / "x.json"),
         ]
         if change:
@@ -276,14 +278,14 @@ def test_beside_a_hubert_who_listens_says_the_words(
         else:
             call(score, monkeypatch)
     call(manner(tmp_path / "with", clips, tmp_path / "m.json"), monkeypatch)
-    assert heard[0] == {0: row["text"]} and heard[1][0] == row["text"]
+    assert heard[0] == {0: entry["text"]} and heard[1][0] == entry["text"]
     assert json.loads((tmp_path / "m.json").read_text())["words_told"] is True
 
-    # Without words in the row, our own ear writes them down.
+    # Without words in the entry, our own ear writes them down.
     call([*score, "--overwrite", "--transcriber", str(speedrun / "speech")], monkeypatch)
     units = Chat(speedrun / "speech")
-    wanted = units.heard(units.hear(audio.load(row["audio"]), "")[0])
-    assert heard[-1] == {0: wanted} != {0: row["text"]}
+    wanted = units.heard(units.hear(audio.load(entry["audio"]), "")[0])
+    assert heard[-1] == {0: wanted} != {0: entry["text"]}
 
 
 def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
@@ -310,12 +312,12 @@ def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
         ],
         monkeypatch,
     )
-    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert "11 targets of 12" in capsys.readouterr().out
-    assert len(rows) == 11
-    assert {row["prompt"] for row in rows} == {"who", "how"}
-    assert desta.description(rows[0], desta.TEMPLATE).lower() + " who" in asked[0]
-    assert rows[0]["target"]
+    assert len(entries) == 11
+    assert {entry["prompt"] for entry in entries} == {"who", "how"}
+    assert desta.description(entries[0], desta.TEMPLATE).lower() + " who" in asked[0]
+    assert entries[0]["target"]
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,7 @@ def stated(tmp_path):
     loud = random.integers(2, size=60)
     coin = random.integers(2, size=60)
     x[..., 0] += 6 * (loud[:, None, None] - 0.5)
-    rows = [
+    entries = [
         {
             "audio": str(tmp_path / f"{n}.wav"), "text": "hello", "seconds": 1.0,
             "speaker": f"voice {n // 2}",
@@ -491,7 +493,7 @@ def stated(tmp_path):
         }
         for n in range(60)
     ]
-    lines = [json.dumps(row) + "\n" for row in rows]
+    lines = [json.dumps(entry) + "\n" for entry in entries]
     (tmp_path / "learnt.jsonl").write_text("".join(lines[:40] + lines[:3]))
     (tmp_path / "clips.jsonl").write_text("".join(lines[40:]))
     folder = tmp_path / "states"
@@ -522,16 +524,16 @@ def test_a_probe_finds_what_states_hold_and_no_more(stated, monkeypatch, capsys)
 @pytest.mark.parametrize(
     "harm, said",
     [
-        (lambda row: row | {"audio": "61.wav"}, "61.wav: has no encoder states"),
-        (lambda row: row | {"audio": "3.wav"}, "3.wav: is in .*learnt.jsonl too"),
-        (lambda row: row | {"speaker": "voice 3"}, "voice 3: is in .*learnt.jsonl too"),
-        (lambda row: row | {"style": {"coin": "?", "loudness": "loud"}}, "words as values"),
-        (lambda row: row | {"style": {"coin": "head"}}, "has coin; wanted loudness, coin"),
+        (lambda entry: entry | {"audio": "61.wav"}, "61.wav: has no encoder states"),
+        (lambda entry: entry | {"audio": "3.wav"}, "3.wav: is in .*learnt.jsonl too"),
+        (lambda entry: entry | {"speaker": "voice 3"}, "voice 3: is in .*learnt.jsonl too"),
+        (lambda entry: entry | {"style": {"coin": "?", "loudness": "loud"}}, "words as values"),
+        (lambda entry: entry | {"style": {"coin": "head"}}, "has coin; wanted loudness, coin"),
     ],
 )
 def test_a_probe_of_other_clips_is_refused(harm, said, stated, monkeypatch):
-    row = json.loads((stated / "clips.jsonl").read_text().splitlines()[0])
-    (stated / "clips.jsonl").write_text(json.dumps(harm(row)) + "\n")
+    entry = json.loads((stated / "clips.jsonl").read_text().splitlines()[0])
+    (stated / "clips.jsonl").write_text(json.dumps(harm(entry)) + "\n")
     with pytest.raises(ValueError, match=said):
         call(probe(stated), monkeypatch)
     assert not (stated / "probe.json").exists()
@@ -560,27 +562,27 @@ def test_what_cannot_go_well_is_refused_before_the_work(
     with pytest.raises(ValueError, match="encode again"):
         call(train(clips, speedrun, tmp_path / "y"), monkeypatch)
     (clips / "states/meta.json").write_text(meta)
-    rows = [
+    entries = [
         {"audio": "a.wav", "text": "x", "seconds": 1, "style": {"gender": "man"}},
         {"audio": "b.wav", "text": "x", "seconds": "1", "style": "man"},
     ]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="row 2: wanted text, seconds, and a style"):
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(ValueError, match="entry 2: wanted text, seconds, and a style"):
         desta.described_clips(tmp_path / "m.jsonl")
-    rows[1] = rows[0] | {"seconds": float("inf")}
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="row 2: wanted text, seconds, and a style"):
+    entries[1] = entries[0] | {"seconds": float("inf")}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(ValueError, match="entry 2: wanted text, seconds, and a style"):
         desta.described_clips(tmp_path / "m.jsonl")
 
 
 def test_a_clip_that_cannot_be_heard_is_told_before_the_first_is_encoded(
     clips, speedrun, trained, tmp_path, monkeypatch
 ):
-    rows = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
     for count, said in ((0, "odd.wav: no samples in it"), (300, "300 samples are under one frame")):
         soundfile.write(tmp_path / "odd.wav", np.zeros(count, np.float32), 16_000)
-        lines = [*rows, {"audio": str(tmp_path / "odd.wav")}]
-        (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        lines = [*entries, {"audio": str(tmp_path / "odd.wav")}]
+        (tmp_path / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
         with pytest.raises(ValueError, match=said):
             call(encode(tmp_path, speedrun, tmp_path / "s"), monkeypatch)
         assert not (tmp_path / "s.partial/states.bin").exists()
@@ -598,7 +600,7 @@ def test_a_clip_that_cannot_be_heard_is_told_before_the_first_is_encoded(
     with pytest.raises(ValueError, match="clips.jsonl: empty"):
         call(encode(tmp_path, speedrun, tmp_path / "s"), monkeypatch)
     recipe = json.loads((clips / "states/recipe.json").read_text())
-    assert recipe["audio"] == audio.identity(rows), "which sound the states are of"
+    assert recipe["audio"] == audio.identity(entries), "which sound the states are of"
 
 
 def test_a_hubert_encodes_in_the_arithmetic_that_was_asked_for(clips, speedrun):
@@ -670,8 +672,8 @@ def test_a_new_conversation_frees_what_was_heard(clips, trained):
 @pytest.mark.parametrize(
     "name, harm, said",
     [
-        ("targets", lambda row: row | {"target": 7}, "got target = 7, wanted text"),
-        ("targets", lambda row: row | {"prompt": None}, "got prompt = None, wanted text"),
+        ("targets", lambda entry: entry | {"target": 7}, "got target = 7, wanted text"),
+        ("targets", lambda entry: entry | {"prompt": None}, "got prompt = None, wanted text"),
         ("shape", lambda made: made | {"adapter": {"kind": "lstm"}}, "got the adapter 'lstm'"),
         ("shape", lambda made: made | {"adapter": {"kind": "qformer"}}, "adapter has no 'taps'"),
         ("shape", lambda made: made | {"adapter": None}, "got adapter = None, wanted an object"),
@@ -687,8 +689,8 @@ def test_a_new_conversation_frees_what_was_heard(clips, trained):
 )
 def test_a_damaged_file_is_one_line(name, harm, said, clips, speedrun, trained, tmp_path):
     if name == "targets":
-        row = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
-        (tmp_path / "t.jsonl").write_text(json.dumps(harm(row)) + "\n")
+        entry = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
+        (tmp_path / "t.jsonl").write_text(json.dumps(harm(entry)) + "\n")
         with pytest.raises(ValueError, match=said):
             desta.read_targets(tmp_path / "t.jsonl")
         return
@@ -718,15 +720,15 @@ def recipe(clips, speedrun, quick, tmp_path):
     """
     folder_of(tmp_path / "whisper", many=False)
     (tmp_path / "llm").symlink_to(speedrun / "instruct")
-    rows = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
     style = {"gender": "man", "accent": "British", "rate": "slow", "loudness": "loud"}
-    rows = [row | {"speaker": "abc"[n % 3], "style": style} for n, row in enumerate(rows)]
-    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entries = [entry | {"speaker": "abc"[n % 3], "style": style} for n, entry in enumerate(entries)]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     # So small a model does not end its replies: its targets are there already.
     (tmp_path / "o").mkdir()
     for name, prompt, target in (("described", "who", "a man"), ("answers", "what", "paris")):
         (tmp_path / f"o/{name}-llm.jsonl").write_text(
-            "".join(json.dumps(row | {"prompt": prompt, "target": target}) + "\n" for row in rows)
+            "".join(json.dumps(e | {"prompt": prompt, "target": target}) + "\n" for e in entries)
         )
 
     def run(seed="1", **names):
@@ -735,14 +737,14 @@ def recipe(clips, speedrun, quick, tmp_path):
         env = first_on_path(quick) | names
         return subprocess.run(["bash", *words], capture_output=True, text=True, env=env, cwd=ROOT)
 
-    return rows, run
+    return entries, run
 
 
 def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop(
     recipe, tmp_path
 ):
-    rows, run = recipe
-    asked = {"audio": rows[0]["audio"], "text": "what is it", "answer": "paris"}
+    entries, run = recipe
+    asked = {"audio": entries[0]["audio"], "text": "what is it", "answer": "paris"}
     (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n")
     questions = {"QUESTIONS": str(tmp_path / "questions.jsonl")}
     done = run(**questions)
@@ -753,17 +755,17 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert {answer["speaker"] for answer in made["answers"]} == {"b"}
     assert {answer["style"]["rate"] for answer in made["answers"]} == {"slowly"}
     targets = [json.loads(line) for line in (of / "train.jsonl").read_text().splitlines()]
-    assert {row["speaker"] for row in targets} <= {"a", "c"}
-    assert {row["target"] for row in targets} == {"a man", "paris"}
+    assert {entry["speaker"] for entry in targets} <= {"a", "c"}
+    assert {entry["target"] for entry in targets} == {"a man", "paris"}
     assert set(made["rows"]) == {"heard", "read", "cascade"}
-    assert set(made["probe"]) == set(rows[0]["style"])
+    assert set(made["probe"]) == set(entries[0]["style"])
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
     heard = [json.loads(line) for line in (of / "heard.jsonl").read_text().splitlines()]
     assert heard[0]["fact"] == "what is it", "which another voice may ask, too"
 
     again = run(**questions)
     assert again.returncode == 0 and "== python" not in again.stdout
-    (tmp_path / "clips.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "clips.jsonl").write_text(json.dumps(entries[0]) + "\n")
     other = run(**questions)
     assert other.returncode == 1
     assert "made with another CLIPS; remove it, or give another OUT" in other.stderr
@@ -776,7 +778,7 @@ def test_other_ways_to_train_the_adapter_stand_beside_it(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     beside = tmp_path / "o/llm-whisper-seed1-task_sft"
     targets = [json.loads(line) for line in (beside / "train.jsonl").read_text().splitlines()]
-    assert {(row["prompt"], row["target"]) for row in targets} == {
+    assert {(entry["prompt"], entry["target"]) for entry in targets} == {
         ("who", "A man with a British accent, speaking slow and loud."),
     }
     assert json.loads((beside / "desta.json").read_text())["adapter"] == "task_sft"
@@ -789,7 +791,7 @@ def test_other_ways_to_train_the_adapter_stand_beside_it(recipe, tmp_path):
 
 
 def test_what_the_recipe_on_open_weights_cannot_run_on_is_told_first(recipe, tmp_path):
-    rows, run = recipe
+    entries, run = recipe
     for names, said in (
         ({"ADAPTER": "x"}, "ADAPTER=x: wanted no_transcript, task_sft or mismatched"),
         ({"ADAPTER": "mismatched"}, "WRITER=: wanted another model than llm"),
@@ -801,8 +803,8 @@ def test_what_the_recipe_on_open_weights_cannot_run_on_is_told_first(recipe, tmp
         assert done.returncode == 1 and said in done.stderr, done.stderr
 
     # Two speakers have no third part; another folder's targets are not one's own.
-    two = [row | {"speaker": "ab"[n % 2]} for n, row in enumerate(rows)]
-    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in two))
+    two = [entry | {"speaker": "ab"[n % 2]} for n, entry in enumerate(entries)]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in two))
     assert "clips.jsonl: wanted at least three speakers" in run("2").stderr
     (tmp_path / "o/WEIGHTS").write_text("elsewhere\n")
     assert "made with another WEIGHTS" in run().stderr

@@ -75,7 +75,7 @@ def test_interleaved_documents_speak_and_write_by_turns_and_read_as_the_whole_ro
     vocab, corpus, turns = documents.vocab, documents.sources["interleave"], set()
     for i in range(20):
         ids, loss, read, place = interleaved(vocab, corpus, i, np.random.default_rng(i))
-        assert vocab.decode(read) == corpus.rows[i]["text"]
+        assert vocab.decode(read) == corpus.entries[i]["text"]
         assert read[-1] == vocab.eos, "written, the document is the row"
         switches = [
             n
@@ -107,12 +107,12 @@ def test_speech_without_word_times_is_read_by_no_teacher(stream):
     """
     documents = stream({"interleave": 1, "transcribe": 1})
     vocab, corpus = documents.vocab, documents.sources["interleave"]
-    row = corpus.rows[3]
-    words = row.pop("words")
+    entry = corpus.entries[3]
+    words = entry.pop("words")
     blind = interleaved(vocab, corpus, 3, np.random.default_rng(0)), transcribed(
         vocab, corpus, 3, np.random.default_rng(0)
     )
-    row["words"] = words
+    entry["words"] = words
     seeing = interleaved(vocab, corpus, 3, np.random.default_rng(0)), transcribed(
         vocab, corpus, 3, np.random.default_rng(0)
     )
@@ -127,9 +127,9 @@ def test_base_text_stands_above_and_below_speech_and_grows_into_no_word(stream):
     vocab, corpus = documents.vocab, documents.sources["interleave"]
     forms = set()
     for i in range(120):
-        row = i % len(corpus.rows)
-        ids, _, read, _ = interleaved(vocab, corpus, row, np.random.default_rng(i), ["zig zag."])
-        above, _, below = vocab.decode(read[:-1]).partition(corpus.rows[row]["text"])
+        n = i % len(corpus.entries)
+        ids, _, read, _ = interleaved(vocab, corpus, n, np.random.default_rng(i), ["zig zag."])
+        above, _, below = vocab.decode(read[:-1]).partition(corpus.entries[n]["text"])
         right_behind = (
             ".zig zag."
             if not below or ids[-2 - len(vocab.encode(below))] != vocab.speech["end_speech"]
@@ -209,8 +209,9 @@ def test_transcripts_begin_with_single_words_and_grow(stream):
     vocab, corpus = documents.vocab, documents.sources["transcribe"]
     longest = {}
     for progress in (0.0, 0.1, 0.2, 1.0):
+        count = len(corpus.entries)
         said = [
-            transcribed(vocab, corpus, i % len(corpus.rows), np.random.default_rng(i), progress).ids
+            transcribed(vocab, corpus, i % count, np.random.default_rng(i), progress).ids
             for i in range(200)
         ]
         longest[progress] = max(
@@ -244,7 +245,7 @@ def test_what_would_be_trained_on_can_be_looked_at(speedrun, monkeypatch, capsys
 
 def test_the_units_of_pauses_between_words_stay_in_the_documents():
     class Corpus:
-        rows = [{"text": "a b c", "words": [["a", 0.1, 0.2], ["b", 0.3, 0.4], ["c", 0.6, 0.7]]}]
+        entries = [{"text": "a b c", "words": [["a", 0.1, 0.2], ["b", 0.3, 0.4], ["c", 0.6, 0.7]]}]
         meta = {"frame_rate": 50}
 
         def __getitem__(self, i):
@@ -253,7 +254,7 @@ def test_the_units_of_pauses_between_words_stay_in_the_documents():
     whole = spoken(Corpus(), 0, 0, 3)
     assert np.concatenate([units for _, units in whole]).tolist() == list(
         range(40)
-    ), "the words of a row have all its units"
+    ), "the words of an entry have all its units"
     assert [word for word, _ in whole] == ["a", " b", " c"]
     assert [units.tolist() for _, units in spoken(Corpus(), 0, 1, 2)] == [
         list(range(12, 25))

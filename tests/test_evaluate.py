@@ -119,10 +119,10 @@ def test_the_lam_sweep_never_sees_a_test_question(speedrun, tmp_path, monkeypatc
     monkeypatch.setattr(evaluate, "answers", spy)
     monkeypatch.setattr(evaluate, "generate", six_tokens)
     call([*table_of(speedrun), "--out", str(tmp_path / "t.json")], monkeypatch)
-    rows = [
+    entries = [
         json.loads(line) for line in (speedrun / "toy/questions.jsonl").read_text().splitlines()
     ]
-    dev = {q["question"] for q in rows if q["split"] == "dev"}
+    dev = {q["question"] for q in entries if q["split"] == "dev"}
     sweep = asked[-2 * len(LAMS) :]
     assert all(set(texts) <= dev for texts in sweep)
     assert sum(bool(texts) for texts in sweep) == len(LAMS)
@@ -177,34 +177,35 @@ def test_the_readmes_table_is_the_one_in_results():
 # --- any benchmark ---
 
 
-def rows_for(speedrun, tmp_path):
+def questions_for(speedrun, tmp_path):
     spoken = str(speedrun / "question.wav")
-    rows = [
+    entries = [
         {"audio": spoken, "answer": "the capital of france is paris."},
         {"text": "spell france", "answer": "f r a n c e"},
         {"audio": spoken, "instruction": "in a note", "answer": "x", "metric": "wer"},
         {"text": "which is a color", "choices": ["fox", "red", "rice"], "answer": "red"},
         {"audio": spoken, "instruction": "which city", "choices": ["paris", "rome"], "answer": "A"},
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "rows.jsonl"
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return tmp_path / "questions.jsonl"
 
 
 def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(
     speedrun, tmp_path, monkeypatch
 ):
     words = [
-        "benchmark.py", "rows", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)),
+        "benchmark.py", "questions",
+        str(speedrun / "merged"), str(questions_for(speedrun, tmp_path)),
         "--device", "cpu",
     ]
     call([*words, "--out", str(tmp_path / "straight.json")], monkeypatch)
     straight = json.loads((tmp_path / "straight.json").read_text())
     assert [straight[metric]["n"] for metric in ("exact", "wer", "choice")] == [2, 1, 2]
-    assert len(straight["rows"]) == 5
-    assert set(straight["rows"][3:]) <= set("ABC")
+    assert len(straight["replies"]) == 5
+    assert set(straight["replies"][3:]) <= set("ABC")
     assert (
         straight["choice"]["value"]
-        == ((straight["rows"][3] == "B") + (straight["rows"][4] == "A")) / 2
+        == ((straight["replies"][3] == "B") + (straight["replies"][4] == "A")) / 2
     )
     monkeypatch.setattr(benchmark, "BATCH", 2)
     real, calls = benchmark.replies, []
@@ -219,16 +220,17 @@ def test_a_benchmark_is_scored_by_its_metrics_and_goes_on_after_a_stop(
     with pytest.raises(KeyboardInterrupt):
         call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
     call([*words, "--out", str(tmp_path / "again.json")], monkeypatch)
-    assert json.loads((tmp_path / "again.json").read_text())["rows"] == straight["rows"]
+    assert json.loads((tmp_path / "again.json").read_text())["replies"] == straight["replies"]
     assert len(calls) == 3
-    assert not (tmp_path / "again.json.rows").exists()
+    assert not (tmp_path / "again.json.pieces").exists()
 
 
 def test_a_reply_may_have_as_many_tokens_as_are_allowed_and_how_many_were_cut_is_told(
     speedrun, tmp_path, monkeypatch, capsys
 ):
     words = [
-        "benchmark.py", "rows", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)),
+        "benchmark.py", "questions",
+        str(speedrun / "merged"), str(questions_for(speedrun, tmp_path)),
         "--device", "cpu", "--out", str(tmp_path / "o.json"),
     ]
 
@@ -239,9 +241,9 @@ def test_a_reply_may_have_as_many_tokens_as_are_allowed_and_how_many_were_cut_is
     for flags, limit in ((), evaluate.LIMIT), (("--limit", "7", "--overwrite"), 7):
         call([*words, *flags], monkeypatch)
         made = json.loads((tmp_path / "o.json").read_text())
-        assert made["rows"][:2] == [None, None]
-        assert len(benchmark.spoken_words(made["rows"][2])) == 1
-        assert len(evaluate.Vocab(speedrun / "merged").encode(made["rows"][2])) == limit
+        assert made["replies"][:2] == [None, None]
+        assert len(benchmark.spoken_words(made["replies"][2])) == 1
+        assert len(evaluate.Vocab(speedrun / "merged").encode(made["replies"][2])) == limit
         assert f"3 of 5 replies had not ended after {limit} tokens" in capsys.readouterr().err
 
 
@@ -249,7 +251,8 @@ def test_a_reply_may_have_as_many_tokens_as_are_allowed_and_how_many_were_cut_is
 def test_scores_go_on_only_with_what_they_were_begun_with(change, speedrun, tmp_path, monkeypatch):
     shutil.copytree(speedrun / "hubert", tmp_path / "hubert")
     words = [
-        "benchmark.py", "rows", str(speedrun / "merged"), str(rows_for(speedrun, tmp_path)),
+        "benchmark.py", "questions",
+        str(speedrun / "merged"), str(questions_for(speedrun, tmp_path)),
         "--hubert", str(tmp_path / "hubert"), "--device", "cpu",
         "--out", str(tmp_path / "o.json"),
     ]
@@ -266,7 +269,7 @@ def test_scores_go_on_only_with_what_they_were_begun_with(change, speedrun, tmp_
         patch.setattr(benchmark, "replies", dying)
         with pytest.raises(KeyboardInterrupt):
             call(words, monkeypatch)
-    assert (tmp_path / "o.json.rows").exists()
+    assert (tmp_path / "o.json.pieces").exists()
     if change == "hubert":
         (tmp_path / "hubert/note.txt").write_text("another one")
         monkeypatch.setattr(
@@ -279,7 +282,7 @@ def test_scores_go_on_only_with_what_they_were_begun_with(change, speedrun, tmp_
 def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(
     speedrun, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "rows.jsonl").write_text(
+    (tmp_path / "questions.jsonl").write_text(
         "".join(
             json.dumps({"text": "which", "choices": ["fox", "red", "rice"], "answer": answer})
             + "\n"
@@ -295,19 +298,20 @@ def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(
     )
     call(
         [
-            "benchmark.py", "rows", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"),
+            "benchmark.py", "questions",
+            str(speedrun / "merged"), str(tmp_path / "questions.jsonl"),
             "--device", "cpu", "--out", str(tmp_path / "o.json"),
         ],
         monkeypatch,
     )
     made = json.loads((tmp_path / "o.json").read_text())
-    assert made["rows"] == ["B", "B"] and made["choice"]["value"] == 0.5
+    assert made["replies"] == ["B", "B"] and made["choice"]["value"] == 0.5
     shown = capsys.readouterr().out
-    assert shown.endswith("}\nfor example: which\n    B\n"), "the first row of each group"
+    assert shown.endswith("}\nfor example: which\n    B\n"), "the first question of each group"
 
 
 @pytest.mark.parametrize(
-    "row, said",
+    "entry, said",
     [
         ({"text": "hi"}, "no answer"),
         ({"answer": "x"}, "nothing to ask"),
@@ -321,12 +325,13 @@ def test_a_choice_is_the_letter_that_is_likeliest_behind_the_prompt(
         ({"text": "hi", "answer": ".", "metric": "wer"}, "an answer without a word"),
     ],
 )
-def test_a_row_that_cannot_be_scored_is_named(row, said, speedrun, tmp_path, monkeypatch):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=f"row 1: .*{said}"):
+def test_a_question_that_cannot_be_scored_is_named(entry, said, speedrun, tmp_path, monkeypatch):
+    (tmp_path / "questions.jsonl").write_text(json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match=f"question 1: .*{said}"):
         call(
             [
-                "benchmark.py", "rows", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"),
+                "benchmark.py", "questions",
+                str(speedrun / "merged"), str(tmp_path / "questions.jsonl"),
                 "--out", str(tmp_path / "o.json"),
             ],
             monkeypatch,
@@ -348,17 +353,17 @@ def test_pairs_of_known_order_are_all_right_shuffled_ones_half_and_ties_half(
     for side in ("good", "bad"):
         (tmp_path / "pairs" / side).mkdir(parents=True)
     noise = np.random.default_rng(0)
-    for i, row in enumerate(audio.Units(speedrun / "units").rows[:6]):
-        samples = audio.load(row["audio"])
+    for i, entry in enumerate(audio.Units(speedrun / "units").entries[:6]):
+        samples = audio.load(entry["audio"])
         soundfile.write(tmp_path / f"pairs/good/{i}.wav", samples, 16000)
         soundfile.write(
             tmp_path / f"pairs/bad/{i}.wav", 0.3 * noise.standard_normal(len(samples)), 16000
         )
 
-    def run(rows, out, model="model"):
+    def run(entries, out, model="model"):
         call(
             [
-                "benchmark.py", "pairs", str(tmp_path / model), str(rows), "--device", "cpu",
+                "benchmark.py", "pairs", str(tmp_path / model), str(entries), "--device", "cpu",
                 "--out", str(tmp_path / out),
             ],
             monkeypatch,
@@ -370,13 +375,13 @@ def test_pairs_of_known_order_are_all_right_shuffled_ones_half_and_ties_half(
         (tmp_path / "linked" / side).mkdir()
         (tmp_path / "linked" / side / "part").symlink_to(tmp_path / "pairs" / side)
     assert run(tmp_path / "linked", "known.json") == 1.0
-    assert len(json.loads((tmp_path / "known.json").read_text())["rows"]) == 6
+    assert len(json.loads((tmp_path / "known.json").read_text())["replies"]) == 6
     shuffled = [
         {"good": f"pairs/{a}/{i}.wav", "bad": f"pairs/{b}/{i}.wav"}
         for i in range(6)
         for a, b in [("good", "bad") if i % 2 else ("bad", "good")]
     ]
-    (tmp_path / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shuffled))
+    (tmp_path / "shuffled.jsonl").write_text("".join(json.dumps(e) + "\n" for e in shuffled))
     assert run(tmp_path / "shuffled.jsonl", "shuffled.json") == 0.5
     (tmp_path / "ties.jsonl").write_text(
         json.dumps({"good": "pairs/good/0.wav", "bad": "pairs/good/0.wav"}) + "\n"
@@ -481,7 +486,7 @@ def test_a_clip_of_a_pair_stands_where_a_document_begins(speedrun, tmp_path, mon
     assert [prompt[:2] for prompt in read] == [[3, vocab.speech["speech"]]] * 2
     k, units = vocab.speech["k"], [i - vocab.speech["first_unit"] for i in read[0][2:]]
     shares = [0.5 if unit == n % k else 0.5 / (k - 1) for n, unit in enumerate(units, 1)]
-    [[good, bad]] = json.loads((tmp_path / "x.json").read_text())["rows"]
+    [[good, bad]] = json.loads((tmp_path / "x.json").read_text())["replies"]
     assert good == bad == pytest.approx(np.log(shares).mean())
 
 
@@ -842,24 +847,24 @@ def test_choices_that_are_letters_are_told_from_the_letters_that_name_them(answe
 
 
 def test_a_reply_contains_an_answer_as_whole_words():
-    rows = [
+    entries = [
         {"metric": "contains", "answer": answer} for answer in ("Paris", "a red fox", "man", "c++")
     ]
     said = ["It is paris.", "that was A RED FOX!", "a woman", "c++ is one"]
-    scores = benchmark.scores_by_metric(rows, said)
+    scores = benchmark.scores_by_metric(entries, said)
     assert list(scores) == ["contains"] and scores["contains"]["value"] == 0.75
 
 
 def test_an_answer_of_nothing_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "say nothing", "answer": " "}\n')
-    with pytest.raises(ValueError, match="row 1: no answer"):
-        benchmark.read_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "questions.jsonl").write_text('{"text": "say nothing", "answer": " "}\n')
+    with pytest.raises(ValueError, match="question 1: no answer"):
+        benchmark.read_questions(tmp_path / "questions.jsonl")
 
 
 def test_a_benchmark_without_rows_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="rows.jsonl: empty"):
-        benchmark.read_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "questions.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="questions.jsonl: empty"):
+        benchmark.read_questions(tmp_path / "questions.jsonl")
 
 
 def test_a_result_that_its_picture_would_replace_is_refused_before_any_work(monkeypatch):
@@ -891,11 +896,11 @@ def number(*key):
 @pytest.fixture
 def stubbed(speedrun, tmp_path, monkeypatch):
     """(questions by split, the table that stubs get)."""
-    rows = [
+    entries = [
         json.loads(line) for line in (speedrun / "toy/questions.jsonl").read_text().splitlines()
     ]
-    of = {q["question"]: q for q in rows}
-    noisy = {q["noisy"]: q for q in rows if q["noisy"] not in of}
+    of = {q["question"]: q for q in entries}
+    noisy = {q["noisy"]: q for q in entries if q["noisy"] not in of}
 
     def kind_of(content):
         """(kind of turn, question) of what a stub is asked."""
@@ -944,7 +949,7 @@ def stubbed(speedrun, tmp_path, monkeypatch):
         lambda model, vocab, questions: {"value": number(model.name, model.lam, len(questions))},
     )
     call([*table_of(speedrun), "--out", str(tmp_path / "t.json")], monkeypatch)
-    split = {name: [q for q in rows if q["split"] == name] for name in ("test", "dev")}
+    split = {name: [q for q in entries if q["split"] == name] for name in ("test", "dev")}
     return split, json.loads((tmp_path / "t.json").read_text())
 
 
@@ -1011,11 +1016,11 @@ def test_a_misspelt_question_is_scored_by_the_answer_of_the_right_one(monkeypatc
 
     monkeypatch.setattr(evaluate, "answers", answers)
     monkeypatch.setattr(evaluate, "text_loss", lambda *_: None)
-    rows = [
+    entries = [
         {"question": "q1", "noisy": "n1", "answer": "a", "seen": True},
         {"question": "q2", "noisy": "n2", "answer": "b", "seen": False},
     ]
-    row, _ = evaluate.score(None, None, rows, {}, "chat")
+    row, _ = evaluate.score(None, None, entries, {}, "chat")
     assert asked == [["q1", "q2"], ["n1", "n2"]]
     assert row["typed_noisy"]["value"] == 0.5
     assert row["typed"]["value"] == 0
@@ -1112,10 +1117,10 @@ def test_word_errors_and_losses_of_a_fact_are_drawn_together_too(speedrun):
 
 
 def test_rows_about_the_same_fact_say_no_more_than_one_in_a_benchmark_too():
-    rows = [{"answer": "a", "metric": "exact", "fact": str(n // 4)} for n in range(80)]
+    entries = [{"answer": "a", "metric": "exact", "fact": str(n // 4)} for n in range(80)]
     said = ["a" if n // 4 % 2 else "b" for n in range(80)]
-    alone = [{name: row[name] for name in ("answer", "metric")} for row in rows]
-    many = benchmark.scores_by_metric(rows, said)["exact"]
+    alone = [{name: entry[name] for name in ("answer", "metric")} for entry in entries]
+    many = benchmark.scores_by_metric(entries, said)["exact"]
     single = benchmark.scores_by_metric(alone, said)["exact"]
     assert many["value"] == single["value"] == 0.5
     assert many["n"] == 80
@@ -1123,9 +1128,9 @@ def test_rows_about_the_same_fact_say_no_more_than_one_in_a_benchmark_too():
     assert single["high"] - single["low"] < 0.6 * (many["high"] - many["low"])
 
     # And of word errors.
-    rows = [row | {"metric": "wer"} for row in rows]
-    alone = [row | {"fact": None} for row in rows]
-    many = benchmark.scores_by_metric(rows, said)["wer"]
+    entries = [entry | {"metric": "wer"} for entry in entries]
+    alone = [entry | {"fact": None} for entry in entries]
+    many = benchmark.scores_by_metric(entries, said)["wer"]
     single = benchmark.scores_by_metric(alone, said)["wer"]
     assert many["value"] == single["value"] == 0.5
     assert single["high"] - single["low"] < 0.6 * (many["high"] - many["low"])
@@ -1149,9 +1154,9 @@ def test_a_question_that_no_reply_can_be_is_refused_and_so_is_another_mu(
     speedrun, tmp_path, monkeypatch
 ):
     words = [*table_of(speedrun), "--out", str(tmp_path / "t.json")]
-    rows = (speedrun / "toy/questions.jsonl").read_text().splitlines()
-    long = json.loads(rows[-1]) | {"answer": "w x y z " * 10}
-    (tmp_path / "long.jsonl").write_text("\n".join([*rows[:-1], json.dumps(long)]) + "\n")
+    entries = (speedrun / "toy/questions.jsonl").read_text().splitlines()
+    long = json.loads(entries[-1]) | {"answer": "w x y z " * 10}
+    (tmp_path / "long.jsonl").write_text("\n".join([*entries[:-1], json.dumps(long)]) + "\n")
     with pytest.raises(ValueError, match="tokens long, and a reply or a transcript has 40"):
         call([*words, "--questions", str(tmp_path / "long.jsonl")], monkeypatch)
 
@@ -1163,17 +1168,17 @@ def test_a_question_that_no_reply_can_be_is_refused_and_so_is_another_mu(
 
 
 def test_word_errors_are_counted_without_the_full_stop_that_a_transcript_ends_with():
-    rows = [{"answer": "the cat sat", "metric": "wer"}, {"answer": "it", "metric": "wer"}]
-    cell = benchmark.scores_by_metric(rows, ["The cat sits.", None])["wer"]
+    entries = [{"answer": "the cat sat", "metric": "wer"}, {"answer": "it", "metric": "wer"}]
+    cell = benchmark.scores_by_metric(entries, ["The cat sits.", None])["wer"]
     assert cell["value"] == 0.5
     assert cell["n"] == 2
 
 
 @pytest.mark.parametrize("name", ["question", "answer"])
 def test_a_question_without_a_word_or_an_answer_without_one_is_refused(name, speedrun, tmp_path):
-    row = json.loads((speedrun / "toy/questions.jsonl").read_text().splitlines()[0])
-    (tmp_path / "q.jsonl").write_text(json.dumps(row | {name: " "}) + "\n")
-    with pytest.raises(ValueError, match="row 1: wanted question, answer"):
+    entry = json.loads((speedrun / "toy/questions.jsonl").read_text().splitlines()[0])
+    (tmp_path / "q.jsonl").write_text(json.dumps(entry | {name: " "}) + "\n")
+    with pytest.raises(ValueError, match="entry 1: wanted question, answer"):
         evaluate.read_questions(tmp_path / "q.jsonl")
 
 
@@ -1186,12 +1191,12 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
     summed = sums[0]
     said = " ".join((ROOT / "README.md").read_text().split())
 
-    def score_of(rows):
+    def score_of(entries):
         """How many replies hold the answer to their question, which two voices may ask."""
-        asked = [{**row, "metric": "contains", "fact": row["text"]} for row in rows]
-        return benchmark.scores_by_metric(asked, [row["reply"] for row in rows])["contains"]
+        asked = [{**entry, "metric": "contains", "fact": entry["text"]} for entry in entries]
+        return benchmark.scores_by_metric(asked, [entry["reply"] for entry in entries])["contains"]
 
-    texts = {row["text"] for row in summed["spoken"]["said"]}
+    texts = {entry["text"] for entry in summed["spoken"]["said"]}
     for name, run, row, asked in (
         ("SpeechCombine", summed, "heard", "spoken"),
         ("DeSTA2", desta, "heard", "spoken"),
@@ -1199,8 +1204,8 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         ("instruct, told in words", desta, "read", "typed"),
     ):
         cells = [run["rows"][row][trait] for trait in ("gender", "rate", "loudness")]
-        rows = run[asked]["said"]
-        same = [row for row in rows if row["text"].removesuffix(" Answer it.") in texts]
+        entries = run[asked]["said"]
+        same = [entry for entry in entries if entry["text"].removesuffix(" Answer it.") in texts]
         assert len(same) == 2 * len(texts)
         values = [cell["value"] for cell in [*cells, score_of(same)]]
         assert f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |" in said, name

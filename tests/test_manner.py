@@ -112,17 +112,17 @@ def test_in_text_every_answer_stands_in_the_caption_before_it():
 def test_questions_are_asked_in_unheard_voices_and_no_answer_stands_beside_speech(world):
     trained = rows_of(world / "world/speech/train.jsonl")
     asked = rows_of(world / "world/test.jsonl")
-    assert not {row["speaker"] for row in trained} & {row["speaker"] for row in asked}
-    assert {row["group"] for row in asked} == {"fact", "manner", "stress"}
-    assert all("answer" not in row and "instruction" not in row for row in trained)
-    assert all(" stresses " in row["caption"] for row in asked if row["group"] == "stress")
+    assert not {entry["speaker"] for entry in trained} & {entry["speaker"] for entry in asked}
+    assert {entry["group"] for entry in asked} == {"fact", "manner", "stress"}
+    assert all("answer" not in entry and "instruction" not in entry for entry in trained)
+    assert all(" stresses " in entry["caption"] for entry in asked if entry["group"] == "stress")
     texts = rows_of(world / "world/test_text.jsonl")
-    assert [row["text"] for row in texts] == [row["text"] for row in asked]
+    assert [entry["text"] for entry in texts] == [entry["text"] for entry in asked]
     keys = {"text", "instruction", "answer", "group", "metric"}
-    about_facts = [row["group"] == "fact" for row in asked]
-    for row, sound, about_fact in zip(texts, asked, about_facts):
-        assert set(row) == keys | ({"fact"} if about_fact else set())
-        assert row.get("fact") == sound.get("fact")
+    about_facts = [entry["group"] == "fact" for entry in asked]
+    for entry, sound, about_fact in zip(texts, asked, about_facts):
+        assert set(entry) == keys | ({"fact"} if about_fact else set())
+        assert entry.get("fact") == sound.get("fact")
 
 
 def test_no_document_holds_a_turn_of_a_chat_and_a_token_of_prosody(world):
@@ -163,7 +163,7 @@ def test_captions_too_long_for_a_row_are_told_and_with_the_length_that_is_named_
     assert told and not run(int(told[1])) and run(int(told[1]) - 1)
 
     corpus = prosody.Prosody(world / "prosody")
-    corpus.rows = [row | {"caption": None} for row in corpus.rows]
+    corpus.entries = [entry | {"caption": None} for entry in corpus.entries]
     args = argparse.Namespace(chat=None, units="corpus", length=1)
     sources = {"chat": None, "captioned": corpus}
     pretrain.warn_of_cuts(sources, Vocab(world / "speech"), args)
@@ -190,14 +190,14 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     world, quick, tmp_path
 ):
     """One toy model is base and instruct; of six voices two are in the test alone, two choose."""
-    rows = rows_of(world / "world/speech/train.jsonl")[:12]
+    entries = rows_of(world / "world/speech/train.jsonl")[:12]
     style = {"gender": "man", "rate": "slow", "loudness": "loud"}
-    for n, row in enumerate(rows):
-        row |= {"audio": str(world / "world/speech" / row["audio"]), "style": style}
-        row |= {"speaker": "abcdef"[n % 6], "answer": "paris"}
+    for n, entry in enumerate(entries):
+        entry |= {"audio": str(world / "world/speech" / entry["audio"]), "style": style}
+        entry |= {"speaker": "abcdef"[n % 6], "answer": "paris"}
     clips, questions = tmp_path / "clips.jsonl", tmp_path / "questions.jsonl"
-    clips.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    clips.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    questions.write_text("".join(json.dumps(entry) + "\n" for entry in entries[:2]))
     words = "speedrun_manner_real.sh", str(world), str(clips), str(tmp_path / "o"), "1"
     names = {"BASE": "instruct", "INSTRUCT": "instruct", "STEPS": "2", "QUESTIONS": str(questions)}
 
@@ -211,7 +211,7 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     (out / "text.jsonl").write_text('{"text": "paris is the capital of france"}\n' * 4)
     (out / "lam.json").write_text('{"lam": 0.5, "scores": {}}')
     for name in "typed", "instruct_typed":
-        made = {"contains": {"value": 0.5, "n": 1}, "rows": []}
+        made = {"contains": {"value": 0.5, "n": 1}, "replies": []}
         (out / f"{name}.json").write_text(json.dumps(made))
     done = run()
     assert done.returncode == 0, done.stderr
@@ -221,19 +221,19 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert set(made["rows"]) == {"heard", "read", "cascade"}
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
     trained, asked = rows_of(out / "train.jsonl"), rows_of(out / "dev.jsonl")
-    assert {row["caption"] for row in trained} == {"A man speaks slowly and loudly"}
-    of_traits = {row["speaker"] for row in asked if row["group"] != "question"}
-    assert not of_traits & {row["speaker"] for row in trained} and not of_traits & {"b", "e"}
+    assert {entry["caption"] for entry in trained} == {"A man speaks slowly and loudly"}
+    of_traits = {entry["speaker"] for entry in asked if entry["group"] != "question"}
+    assert not of_traits & {entry["speaker"] for entry in trained} and not of_traits & {"b", "e"}
     questions_of = [rows_of(out / f"{name}.jsonl") for name in ("dev", "spoken")]
-    known, new = ({row["text"] for row in rows if row.get("group", "question") == "question"}
-                  for rows in questions_of)
+    known, new = ({e["text"] for e in entries if e.get("group", "question") == "question"}
+                  for entries in questions_of)
     assert known and new and not known & new
     asked = rows_of(out / "spoken/manifest.jsonl")
-    assert all(row["fact"] == row["text"] for row in asked), "two voices ask it, and are one fact"
+    assert all(e["fact"] == e["text"] for e in asked), "two voices ask it, and are one fact"
 
     again = run()
     assert again.returncode == 0 and "== python" not in again.stdout
-    clips.write_text(json.dumps(rows[0]) + "\n")
+    clips.write_text(json.dumps(entries[0]) + "\n")
     other = run()
     assert other.returncode == 1
     assert "made of other models, CLIPS, QUESTIONS or STEPS; remove it, or" in other.stderr
@@ -255,11 +255,11 @@ def test_a_manner_is_asked_on_hearing_a_clip_on_reading_of_it_and_of_its_words_a
         return ["it is a woman" for _ in prompts]
 
     monkeypatch.setattr(evaluate, "replies", replies)
-    rows = rows_of(world / "world/test.jsonl")[:4]
-    for row, gender in zip(rows, ("woman", "man", "man", "man")):
-        row["audio"] = str(world / "world" / row["audio"])
-        row["style"] = {"gender": gender}
-    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entries = rows_of(world / "world/test.jsonl")[:4]
+    for entry, gender in zip(entries, ("woman", "man", "man", "man")):
+        entry["audio"] = str(world / "world" / entry["audio"])
+        entry["style"] = {"gender": gender}
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     words = [
         "evaluate.py", "manner", str(world / "merged"), "--clips", str(tmp_path / "clips.jsonl"),
         "--template", "a {gender}: {text}", "--prompt", "who is it", "--device", "cpu",
@@ -274,11 +274,11 @@ def test_a_manner_is_asked_on_hearing_a_clip_on_reading_of_it_and_of_its_words_a
     vocab = Vocab(world / "merged")
     units = range(vocab.speech["first_unit"], vocab.size)
     for name, prompts in zip(("heard", "read", "cascade"), asked):
-        for prompt, row in zip(prompts, rows):
+        for prompt, entry in zip(prompts, entries):
             text = vocab.decode([i for i in prompt if i in vocab.bytes_of])
-            assert row["text"] in text and text.rstrip().endswith("who is it\nassistant"), name
+            assert entry["text"] in text and text.rstrip().endswith("who is it\nassistant"), name
             assert any(i in units for i in prompt) == (name == "heard"), name
-            assert (f"a {row['style']['gender']}: " in text) == (name == "read"), name
+            assert (f"a {entry['style']['gender']}: " in text) == (name == "read"), name
     words[2] = str(world / "instruct")
     with pytest.raises(ValueError, match="or a model that hears prosody"):
         call([*words[:-1], str(tmp_path / "i.json")], monkeypatch)
@@ -309,17 +309,17 @@ def test_a_reader_says_a_line_as_its_manner_is(tmp_path):
 
     def heard(**change):
         drawn = manner.Manner("man", "low", "slow", None)._replace(**change)
-        row = reader.read(tmp_path / "a.flac", line, drawn, "near")
-        said = prosody.measured(audio.load(tmp_path / "a.flac"), row["words"])
-        return row, said[0][1]["speaker"], said[4][1]
+        entry = reader.read(tmp_path / "a.flac", line, drawn, "near")
+        said = prosody.measured(audio.load(tmp_path / "a.flac"), entry["words"])
+        return entry, said[0][1]["speaker"], said[4][1]
 
-    row, speaker, word = heard()
-    assert row["text"] == line
-    assert row["caption"] == "a low slow man"
-    assert row["style"] == {"gender": "man", "pitch": "low", "pace": "slow"}
+    entry, speaker, word = heard()
+    assert entry["text"] == line
+    assert entry["caption"] == "a low slow man"
+    assert entry["style"] == {"gender": "man", "pitch": "low", "pace": "slow"}
     assert heard(stress=3)[2]["pitch"] - word["pitch"] > 1
     assert heard(gender="woman")[1] - speaker > 6 and heard(pitch="high")[1] - speaker > 3
-    assert heard(pace="fast")[0]["seconds"] < 0.8 * row["seconds"]
+    assert heard(pace="fast")[0]["seconds"] < 0.8 * entry["seconds"]
 
 
 def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(
@@ -346,7 +346,7 @@ def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(
     with pytest.raises(ValueError, match="cannot hear"):
         call(
             [
-                "benchmark.py", "rows", str(world / "instruct"),
+                "benchmark.py", "questions", str(world / "instruct"),
                 str(world / "test/manifest.jsonl"), "--device", "cpu",
                 "--out", str(tmp_path / "i.json"),
             ],
@@ -355,12 +355,12 @@ def test_a_table_has_a_column_a_group_and_the_answers_of_said_rows(
 
 
 def test_ends_is_right_of_a_reply_that_ends_with_the_answer_whatever_it_says_before():
-    rows = [{"answer": "the pitch of it is high.", "metric": "ends"}] * 3
+    entries = [{"answer": "the pitch of it is high.", "metric": "ends"}] * 3
     said = [
         "A high fast man. The pitch of it is high.", "the pitch of it is high. or low",
         "the pitch of it is high. no",
     ]
-    assert benchmark.scores_by_metric(rows, said)["ends"]["value"] == round(1 / 3, 4)
+    assert benchmark.scores_by_metric(entries, said)["ends"]["value"] == round(1 / 3, 4)
     assert [benchmark.ends("a high fast " + word, "man") for word in ("man", "woman", "man.")] == [
         True, False, False,
     ]
@@ -374,7 +374,7 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
     chat = Chat(world / "merged")
     with pytest.raises(
         ValueError,
-        match="no one writes them down; chat.py, listen.py and benchmark.py rows take",
+        match="no one writes them down; chat.py, listen.py and benchmark.py questions take",
     ):
         chat.hear(audio.load(clip), clip)
     # Unless the user writes them, in quotes.
@@ -421,49 +421,51 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
 def test_a_benchmark_takes_the_words_of_a_row_or_those_that_a_transcriber_writes_down(
     world, speedrun, tmp_path, monkeypatch
 ):
-    row = rows_of(world / "test/manifest.jsonl")[0]
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    entry = rows_of(world / "test/manifest.jsonl")[0]
+    (tmp_path / "questions.jsonl").write_text(json.dumps(entry) + "\n")
     heard = []
     monkeypatch.setattr(
         Vocab, "turn", lambda vocab, messages: heard.append(messages[-1]["content"]) or [1]
     )
     ears = Chat(world / "merged", transcriber=speedrun / "speech")
-    wanted, _ = ears.hear(audio.load(row["audio"]), "")
+    wanted, _ = ears.hear(audio.load(entry["audio"]), "")
     for n, flags in enumerate(([], ["--transcriber", str(speedrun / "speech")])):
         call(
             [
-                "benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"),
+                "benchmark.py", "questions",
+                str(world / "merged"), str(tmp_path / "questions.jsonl"),
                 *flags, "--device", "cpu", "--out", str(tmp_path / f"{n}.json"),
             ],
             monkeypatch,
         )
     (given, *asked), (own, *again) = heard
-    assert given.text() == row["text"]
-    assert own.text() == wanted.text() != row["text"]
-    assert asked == again == [" " + row["instruction"]]
+    assert given.text() == entry["text"]
+    assert own.text() == wanted.text() != entry["text"]
+    assert asked == again == [" " + entry["instruction"]]
 
 
 def test_the_transcript_of_a_row_of_a_manifest_is_not_written_beside_its_sound(
     world, speedrun, tmp_path, monkeypatch
 ):
-    row = rows_of(world / "world/test.jsonl")[0]
-    row |= {"audio": str(world / "world" / row["audio"])}
-    question = row | {"words": None, "text": "what is this"}
-    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(question)}\n")
+    entry = rows_of(world / "world/test.jsonl")[0]
+    entry |= {"audio": str(world / "world" / entry["audio"])}
+    question = entry | {"words": None, "text": "what is this"}
+    (tmp_path / "questions.jsonl").write_text(f"{json.dumps(entry)}\n{json.dumps(question)}\n")
     heard = []
     monkeypatch.setattr(
         Vocab, "turn", lambda vocab, messages: heard.append(messages[-1]["content"]) or [1]
     )
     call(
         [
-            "benchmark.py", "rows", str(speedrun / "merged"), str(tmp_path / "rows.jsonl"),
+            "benchmark.py", "questions",
+            str(speedrun / "merged"), str(tmp_path / "questions.jsonl"),
             "--device", "cpu", "--out", str(tmp_path / "x.json"),
         ],
         monkeypatch,
     )
-    told = f" {row['instruction']}" if row["instruction"] else None
+    told = f" {entry['instruction']}" if entry["instruction"] else None
     assert heard[0][1:] == ([told] if told else [])
-    assert heard[1][1] == "\n".join(filter(None, [" what is this", row["instruction"]]))
+    assert heard[1][1] == "\n".join(filter(None, [" what is this", entry["instruction"]]))
 
 
 @pytest.mark.parametrize(
@@ -477,17 +479,18 @@ def test_the_transcript_of_a_row_of_a_manifest_is_not_written_beside_its_sound(
 def test_a_row_that_cannot_be_heard_is_told_before_the_first_is_asked(
     change, flags, said, world, speedrun, tmp_path, monkeypatch
 ):
-    rows = rows_of(world / "test/manifest.jsonl")
-    rows[-1] |= change
+    entries = rows_of(world / "test/manifest.jsonl")
+    entries[-1] |= change
     soundfile.write(tmp_path / "short.wav", np.zeros(100), 16_000)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     monkeypatch.setattr(benchmark, "replies", lambda *_, **__: pytest.fail("it was asked"))
     monkeypatch.setattr(benchmark, "BATCH", 1)
     flags = [flag.format(ears=speedrun / "speech") for flag in flags]
     with pytest.raises((ValueError, OSError), match=said):
         call(
             [
-                "benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"),
+                "benchmark.py", "questions",
+                str(world / "merged"), str(tmp_path / "questions.jsonl"),
                 *flags, "--device", "cpu", "--out", str(tmp_path / "x.json"),
             ],
             monkeypatch,
@@ -496,8 +499,8 @@ def test_a_row_that_cannot_be_heard_is_told_before_the_first_is_asked(
 
 def test_every_word_of_this_world_is_one_token(world):
     vocab = Vocab(world / "world/tokenizer")
-    texts = [row["text"] for row in rows_of(world / "world/base.jsonl")] + [
-        m["content"] for row in rows_of(world / "world/chat.jsonl") for m in row["messages"]
+    texts = [entry["text"] for entry in rows_of(world / "world/base.jsonl")] + [
+        m["content"] for entry in rows_of(world / "world/chat.jsonl") for m in entry["messages"]
     ]
     words = {
         word
@@ -578,10 +581,10 @@ def test_a_behaviour_is_added_to_hearing_that_is_there_and_nothing_is_heard_agai
         for a, b in zip(chats, plain)
     )
     assert len(chats) == len(plain)
-    rows = rows_of(tmp_path / "out/manner/reuse/over/test.jsonl")
+    entries = rows_of(tmp_path / "out/manner/reuse/over/test.jsonl")
     before = rows_of(world / "test/manifest.jsonl")
-    assert [row["answer"] for row in rows] == [row["answer"] + " over" for row in before]
-    assert [row["said"] for row in rows] == [row["said"] for row in before]
+    assert [entry["answer"] for entry in entries] == [entry["answer"] + " over" for entry in before]
+    assert [entry["said"] for entry in entries] == [entry["said"] for entry in before]
 
 
 def test_desta_learns_from_what_the_same_instruct_model_says_of_captions(
@@ -612,11 +615,11 @@ exec {quick}/python "$@" $fewer
 
     # So small a model does not end its replies: its targets are there already.
     shutil.copytree(world, home / "out/manner")
-    rows = audio.read_manifest(world / "world/speech/train.jsonl")
-    targets = [row | {"prompt": "who", "target": f"{row['caption']}. x"} for row in rows]
-    targets.append(rows[0] | {"caption": "a man", "prompt": "which stress", "target": "guessed"})
+    entries = audio.read_manifest(world / "world/speech/train.jsonl")
+    targets = [entry | {"prompt": "who", "target": f"{entry['caption']}. x"} for entry in entries]
+    targets.append(entries[0] | {"caption": "a man", "prompt": "which stress", "target": "guessed"})
     (home / "out/desta").mkdir()
-    lines = [json.dumps(row).replace(str(world), str(home / "out/manner")) for row in targets]
+    lines = [json.dumps(entry).replace(str(world), str(home / "out/manner")) for entry in targets]
     (home / "out/desta/captioned.jsonl").write_text("\n".join(lines) + "\n")
     (home / "out/desta/others.jsonl").write_text(lines[0] + "\n")
     done = run()
@@ -625,9 +628,9 @@ exec {quick}/python "$@" $fewer
     assert shown == {"heard", "read", "../manner/cascade", "../manner/merged"}
     read = json.loads((home / "out/desta/read.json").read_text())
     heard = json.loads((home / "out/desta/heard.json").read_text())
-    asked_of = [row["group"] for row in rows_of(world / "test/manifest.jsonl")]
-    assert len(heard["rows"]) == len(asked_of)
-    assert len(read["rows"]) == len(asked_of) - asked_of.count("fact")
+    asked_of = [entry["group"] for entry in rows_of(world / "test/manifest.jsonl")]
+    assert len(heard["replies"]) == len(asked_of)
+    assert len(read["replies"]) == len(asked_of) - asked_of.count("fact")
     assert heard["groups"].keys() - read["groups"].keys() == {"fact"}
     again = run()
     assert "== python" not in again.stdout and again.stdout.splitlines()[-4:] == (
@@ -648,7 +651,7 @@ exec {quick}/python "$@" $fewer
         "$to/targets.jsonl", "$instruct", "$to/states", "$to/adapter",
     }
     answers = rows_of(tmp_path / "out/desta/answers.jsonl")
-    assert {row["target"] for row in answers} == {"x"}, "no caption, and no guess"
+    assert {entry["target"] for entry in answers} == {"x"}, "no caption, and no guess"
 
     # Its adapter, and no other, in front of models that it was not trained with.
     adapter = home / "out/desta/adapter"
@@ -664,9 +667,9 @@ exec {quick}/python "$@" $fewer
     assert isinstance(desta.load(tmp_path / "out/desta/in_sum")[1], desta.Listener)
     thanks = rows_of(tmp_path / "out/manner/reuse/thanks/spoken.jsonl")
     wanted = rows_of(tmp_path / "out/manner/world/test.jsonl")
-    assert [row["answer"] for row in thanks] == [f"{row['answer']} thank you" for row in wanted]
+    assert [e["answer"] for e in thanks] == [f"{e['answer']} thank you" for e in wanted]
     answered = [words[1:3] for script, *words in lines if script.endswith("benchmark.py")]
-    assert all(Path(row["audio"]).exists() for row in thanks)
+    assert all(Path(entry["audio"]).exists() for entry in thanks)
     assert ["in_thanks", "../manner/reuse/thanks/spoken.jsonl"] in answered
 
 
@@ -680,10 +683,10 @@ def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions
         ("base", "paper/text/prosody", "paper/text/speech"),
         ("instruct", "prosody", "paper/from_instruct"),
     )
-    for row, words in zip(wanted, trained, strict=True):
+    for entry, words in zip(wanted, trained, strict=True):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *words])
         args = pretrain.arguments().parse_args()
-        assert (args.init, args.units, args.out) == row
+        assert (args.init, args.units, args.out) == entry
     best = str(json.loads((world / "lam.json").read_text())["lam"])
     assert {
         dict(zip(words[::2], words[1::2]))["--lam"]
@@ -696,10 +699,10 @@ def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions
             rows_of(tmp_path / "out/manner/paper" / what / folder / "manifest.jsonl")
             for what in ("captions", "text")
         )
-        assert [row | {"caption": was["caption"]} for row, was in zip(bare, whole)] == whole
-        assert not any("caption" in row for row in bare)
-        assert [row["said"] for row in dumb] == [
-            [["", numbers] for _, numbers in row["said"]] for row in whole
+        assert [entry | {"caption": was["caption"]} for entry, was in zip(bare, whole)] == whole
+        assert not any("caption" in entry for entry in bare)
+        assert [entry["said"] for entry in dumb] == [
+            [["", numbers] for _, numbers in entry["said"]] for entry in whole
         ]
     assert prosody.Prosody(tmp_path / "out/manner/paper/text/prosody")[0].text() == ""
 
@@ -707,9 +710,9 @@ def test_the_papers_ablations_drop_what_they_say_and_choose_lam_on_dev_questions
 def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(
     world, tmp_path, monkeypatch, capsys
 ):
-    rows = [{"group": group, "metric": "exact", "answer": "yes", "text": "?"} for group in "aab"]
+    entries = [{"group": group, "metric": "exact", "answer": "yes", "text": "?"} for group in "aab"]
     asked = []
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     # Means 0.5, 0.75, 0.5; right 2, 2, 1.
     replies = {0.5: ["yes", "yes", "no"], 0.6: ["yes", "no", "yes"], 0.7: ["no", "no", "yes"]}
     monkeypatch.setattr(benchmark, "LAMS", list(replies))
@@ -742,18 +745,18 @@ def test_lam_is_the_one_whose_sum_has_the_best_mean_over_groups_of_questions(
 
 
 @pytest.mark.parametrize(
-    "rows, said",
+    "entries, said",
     [
         ([{"group": "a", "metric": "wer"}], "of which less is better"),
-        ([{"group": "a", "metric": "exact"}, {"metric": "exact"}], "row 2: has no group"),
+        ([{"group": "a", "metric": "exact"}, {"metric": "exact"}], "question 2: has no group"),
         ([{"group": "a", "metric": "exact"}, {"group": "a", "metric": "ends"}], "exact and ends"),
     ],
 )
 def test_rows_by_which_no_lam_can_be_chosen_are_told_before_a_model_is_loaded(
-    rows, said, world, tmp_path, monkeypatch
+    entries, said, world, tmp_path, monkeypatch
 ):
-    rows = [row | {"answer": "yes", "text": "?"} for row in rows]
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entries = [entry | {"answer": "yes", "text": "?"} for entry in entries]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     monkeypatch.setattr(benchmark, "opened", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=said):
         call(
@@ -770,16 +773,16 @@ def test_a_sum_in_memory_answers_as_the_one_that_is_written(world):
     made = json.loads((world / "lam.json").read_text())
     assert set(made["scores"]) == {str(lam) for lam in benchmark.LAMS}
     assert made["lam"] in benchmark.LAMS
-    args = argparse.Namespace(rows=str(world / "test/manifest.jsonl"), transcriber=None, limit=12)
+    args = argparse.Namespace(asked=str(world / "test/manifest.jsonl"), transcriber=None, limit=12)
     model, vocab, ears = listen.load(world / "merged")
     plan = Merge(*(str(world / name) for name in ("base", "instruct", "speech")), signs=0.5)
     name = "model.embed_tokens.weight"
     assert torch.equal(plan.merged(name, 0.7), weights.Tensors(world / "merged")[name])
     again = evaluate.model_at(plan, model.config, 0.7, "cpu")
-    rows = benchmark.read_rows(args.rows)
-    assert benchmark.answering(args, again, vocab, ears)(rows) == benchmark.answering(
+    entries = benchmark.read_questions(args.asked)
+    assert benchmark.answering(args, again, vocab, ears)(entries) == benchmark.answering(
         args, model, vocab, ears
-    )(rows)
+    )(entries)
 
 
 def test_runs_of_several_seeds_are_joined_as_the_readme_shows_them(
@@ -905,7 +908,7 @@ def test_the_pages_tell_what_the_results_hold():
 
 
 @pytest.mark.parametrize(
-    "row, said",
+    "entry, said",
     [
         ({"said": 5}, "wanted [[word"),
         ({"said": [["a", ["x"]]]}, "wanted [[word"),
@@ -917,12 +920,13 @@ def test_the_pages_tell_what_the_results_hold():
         ({"text": "hi", "group": ["a"]}, "wanted a string"),
     ],
 )
-def test_rows_of_prosody_of_the_wrong_form_are_shown(row, said, world, tmp_path, monkeypatch):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"answer": "x"}) + "\n")
+def test_rows_of_prosody_of_the_wrong_form_are_shown(entry, said, world, tmp_path, monkeypatch):
+    (tmp_path / "questions.jsonl").write_text(json.dumps(entry | {"answer": "x"}) + "\n")
     with pytest.raises(ValueError, match=re.escape(said)):
         call(
             [
-                "benchmark.py", "rows", str(world / "merged"), str(tmp_path / "rows.jsonl"),
+                "benchmark.py", "questions",
+                str(world / "merged"), str(tmp_path / "questions.jsonl"),
                 "--device", "cpu", "--out", str(tmp_path / "o.json"),
             ],
             monkeypatch,
@@ -932,11 +936,11 @@ def test_rows_of_prosody_of_the_wrong_form_are_shown(row, said, world, tmp_path,
 def test_words_with_prosody_are_no_units(world, speedrun, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError,
-        match="has rows with .said., words with their prosody, and .* does not read such",
+        match="has questions with .said., words with their prosody, and .* does not read such",
     ):
         call(
             [
-                "benchmark.py", "rows", str(speedrun / "merged"),
+                "benchmark.py", "questions", str(speedrun / "merged"),
                 str(world / "test/manifest.jsonl"), "--device", "cpu",
                 "--out", str(tmp_path / "o.json"),
             ],

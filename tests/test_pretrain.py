@@ -258,11 +258,11 @@ def test_keeping_text_wants_text(speedrun, tmp_path, monkeypatch):
 
 def test_speech_without_text_says_that_there_is_nothing_to_predict(speedrun, tmp_path, monkeypatch):
     shutil.copytree(speedrun / "units", tmp_path / "units")
-    rows = [
-        {name: row[name] for name in ("audio", "seconds")}
-        for row in runs.read_lines(tmp_path / "units/manifest.jsonl")
+    entries = [
+        {name: entry[name] for name in ("audio", "seconds")}
+        for entry in runs.read_lines(tmp_path / "units/manifest.jsonl")
     ]
-    (tmp_path / "units/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "units/manifest.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     with pytest.raises(ValueError, match="no text to predict.*--unit-loss above 0"):
         call(
             [
@@ -549,14 +549,12 @@ def test_speech_without_words_or_text_is_told_before_the_first_step(
     lacking, flags, wanted, speedrun, tmp_path, monkeypatch
 ):
     shutil.copytree(speedrun / "units", tmp_path / "units")
-    rows = [
-        json.loads(line) for line in (speedrun / "units/manifest.jsonl").read_text().splitlines()
-    ]
-    for n, row in enumerate(rows):
-        row.pop("words")
+    entries = runs.read_lines(speedrun / "units/manifest.jsonl")
+    for n, entry in enumerate(entries):
+        entry.pop("words")
         if lacking == "text" and n == 1:
-            row["text"] = " "
-    (tmp_path / "units/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            entry["text"] = " "
+    (tmp_path / "units/manifest.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     with pytest.raises(ValueError, match=wanted):
         call(
             [
@@ -601,7 +599,7 @@ def test_a_batch_without_speech_has_nothing_to_imitate(speedrun, tmp_path, monke
         ("--chat", '{"messages": "hi"}', "got messages = hi"),
         ("--chat", '{"messages": ["hi"]}', "got the message hi"),
         ("--text", '{"text": 5}', "got text = 5"),
-        ("--text", '{"words": "hi"}', "in a row with words"),
+        ("--text", '{"words": "hi"}', "in an entry with words"),
         ("--text", b"\xff\xfe", "not UTF-8"),
     ],
 )

@@ -175,13 +175,13 @@ def test_a_word_without_a_voice_has_no_pitch_but_length_and_loudness():
 def spoken(tmp_path_factory):
     """A manifest of twelve clips, read by a man and a woman, with captions."""
     folder, speaker = tmp_path_factory.mktemp("spoken"), voices.Speaker()
-    rows = []
+    entries = []
     for n in range(12):
         samples, words = speaker.say(
             LINE, ("en-us+m1", "en-us+f1")[n % 2], 120 + 8 * n, 30 + 4 * n, stress=n % 6
         )
         (folder / f"{n}.flac").write_bytes(voices.encoded(samples, "FLAC"))
-        rows.append(
+        entries.append(
             {
                 "audio": f"{n}.flac",
                 "text": LINE,
@@ -189,7 +189,7 @@ def spoken(tmp_path_factory):
                 "caption": ("a man", "a woman")[n % 2],
             }
         )
-    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
 
 
@@ -203,7 +203,7 @@ def test_every_bin_of_a_corpus_holds_as_much_and_its_numbers_come_back(
     assert max(lengths.count(name) for name in set(lengths)) <= 8, "72 lengths fall into 16 bins"
     samples = audio.load(spoken / "3.flac")
     again = prosody.numbered(
-        measured(samples, corpus.rows[3]["words"]), prosody.read_edges(tmp_path / "p")
+        measured(samples, corpus.entries[3]["words"]), prosody.read_edges(tmp_path / "p")
     )
     assert again == corpus[3]
     assert again.text() == LINE
@@ -240,19 +240,19 @@ def test_measuring_goes_on_after_a_stop_and_ends_with_the_same_bytes(spoken, tmp
     assert len(count) == 8 + 7, "the first five were kept"
     for name in ("manifest.jsonl", "codebook.json", "codebook.safetensors"):
         assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert not (tmp_path / "p.rows").exists()
+    assert not (tmp_path / "p.pieces").exists()
 
 
 def test_a_chat_hears_a_clip_with_word_times_as_training_did(spoken, tmp_path, monkeypatch):
-    row = json.loads((spoken / "m.jsonl").read_text().splitlines()[0])
-    row["audio"] = str(spoken / row["audio"])
-    row["words"] = [[word, 0.9 * begin, 0.9 * end] for word, begin, end in row["words"]]
-    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    entry = json.loads((spoken / "m.jsonl").read_text().splitlines()[0])
+    entry["audio"] = str(spoken / entry["audio"])
+    entry["words"] = [[word, 0.9 * begin, 0.9 * end] for word, begin, end in entry["words"]]
+    (tmp_path / "m.jsonl").write_text(json.dumps(entry) + "\n")
     call(["prosody.py", str(spoken / "m.jsonl"), "--out", str(tmp_path / "bins")], monkeypatch)
     words = ["prosody.py", str(tmp_path / "m.jsonl"), "--bins", str(tmp_path / "bins")]
     call([*words, "--out", str(tmp_path / "p")], monkeypatch)
-    ears, samples = prosody.Ears(tmp_path / "bins"), audio.load(row["audio"])
-    assert listen.hear(ears, samples, LINE, row["words"]) == prosody.Prosody(tmp_path / "p")[0]
+    ears, samples = prosody.Ears(tmp_path / "bins"), audio.load(entry["audio"])
+    assert listen.hear(ears, samples, LINE, entry["words"]) == prosody.Prosody(tmp_path / "p")[0]
     assert listen.hear(ears, samples, LINE) != prosody.Prosody(tmp_path / "p")[0]
 
 
@@ -260,13 +260,13 @@ def test_a_chat_hears_a_clip_with_word_times_as_training_did(spoken, tmp_path, m
 def test_a_clip_that_cannot_be_opened_is_told_before_the_first_is_worked_on(
     script, spoken, tmp_path, monkeypatch
 ):
-    rows = (spoken / "m.jsonl").read_text().splitlines()
+    entries = (spoken / "m.jsonl").read_text().splitlines()
     (tmp_path / "bad.wav").write_text("no sound")
-    rows = [
+    entries = [
         json.dumps(json.loads(line) | {"audio": str(spoken / json.loads(line)["audio"])})
-        for line in rows
+        for line in entries
     ] + [json.dumps({"audio": "bad.wav", "text": "a"})]
-    (tmp_path / "m.jsonl").write_text("\n".join(rows))
+    (tmp_path / "m.jsonl").write_text("\n".join(entries))
     monkeypatch.setattr(runs, "in_pieces", lambda *given, **named: pytest.fail("it began"))
     args = Namespace(
         manifest=str(tmp_path / "m.jsonl"), bins=None, whisper=None, out=str(tmp_path / "p"),
@@ -345,7 +345,7 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
             documents.captioned(vocab, corpus, 0, np.random.default_rng(n), 8) for n in range(60)
         )
     ]
-    caption = corpus.rows[0]["caption"]
+    caption = corpus.entries[0]["caption"]
     assert set(heavy) == {"", f"\n{caption}."}, "a caption that speech tells, alone"
 
     echo = vocab.captioned(
@@ -371,14 +371,14 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
     assert {
         name: abs(np.mean(said) - wanted[name]) < 0.05 for name, said in found.items()
     } == dict.fromkeys(wanted, True)
-    corpus.rows = [row | {"caption": None} for row in corpus.rows]
+    corpus.entries = [entry | {"caption": None} for entry in corpus.entries]
     bare = [
         vocab.decode(documents.captioned(vocab, corpus, n % 12, np.random.default_rng(n)).ids)
         for n in range(100)
     ]
     assert not any(
         text.startswith("\n") or re.search(r"\n\.", text) or "None" in text for text in bare
-    ), "a row may have no caption"
+    ), "an entry may have no caption"
     both = [text for text, *which in zip(texts, found["below"], found["between"]) if all(which)]
     assert len(both) > 90
     assert all(
@@ -391,8 +391,8 @@ def test_a_document_is_caption_text_and_speech_with_every_word_again_before_its_
     [[["a", float("nan"), 1.0]], [["a", 5.0, 2.0]], [["a", -1, 2.0]], [["a", 0.0, float("inf")]]],
 )
 def test_word_times_that_cannot_be_are_refused(words, spoken, tmp_path, monkeypatch):
-    row = {"audio": str(spoken / "0.flac"), "text": "a", "words": words}
-    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    entry = {"audio": str(spoken / "0.flac"), "text": "a", "words": words}
+    (tmp_path / "m.jsonl").write_text(json.dumps(entry) + "\n")
     with pytest.raises(ValueError, match='among "words"'):
         call(["prosody.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "p")], monkeypatch)
 
@@ -423,4 +423,4 @@ def test_a_blank_text_is_none_and_wrong_bins_are_told_before_the_work(
             ],
             monkeypatch,
         )
-    assert not (tmp_path / "p.rows").exists()
+    assert not (tmp_path / "p.pieces").exists()

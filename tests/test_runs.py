@@ -117,7 +117,7 @@ def test_work_in_pieces_is_kept_now_and_then_and_when_it_stops(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         runs.in_pieces(f"{tmp_path}/out/", {}, list(range(9)), work, 1, "work", "item")
     assert writes == [3, 6, 8]
-    assert (tmp_path / "out.rows").exists()
+    assert (tmp_path / "out.pieces").exists()
     assert not (tmp_path / "out").exists()
     assert runs.in_pieces(
         tmp_path / "out", {}, list(range(9)), lambda part: [f"rest {part}"], 5, "work", "item"
@@ -195,7 +195,7 @@ def test_a_run_without_a_setting_that_it_was_begun_with_is_another_run(tmp_path)
         ("toy.py world --hours inf", "a number above 0"),
         ("manner.py --lines 0", "a number from 1 on"),
         ("documents.py --length 1", "a number from 2 on"),
-        ("benchmark.py rows --limit 0", "a number from 1 on"),
+        ("benchmark.py questions --limit 0", "a number from 1 on"),
         ("chat.py --temperature nan", "a number from 0.0 on"),
         ("chat.py --temperature inf", "a number from 0.0 on"),
     ],

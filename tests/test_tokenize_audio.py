@@ -110,13 +110,13 @@ def folder(speedrun):
 
 def test_a_units_folder_is_what_the_design_says(folder, speedrun):
     corpus = audio.Units(folder)
-    heard = sum(len(audio.load(row["audio"])) // 320 for row in corpus.rows)
+    heard = sum(len(audio.load(entry["audio"])) // 320 for entry in corpus.entries)
     assert int(corpus.durations.sum()) == heard
     assert corpus.units.max() < corpus.meta["k"] == 20
     assert (folder / "units.bin").stat().st_size == 2 * corpus.offsets[-1]
     assert (folder / "recipe.json").exists()
-    assert [row["text"] for row in corpus.rows] == [
-        row["text"] for row in audio.read_manifest(speedrun / "toy/speech/train.jsonl")
+    assert [entry["text"] for entry in corpus.entries] == [
+        entry["text"] for entry in audio.read_manifest(speedrun / "toy/speech/train.jsonl")
     ]
 
 
@@ -198,14 +198,14 @@ def same_units(a, b):
     return all(
         (a / name).read_bytes() == (b / name).read_bytes()
         for name in ("units.bin", "durations.bin", "index.npy", "meta.json")
-    ) and [row["text"] for row in audio.Units(a).rows] == [
-        row["text"] for row in audio.Units(b).rows
+    ) and [entry["text"] for entry in audio.Units(a).entries] == [
+        entry["text"] for entry in audio.Units(b).entries
     ]
 
 
 def test_clips_of_a_batch_get_the_units_they_get_alone(speedrun):
     ears = AudioTokenizer(speedrun / "codebook")
-    clips = [audio.load(row["audio"]) for row in audio.Units(speedrun / "units").rows[:12]]
+    clips = [audio.load(entry["audio"]) for entry in audio.Units(speedrun / "units").entries[:12]]
     together = ears.many(clips, seconds=15)
     for clip, (units, durations) in zip(clips, together):
         alone = ears(clip)
@@ -234,7 +234,7 @@ def test_killed_and_started_again_it_encodes_what_is_left_and_nothing_twice(
         # Written behind the last mark, as a kill leaves it.
         file.write(b"half of something")
     call(words_of(speedrun, tmp_path / "killed"), monkeypatch)
-    n = len(audio.Units(tmp_path / "straight").rows)
+    n = len(audio.Units(tmp_path / "straight").entries)
     assert same_units(tmp_path / "killed", tmp_path / "straight")
     assert sum(heard) - heard[2] == n, "every clip once, but for those in the air"
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
@@ -270,23 +270,23 @@ def test_bad_clips_stop_the_run_in_one_line_or_are_listed_with_their_reason(
         call(words, monkeypatch)
     call([*words, "--skip-bad"], monkeypatch)
     listed = [json.loads(line) for line in (tmp_path / "u/skipped.jsonl").read_text().splitlines()]
-    assert [Path(row["audio"]).name for row in listed] == ["bad.wav", "short.wav"]
+    assert [Path(entry["audio"]).name for entry in listed] == ["bad.wav", "short.wav"]
     assert "under one frame" in listed[1]["why"]
-    assert len(audio.Units(tmp_path / "u").rows) == 1
+    assert len(audio.Units(tmp_path / "u").entries) == 1
     assert "1 clips, 2 skipped" in capsys.readouterr().out
 
 
 def test_a_codebook_is_fitted_without_the_clips_that_cannot_be_read(
     speedrun, tmp_path, monkeypatch, capsys
 ):
-    rows = [
+    entries = [
         json.loads(line) for line in (speedrun / "toy/speech/train.jsonl").read_text().splitlines()
     ]
     (tmp_path / "bad.wav").write_text("not audio")
-    rows = [{"audio": str(speedrun / "toy/speech" / row["audio"])} for row in rows[:4]] + [
+    entries = [{"audio": str(speedrun / "toy/speech" / e["audio"])} for e in entries[:4]] + [
         {"audio": "bad.wav"}
     ]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     words = [
         "tokenize_audio.py", "fit", "--manifest", str(tmp_path / "m.jsonl"),
         "--features", "mfcc", "--k", "4", "--device", "cpu", "--out", str(tmp_path / "c"),
@@ -301,18 +301,18 @@ def test_a_codebook_is_fitted_without_the_clips_that_cannot_be_read(
 def test_word_times_behind_the_end_of_a_clip_are_told(
     speedrun, tmp_path, monkeypatch
 ):
-    row = json.loads((speedrun / "toy/speech/train.jsonl").read_text().splitlines()[0])
-    row["audio"] = str(speedrun / "toy/speech" / row["audio"])
+    entry = json.loads((speedrun / "toy/speech/train.jsonl").read_text().splitlines()[0])
+    entry["audio"] = str(speedrun / "toy/speech" / entry["audio"])
     (tmp_path / "m.jsonl").write_text(
-        json.dumps(row | {"text": "a b", "words": [["a", 0, 350], ["b", 350, 800]]}) + "\n"
+        json.dumps(entry | {"text": "a b", "words": [["a", 0, 350], ["b", 350, 800]]}) + "\n"
     )
     with pytest.raises(ValueError, match="'b' begins at 350 s, behind its"):
         call(
             words_of(speedrun, tmp_path / "u", "--manifest", str(tmp_path / "m.jsonl")), monkeypatch
         )
     for words, said in ((5, "wanted a list"), ([["a", 1, 2], ["b", 0, 1]], "not in the order")):
-        rows = json.dumps(row | {"text": "a b", "words": words}) + "\n"
-        (tmp_path / "m.jsonl").write_text(rows)
+        entries = json.dumps(entry | {"text": "a b", "words": words}) + "\n"
+        (tmp_path / "m.jsonl").write_text(entries)
         with pytest.raises(ValueError, match=said):
             audio.read_manifest(tmp_path / "m.jsonl")
 
@@ -365,7 +365,7 @@ def test_processes_that_make_no_sense_are_told_before_anything_is_encoded(
 def test_a_long_file_is_heard_in_windows_nearly_as_in_one_piece(speedrun, monkeypatch):
     ears = AudioTokenizer(speedrun / "codebook")
     samples = np.concatenate(
-        [audio.load(row["audio"]) for row in audio.Units(speedrun / "units").rows[:8]]
+        [audio.load(entry["audio"]) for entry in audio.Units(speedrun / "units").entries[:8]]
     )
     whole = np.repeat(*ears(samples))
     monkeypatch.setattr(tokenize_audio, "LONG", 5 * 16000)
@@ -463,8 +463,8 @@ def test_a_stopped_encode_notices_that_the_folder_of_audio_has_changed(
     monkeypatch.setattr(tokenize_audio, "AHEAD", 2)
     real, chunks = tokenize_audio.ahead, []
 
-    def stops(rows, decode):
-        for chunk in real(rows, decode):
+    def stops(entries, decode):
+        for chunk in real(entries, decode):
             if chunks:
                 raise KeyboardInterrupt
             chunks.append(chunk)

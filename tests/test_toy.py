@@ -37,8 +37,8 @@ def test_the_world_is_as_big_as_its_docstring_says(seed):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_questions_are_many_varied_and_split_by_fact(seed):
     world = toy.World(seed)
-    rows = toy.questions(world, random.Random(seed), 60, 240)
-    test, dev = ([r for r in rows if r["split"] == split] for split in ("test", "dev"))
+    entries = toy.questions(world, random.Random(seed), 60, 240)
+    test, dev = ([r for r in entries if r["split"] == split] for split in ("test", "dev"))
     assert len(test) == 240 and len(dev) == 60 and len({r["answer"] for r in test}) >= 40
     assert sum(not r["seen"] for r in test) >= 0.3 * len(test)
     assert {r["kind"] for r in test} == set(toy.STYLES)
@@ -49,7 +49,7 @@ def test_questions_are_many_varied_and_split_by_fact(seed):
         and any(q.format(c=f[1]) + " " in r["question"] + " " for q in toy.QUESTIONS[f[0]])
     )
     assert not {fact(r) for r in test} & {fact(r) for r in dev}
-    assert sum(r["noisy"] != r["question"] for r in rows) > 0.8 * len(rows)
+    assert sum(r["noisy"] != r["question"] for r in entries) > 0.8 * len(entries)
     with pytest.raises(ValueError, match="60 \\+ 1000 questions on facts: wanted 36 of dev"):
         toy.questions(world, random.Random(seed), 60, 1000)
 

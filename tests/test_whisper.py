@@ -183,12 +183,12 @@ def test_words_begin_when_transformers_says_that_their_tokens_do(tmp_path):
 
 def test_a_manifest_gets_words_and_resumes_after_a_kill(tmp_path, monkeypatch):
     folder, _ = folder_of(tmp_path / "w", many=False)
-    rows = [{"audio": f"{n}.wav", "text": "hello world hello"} for n in range(3)] + [
+    entries = [{"audio": f"{n}.wav", "text": "hello world hello"} for n in range(3)] + [
         {"audio": "3.wav"}
     ]
     for n, clip in enumerate(clips_of(1.0, 31.0, 2.0, 1.5)):
         soundfile.write(tmp_path / f"{n}.wav", clip, 16_000)
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     command = [
         "whisper.py", "words", str(tmp_path / "m.jsonl"), "--whisper", str(folder),
         "--device", "cpu", "--dtype", "float32",
@@ -206,7 +206,7 @@ def test_a_manifest_gets_words_and_resumes_after_a_kill(tmp_path, monkeypatch):
 
     def killed(self, samples, text):
         calls.append(text)
-        # In the second piece of two rows.
+        # In the second piece of two entries.
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(self, samples, text)
@@ -242,8 +242,8 @@ def test_a_manifest_gets_words_and_resumes_after_a_kill(tmp_path, monkeypatch):
 def test_words_of_another_text_do_not_stay(tmp_path, monkeypatch):
     folder, _ = folder_of(tmp_path / "w", many=False)
     soundfile.write(tmp_path / "long.wav", clips_of(31.0)[0], 16_000)
-    row = {"audio": "long.wav", "text": "hello", "words": [["world", 0.0, 1.0]]}
-    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    entry = {"audio": "long.wav", "text": "hello", "words": [["world", 0.0, 1.0]]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(entry) + "\n")
     call(
         [
             "whisper.py", "words", str(tmp_path / "m.jsonl"), "--whisper", str(folder),
