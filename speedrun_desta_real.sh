@@ -180,19 +180,23 @@ if [ -n "${QUESTIONS:-}" ]; then
   step benchmark.py questions "$of/desta" "$of/heard.jsonl" --out "$of/heard.json"
 fi
 
-# All of it in one file, with every answer.
+# All of it in one file, with every answer, and what the targets name of the voices.
 python - "$of" "$seed" "$(basename "$llm")" "$(basename "$whisper")" "$adapter" \
-  "$(basename "$writer")" <<'END'
+  "$(basename "$writer")" "$prompt" <<'END'
 import json, platform, sys
 from pathlib import Path
 
+import evaluate
 import torch
 
-of, (seed, llm, whisper, way, writer) = Path(sys.argv[1]), sys.argv[2:]
+of, (seed, llm, whisper, way, writer, prompt) = Path(sys.argv[1]), sys.argv[2:]
 read = lambda name: json.loads((of / name).read_text())
 made = {"seed": int(seed), "model": llm, "encoder": whisper, "adapter": way, "writer": writer}
 made["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
-made["targets"] = len((of / "train.jsonl").read_text().splitlines())
+targets = [json.loads(line) for line in (of / "train.jsonl").read_text().splitlines()]
+described = [entry for entry in targets if entry["prompt"] == prompt]
+made["targets"] = len(targets)
+made["written"] = evaluate.named([entry["target"] for entry in described], described)
 made |= {name: read("manner.json")[name] for name in ("rows", "answers")}
 made["probe"] = read("probe.json")["probe"]
 for name, file in (("typed", "typed.json"), ("spoken", "heard.json")):

@@ -726,7 +726,8 @@ def recipe(clips, speedrun, quick, tmp_path):
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     # So small a model does not end its replies: its targets are there already.
     (tmp_path / "o").mkdir()
-    for name, prompt, target in (("described", "who", "a man"), ("answers", "what", "paris")):
+    described = "Describe the speaker in one sentence."
+    for name, prompt, target in (("described", described, "a man"), ("answers", "what", "paris")):
         (tmp_path / f"o/{name}-llm.jsonl").write_text(
             "".join(json.dumps(e | {"prompt": prompt, "target": target}) + "\n" for e in entries)
         )
@@ -759,6 +760,8 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert {entry["target"] for entry in targets} == {"a man", "paris"}
     assert set(made["rows"]) == {"heard", "read", "cascade"}
     assert set(made["probe"]) == set(entries[0]["style"])
+    written = made["written"]["gender"]
+    assert written["value"] == 1 and 0 < written["n"] < len(targets), "of what is described"
     assert made["typed"]["score"]["n"] == made["spoken"]["score"]["n"] == 1
     heard = [json.loads(line) for line in (of / "heard.jsonl").read_text().splitlines()]
     assert heard[0]["fact"] == "what is it", "which another voice may ask, too"
@@ -778,8 +781,9 @@ def test_other_ways_to_train_the_adapter_stand_beside_it(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     beside = tmp_path / "o/llm-whisper-seed1-task_sft"
     targets = [json.loads(line) for line in (beside / "train.jsonl").read_text().splitlines()]
-    assert {(entry["prompt"], entry["target"]) for entry in targets} == {
-        ("who", "A man with a British accent, speaking slow and loud."),
+    assert {entry["prompt"] for entry in targets} == {"Describe the speaker in one sentence."}
+    assert {entry["target"] for entry in targets} == {
+        "A man with a British accent, speaking slow and loud."
     }
     assert json.loads((beside / "desta.json").read_text())["adapter"] == "task_sft"
 

@@ -1222,51 +1222,38 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
     for run in runs:
         assert all(cell["value"] < 0.1 for cell in run["rows"]["cascade"].values())
 
-    # All seeds of DeSTA2, on the teacher's page.
-    page = " ".join((ROOT / "TEACHING.md").read_text().split())
+    # The table of the teacher's page, and the sentences below it.
+    page = (ROOT / "TEACHING.md").read_text()
+    traits = "gender", "accent", "rate", "loudness"
 
-    def listed(values):
-        *first, last = (f"{value:.2f}" for value in values)
-        return f"{', '.join(first)} and {last}"
+    def line(name, run, cells, asked=None):
+        values = [cells.get(trait) for trait in traits]
+        values.append(run[asked]["score"] if asked else None)
+        shown = "".join(f"{format(c['value'], '.2f') if c else '-':>10}" for c in values)
+        return f"{name:<22}{run['seed']:>5}{shown}\n"
 
-    told = [
-        f"{trait} in {listed(run['rows']['heard'][trait]['value'] for run in sums)}"
-        for trait in ("gender", "rate", "loudness")
-    ]
-    answered = listed(run["spoken"]["score"]["value"] for run in sums)
-    lams = listed(run["lam"] for run in sums)
-    assert (
-        f"at lam {lams} the sum names {', '.join(told)}, and answers {answered} of spoken questions"
-    ) in page
-    told = [
-        f"{trait} in {listed(run['rows']['heard'][trait]['value'] for run in runs)} (reading "
-        f"{listed(run['rows']['read'][trait]['value'] for run in runs)})"
-        for trait in ("gender", "rate", "loudness")
-    ]
-    answered = listed(run["spoken"]["score"]["value"] for run in runs)
-    assert f"names {', '.join(told)}, and answers {answered} of spoken questions" in page
-    probed = listed(run["probe"]["gender"]["value"] for run in runs)
-    assert f"after the same voices, tells gender in {probed}:" in page
+    for run in runs:
+        rows = run["rows"]
+        assert line("heard", run, rows["heard"], "spoken") in page
+        assert line("read", run, rows["read"], "typed") in page
+        assert line("probe", run, run["probe"]) in page
+    for name, run in [*others.items(), *(("merged", run) for run in sums)]:
+        assert line(name, run, run["rows"]["heard"], "spoken") in page
 
-    # Other ways to train the adapter, seed 0.
-    traits = "gender", "rate", "loudness"
-    told = {
-        name: (
-            *(f"{run['rows']['heard'][trait]['value']:.2f}" for trait in traits),
-            f"{run['spoken']['score']['value']:.2f}",
-        )
-        for name, run in others.items()
-    }
-    assert (
-        "names gender in {}, rate in {} and loudness in {} of the clips, about as often as a "
-        "linear probe, and answers {} of spoken questions"
-    ).format(*told["task_sft"]) in page
-    replies = [row["reply"] for row in others["task_sft"]["spoken"]["said"]]
+    page = " ".join(page.split())
+    assert {f"{run['typed']['score']['value']:.2f}" for run in runs} == {"0.75"}
+    assert "(typed: 0.75;" in page and {run["lam"] for run in sums} == {0.75}
+    replies = [entry["reply"] for entry in others["task_sft"]["spoken"]["said"]]
     described = [reply for reply in replies if "accent, speaking" in reply]
-    assert f"to {len(described)} of {len(replies)} it describes the speaker" in page
+    assert f"to {len(described)} of {len(replies)} questions describes the speaker" in page
+    written = [
+        [f"{run['written'][trait]['value']:.2f}" for trait in traits[1:]]
+        for run in (others["mismatched"], desta)
+    ]
     assert (
-        "gender in {}, rate in {}, loudness in {}, and {} of the questions"
-    ).format(*told["no_transcript"]) in page
+        "It names accent, rate and loudness in {}, {} and {} of them (the model itself: {}, {} "
+        "and {})"
+    ).format(*written[0], *written[1]) in page
 
     # It answers: it does not say again what it heard.
     for run in runs:
