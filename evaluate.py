@@ -509,15 +509,22 @@ def draw(results, path):
 
     def mean(name, column):
         cells = [result["rows"][name][column] for result in results]
-        return float(np.mean([c["value"] for c in cells if c])) if any(cells) else 0.0
+        return float(np.mean([c["value"] for c in cells if c])) if any(cells) else None
 
     names = [name for name in ROWS if name != "instruct_rows"]
     at = np.arange(len(names))
-    typed = [mean(name, "typed") for name in names]
-    spoken = [mean(name, "spoken_near") for name in names]
-    bars.bar(at - 0.2, typed, 0.38, color="0.75", label="typed")
-    bars.bar(at + 0.2, spoken, 0.38, color="tab:blue", label="spoken, unheard voices")
-    bars.set(ylim=(0, 1.19), title="Test questions answered exactly")
+    for column, label, left, color in (
+        ("typed", "typed", -0.2, "0.75"),
+        ("spoken_near", "spoken, unheard voices", 0.2, "tab:blue"),
+    ):
+        values = [mean(name, column) for name in names]
+        bars.bar(at + left, [value or 0 for value in values], 0.38, color=color, label=label)
+        # Where there is no bar: nothing was right, or nothing was asked.
+        for x, value in zip(at + left, values):
+            if not value:
+                bars.text(x, 0.02, "-" if value is None else "0", ha="center", color="0.3")
+    bars.set(ylim=(0, 1.19), title="Test questions answered (units; -: not asked)")
+    bars.set_ylabel(f"share, mean of seeds: {len(results)}")
     bars.set_xticks(at, names)
     bars.legend(loc="upper left", ncols=2, frameon=False)
 

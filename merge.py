@@ -342,7 +342,7 @@ def relations(part):
     return {
         "instruct": math.sqrt(part["instruct"] / base) if base else 0.0,
         "speech": math.sqrt(part["speech"] / base) if base else 0.0,
-        "cosine": part["product"] / lengths if lengths else 0.0,
+        "cosine": part["product"] / lengths if lengths else None,  # one side did not move
         "against": part["against"] / part["count"],
     }
 
@@ -360,9 +360,10 @@ def print_report(report):
         "against": report["against"],
     }
     for row in [*report["blocks"], total]:
+        cosine = "-" if row["cosine"] is None else f"{row['cosine']:.3f}"
         print(
             f"{row['block']!s:>6} {row['instruct']:18.4f} {row['speech']:16.4f} "
-            f"{row['cosine']:8.3f} {row['against']:14.3f}"
+            f"{cosine:>8} {row['against']:14.3f}"
         )
     for name, what in (("instruct", "behaviour"), ("speech", "hearing")):
         if report["rel"][name] == 0:
@@ -386,12 +387,13 @@ def draw(report, path):
         title="How far each side moved",
     )
     left.legend()
-    cosines = [row["cosine"] for row in rows]
-    most = max([0.25, *map(abs, cosines)])
+    cosines = [math.nan if row["cosine"] is None else row["cosine"] for row in rows]
+    most = max([0.25, *(abs(cosine) for cosine in cosines if cosine == cosine)])
     right.plot(blocks, cosines, "o-", color="0.3")
     right.axhline(0, color="grey", linewidth=0.5)
     right.set(
         xlabel="block",
+        xlim=left.get_xlim(),
         ylabel="cosine of the two deltas",
         ylim=(-most, most),
         title="Do they pull the same way?",

@@ -110,12 +110,11 @@ def draw(path):
     after = before
     for n in range(ITERATIONS + 1):
         shade, label = str(0.8 * (1 - n / ITERATIONS)), f"after {n}" if n else "before"
-        axes.plot(
-            before, after, color=shade, linewidth=2 if n == ITERATIONS else 1, label=label
-        )
+        axes.plot(before, after, color=shade, linewidth=2 if n == ITERATIONS else 1)
+        axes.text(0.9 * before[0], after[0], label, ha="right", va="center", fontsize=9)
         after = a * after + b * after**3 + c * after**5
-    axes.set(xscale="log", yscale="log", xlabel="singular value / norm", ylabel="becomes")
-    axes.legend()
+    axes.set(xscale="log", yscale="log", xlim=(4e-4, 1.2), ylabel="becomes")
+    axes.set_xlabel("singular value, as a share of the matrix's norm")
     figure.savefig(path, dpi=120)
 
 

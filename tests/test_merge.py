@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -406,6 +407,7 @@ def test_a_dry_run_reports_and_writes_nothing_and_equal_folders_are_noticed(
     assert "instruct equals base in every block: it adds no behaviour" in said
     assert "shared" in said
     assert "opposed" in said
+    assert re.search(r"^ +0 +0\.0000 +0\.\d+ +- ", said, re.M), "where one did not move, no cosine"
 
 
 def test_nothing_is_overwritten_and_lam_must_be_a_number(speedrun, tmp_path, monkeypatch):
