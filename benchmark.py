@@ -10,15 +10,15 @@ A question is {"audio" or "said", "text", "instruction", "choices", "answer", "m
 "group"}: something to ask, and the answer. "said" is what prosody.py makes of audio whose
 words are known; with --transcriber the model hears the audio itself. Where a question has
 "said" or "words", as in a manifest, "text" is what is said, and is not written beside it;
-ears that lack the words are told it.
+a model that has to be told the words gets it.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
-letter). Questions with a "group" are scored group by group, too; the interval of those that
-name the same "fact" is that of so many facts. A reply is cut behind --limit tokens; one that
+letter). Questions with a "group" are scored group by group, too. Those that name the same
+"fact" count once in an interval. A reply is cut behind --limit tokens; one that
 has not ended there is wrong by "exact" and "ends".
 
-What `questions` and `pairs` have done is kept in OUT.pieces: after a stop the same command goes
-on there. `lam` asks the sums of three models at several lam, in memory, and names the best.
+What has been done is kept in OUT.pieces: after a stop the same command goes on there.
+`lam` asks the sums of three models at several lam, in memory, and names the best.
 """
 
 import argparse

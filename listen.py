@@ -57,10 +57,9 @@ def wants_words(folder, ears):
     """A ValueError if a folder's ears lack the words and no one writes them down."""
     if ears.lacks_words:
         raise ValueError(
-            f"{folder}: hears how words are said, and no one writes them down; chat.py, "
-            "listen.py and benchmark.py questions take --transcriber, a Whisper folder or a model "
-            'of units; in a chat they may stand behind the path, in "quotes", in an entry as '
-            'its "text" and "words"'
+            f"{folder}: hears how words are said, and no one writes them down; give --transcriber, "
+            "a Whisper folder or a model of units, or the words: in a chat behind the path, in "
+            '"quotes", in a question of benchmark.py as "text" and "words"'
         )
 
 

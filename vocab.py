@@ -638,7 +638,7 @@ class Vocab:
         return self.begin + self.span(units) + self.encode(CUE)
 
     def spelled(self, ids, loss=None):
-        """Ids as a human reads them: 'token':id, and a * where a token bears loss."""
+        """Ids as a human reads them: 'token':id, and a * where a token may bear loss."""
         names = {i: token for token, i in self.special.items()}
         words = []
         for n, i in enumerate(ids):
@@ -648,12 +648,12 @@ class Vocab:
 
 
 def print_documents(vocab):
-    """Every layout on a small example: a token, its id, and a * where it bears loss."""
+    """Every layout on a small example: a token, its id, and a * where it may bear loss."""
 
     def line(title, ids, loss=None):
         print(f"{title}\n    {vocab.spelled(ids, loss)}\n")
 
-    print("token:id, * where it bears loss\n")
+    print("token:id, * where it may bear loss\n")
     line("text", *vocab.text("hi there")[:2])
     if vocab.family:
         question = {"role": "user", "content": "hi"}

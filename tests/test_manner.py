@@ -374,7 +374,7 @@ def test_a_model_of_prosody_hears_the_words_that_its_transcriber_writes_down_and
     chat = Chat(world / "merged")
     with pytest.raises(
         ValueError,
-        match="no one writes them down; chat.py, listen.py and benchmark.py questions take",
+        match="no one writes them down; give --transcriber, a Whisper folder or a model",
     ):
         chat.hear(audio.load(clip), clip)
     # Unless the user writes them, in quotes.
