@@ -1197,18 +1197,26 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         return benchmark.scores_by_metric(asked, [entry["reply"] for entry in entries])["contains"]
 
     texts = {entry["text"] for entry in summed["spoken"]["said"]}
-    for name, run, row, asked in (
-        ("SpeechCombine", summed, "heard", "spoken"),
-        ("DeSTA2", desta, "heard", "spoken"),
-        ("DeSTA2, on right answers", others["task_sft"], "heard", "spoken"),
-        ("instruct, told in words", desta, "read", "typed"),
+
+    def on_these(asked):
+        """Of the questions that the sum was asked, how many are answered?"""
+        entries = asked["said"]
+        same = [entry for entry in entries if entry["text"].removesuffix(" Answer it.") in texts]
+        assert {entry["text"].removesuffix(" Answer it.") for entry in same} == texts
+        return f"{score_of(same)['value']:.2f}"
+
+    for name, run, row, typed in (
+        ("SpeechCombine, told the words", summed, "heard", summed["instruct_typed"]),
+        ("DeSTA2", desta, "heard", desta["typed"]),
+        ("DeSTA2, on right answers", others["task_sft"], "heard", desta["typed"]),
+        ("instruct, told in words", desta, "read", None),
     ):
         cells = [run["rows"][row][trait] for trait in ("gender", "rate", "loudness")]
-        entries = run[asked]["said"]
-        same = [entry for entry in entries if entry["text"].removesuffix(" Answer it.") in texts]
-        assert len(same) == 2 * len(texts)
-        values = [cell["value"] for cell in [*cells, score_of(same)]]
-        assert f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |" in said, name
+        values = " | ".join(f"{cell['value']:.2f}" for cell in cells)
+        answered = f"{on_these(run['spoken'])} ({on_these(typed)}) |" if typed else "|"
+        assert f"| {name} | {values} | {answered}" in said, name
+    whole = f"{desta['spoken']['score']['value']:.2f}"
+    assert f"Of all {2 * len(texts)} questions DeSTA2 answers {whole}." in said
 
     # Every score again, from the answers.
     for run in (*sums, *every):
@@ -1263,7 +1271,7 @@ def test_what_the_readme_says_of_open_weights_is_in_the_results():
         again = [evaluate.words_of(reply) == evaluate.words_of(text) for reply, text in replies]
         assert sum(again) <= 0.05 * len(again)
     assert f"lam {summed['lam']:g} (`results/manner-real.json`;" in said
-    assert f"answers {len(texts)} questions in two voices:" in said
+    assert f"answers {len(texts)} questions in two voices (typed):" in said
 
 
 def test_what_the_teachers_page_says_of_float32_is_in_the_results():

@@ -201,7 +201,8 @@ def test_the_files_and_commands_of_the_pages_exist():
 
 def test_the_readme_is_short_shows_before_it_tells_and_names_every_file():
     text = (ROOT / "README.md").read_text()
-    assert len(text.split()) <= 1700 and len(text[: text.index("![")].split()) < 60
+    words = [word for word in text.split() if re.search(r"\w", word)]  # a table's bars are none
+    assert len(words) <= 1700 and len(text[: text.index("![")].split()) < 60
     assert all(re.search(rf"^.*\b{path.name}\b", text, re.M) for path in SOURCES)
 
 
