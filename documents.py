@@ -8,6 +8,7 @@ run  python documents.py out/speech --units out/units --text out/toy/base.jsonl
 """
 
 import argparse
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +73,8 @@ def read_chats(path):
                     f"{path}: got the message {str(message)[:60]}, "
                     'wanted {"role": "...", "content": "..."}'
                 )
+    if not any(message["role"] == "assistant" for chat in chats for message in chat):
+        raise ValueError(f"{path}: no message of an assistant, so there is no reply to learn")
     return chats
 
 
@@ -97,6 +100,11 @@ def read_corpus(folder):
 # --- documents of speech and text ---------------------------------------------
 
 
+def text_of(entry):
+    """What is said in a clip: its text, or else its words."""
+    return entry.get("text") or " ".join(word for word, _, _ in entry.get("words") or [])
+
+
 def spoken(corpus, i, a, b):
     """Words a to b of entry i as they were said: [(word, its units)].
 
@@ -108,6 +116,7 @@ def spoken(corpus, i, a, b):
     words = corpus.entries[i]["words"]
     units, durations = corpus[i]
     middles = [(before[2] + after[1]) / 2 for before, after in zip(words, words[1:])]
+    middles = itertools.accumulate(middles, max)  # a word may lie inside of another
     edges = [-math.inf, *middles, math.inf]
 
     said = []

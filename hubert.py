@@ -63,9 +63,11 @@ class Config:
                 f"{path}: model_type {raw.get('model_type')!r}, wanted 'hubert'"
             )
         preprocessor = Path(folder) / "preprocessor_config.json"
-        raw["do_normalize"] = False
-        if preprocessor.exists():
-            raw["do_normalize"] = runs.read_json(preprocessor).get("do_normalize", False)
+        # A file that lacks a key means what `transformers` takes.
+        raw["do_normalize"] = preprocessor.exists() and runs.read_json(preprocessor).get(
+            "do_normalize", True
+        )
+        raw.setdefault("do_stable_layer_norm", False)
         for name in ("hidden_act", "feat_extract_activation"):
             if raw.get(name, "gelu") != "gelu":
                 raise ValueError(
@@ -79,7 +81,13 @@ class Config:
             whole = all(type(number) is int and number > 0 for number in numbers)
             if type(own) in (int, tuple) and not (whole and listed == isinstance(own, tuple)):
                 raise ValueError(f"{path}: got {name} = {value!r}, wanted whole numbers above 0")
-        return cls(**given)
+        made = cls(**given)
+        if len({*map(len, (made.conv_dim, made.conv_kernel, made.conv_stride))}) > 1:
+            raise ValueError(
+                f"{path}: conv_dim, conv_kernel and conv_stride differ in length; wanted one "
+                "number of each for every layer"
+            )
+        return made
 
     def write(self, folder):
         raw = {name: value for name, value in vars(self).items() if name != "do_normalize"}

@@ -88,6 +88,11 @@ RULES = {
     "puts them nearer to signs",
 }
 SLICE = 1 << 17  # elements read and added at a time: in float64 1 MB, which a cache holds
+# In config.json: what the same tensors are used with.
+ARITHMETIC = (
+    "num_attention_heads", "num_key_value_heads", "head_dim",
+    "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "hidden_act",
+)
 TABLES = "model.embed_tokens.weight", "lm_head.weight"  # tensors whose rows are tokens
 
 
@@ -113,6 +118,7 @@ class Merge:
             )
         weights.codebook_files(speech)  # the sum gets them, when it is written
         self.names = self.same_names()
+        self.same_arithmetic()
         self.same_shapes()
         self.same_tokens(vocabs)
 
@@ -182,6 +188,22 @@ class Merge:
                     f"same tensors: {differ[:3]} in one only"
                 )
         return names["speech"]
+
+    def same_arithmetic(self):
+        """What shapes do not show, and weights rely on, must be as in base where both name it."""
+        configs = {
+            which: runs.read_json(Path(path) / "config.json")
+            for which, path in self.paths.items()
+        }
+        base = configs.pop("base")
+        for which, config in configs.items():
+            for name in ARITHMETIC:
+                ours, its = config.get(name), base.get(name)
+                if None not in (ours, its) and ours != its:
+                    raise ValueError(
+                        f"{self.paths[which]} has {name} = {ours}, {self.paths['base']} {its}; "
+                        "all three must come from one base"
+                    )
 
     def same_shapes(self):
         """All shapes must be speech's, but for rows of the tables that only speech has."""

@@ -33,7 +33,16 @@ from tqdm import tqdm
 
 import weights
 from align import Align, frozen_rows
-from documents import Documents, batches_ahead, cut, pack, read_chats, read_corpus, read_text
+from documents import (
+    Documents,
+    batches_ahead,
+    cut,
+    pack,
+    read_chats,
+    read_corpus,
+    read_text,
+    text_of,
+)
 from fused import linear_cross_entropy
 from model import SIZES, LM, Config, LoRA, add_lora, add_rows, merge_lora
 from muon import Muon
@@ -419,7 +428,7 @@ def add_units(model, vocab, corpus, args):
     # Units start from noise, spread as the rows of tokens that transcripts use. The two
     # markers of speech start as copies of the space token's row.
     space = vocab.encode(" ")[0]
-    texts = [entry.get("text", "") for entry in corpus.entries[:1000]]
+    texts = [text_of(entry) for entry in corpus.entries[:1000]]
     used = {i for text in texts for i in vocab.encode(text)} or set(vocab.bytes_of)
     first = add_rows(model, 2 + meta["k"], {0: space, 1: space}, used, args.seed)
     vocab.with_speech(first, meta["k"], meta.get("names"))
@@ -456,13 +465,13 @@ def read_sources(args):
             "it in --mix"
         )
     entries = [entry for corpus in spoken.values() for entry in corpus.entries]
-    if entries and not args.unit_loss and not any(entry.get("text") for entry in entries):
+    if entries and not args.unit_loss and not any(map(text_of, entries)):
         raise ValueError(
             f"{args.units}: no entry has text, so there is no text to predict; give "
             "speech with its text, or --unit-loss above 0"
         )
     for entry in entries if "transcribe" in mix else ():
-        if not entry.get("words") and not entry.get("text", "").strip():
+        if not text_of(entry).strip():
             raise ValueError(
                 f"{args.units}: {entry['audio']} has no text to transcribe; take the entry out, or "
                 "have whisper.py words write it"
@@ -735,7 +744,7 @@ def warn_of_cuts(sources, vocab, args):
             after = f"\n{caption}." if caption else ""
             document = vocab.captioned("", corpus[i], "", after)
         else:
-            document = vocab.transcribe([(entry.get("text", ""), corpus[i][0])])
+            document = vocab.transcribe([(text_of(entry), corpus[i][0])])
         lengths.append(len(document.ids))
     tell_cut(args.units, "utterances with their text", lengths, "its speech", args.length)
 

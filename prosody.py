@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import runs  # before torch: it sets how OpenMP waits
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import audio
 from vocab import Said
@@ -380,7 +380,7 @@ def encode(args):
     if edges is None:
         edges = edges_of(said for _, said in corpus)
     with runs.new_folder(args.out, [args.bins], args.overwrite, notes=settings) as out:
-        save_file({"edges": torch.from_numpy(edges)}, out / "codebook.safetensors")
+        runs.write_tensors(out / "codebook.safetensors", {"edges": torch.from_numpy(edges)})
         made = {
             "features": {"kind": "prosody"},
             "k": len(NAMES),

@@ -36,6 +36,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 # By default a GPU's convolutions round to 11 bits (TF32), and are called float32 all the same.
@@ -61,6 +62,11 @@ def run(main):
     name = Path(sys.argv[0]).name
     try:
         main()
+    except (MemoryError, RuntimeError) as error:  # of NumPy; of torch, on a GPU or a CPU
+        if sys.flags.dev_mode or not out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0]
+        sys.exit(f"{name}: out of memory ({why}); give smaller batches, or shorter ones")
     except (ValueError, OSError, SafetensorError) as error:
         if sys.flags.dev_mode:
             raise
@@ -71,6 +77,12 @@ def run(main):
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; the same command starts or resumes it", file=sys.stderr)
         sys.exit(130)
+
+
+def out_of_memory(error):
+    """Is it a want of memory, and no mistake of the program's?"""
+    told = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return told or "can't allocate memory" in str(error)
 
 
 def processes():
@@ -157,6 +169,19 @@ def write_file(path, data, overwrite=False):
     with open(partial, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         settle(file)
+    os.replace(partial, path)
+
+
+def write_tensors(path, tensors):
+    """A safetensors file of {name: tensor}, whole or not there, for the same readers as others.
+
+    (safetensors lets the owner alone read what it writes.)
+    """
+    partial = Path(path).with_suffix(".tmp")
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file(tensors, partial, {"format": "pt"})
+    partial.chmod(mode)
     os.replace(partial, path)
 
 
@@ -274,14 +299,15 @@ def recipe(inputs=()):
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "inputs": {str(path): fingerprint(path) for path in inputs if path},
+        "inputs": {str(Path(path).resolve()): fingerprint(path) for path in inputs if path},
     }
 
 
 def made_of(folder):
     """{path: fingerprint} of what a folder was made from, as its recipe says; {} without one."""
     file = Path(folder) / "recipe.json"
-    made = read_json(file).get("inputs", {}) if file.exists() else {}
+    made = read_json(file).get("inputs") if file.exists() else None
+    made = made if isinstance(made, dict) else {}
     return {Path(path).resolve(): digest for path, digest in made.items()}
 
 
@@ -545,9 +571,10 @@ positive.__name__ = "float"
 
 def device(text):
     """A --device that this machine has."""
-    kind, _, number = text.partition(":")
+    kind, colon, number = text.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
-    if not (number or "0").isdecimal() or int(number or 0) >= count:
+    number = number if colon else "0"
+    if not number.isdecimal() or int(number) >= count:
         raise argparse.ArgumentTypeError(
             f"{text}: not on this machine; wanted cpu, or with a GPU cuda or cuda:0"
         )

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 import runs  # before torch: it sets how OpenMP waits
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import audio
@@ -69,6 +69,8 @@ def feature_function(recipe, folder, device, dtype=torch.float32):
     width) on `device`. A clip gives in any list what it gives alone. A HuBERT is taken
     from folder/hubert, if a folder is given and has one.
     """
+    if recipe.get("kind") not in ("mfcc", "hubert"):
+        raise ValueError(f"{folder}: got features {recipe}, wanted those of mfcc or hubert")
     if recipe["kind"] == "mfcc":
 
         def mfccs(clips):
@@ -408,7 +410,8 @@ def fit(args):
         switch = args.switch
         if switch is None:
             switch = STEADY if args.hubert else 0
-        save_file({"centroids": centroids.cpu().contiguous()}, out / "codebook.safetensors")
+        tensors = {"centroids": centroids.cpu().contiguous()}
+        runs.write_tensors(out / "codebook.safetensors", tensors)
         made = {
             "features": recipe,
             "k": args.k,
@@ -493,12 +496,17 @@ def encode(args):
     rank, world = runs.processes()
     args.out = str(Path(args.out))  # without a trailing slash: parts are named after it
     args.identity = audio.identity(entries)
-    args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if world > max(1, len(entries)):
         raise ValueError(
             f"WORLD_SIZE {world} for {len(entries)} clips: wanted no more processes than "
             "clips"
         )
+    if world > 1 and (args.dtype, args.device) == ("auto", "cpu"):
+        raise ValueError(
+            f"--dtype auto for {world} processes on a CPU: each measures for itself, and they "
+            "must agree; give float32 or bfloat16"
+        )
+    args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     if rank == 0:
         runs.replaceable(Path(args.out), args.overwrite)
     elif Path(args.out).exists() and not args.overwrite:
@@ -540,7 +548,7 @@ def read_clip(path, hop):
         loudest, clipped = 0.0, 0
         for a in range(0, len(clip), LONG):
             part = abs(clip[a : a + LONG])
-            loudest = max(loudest, part.max())
+            loudest = max(loudest, part.max(initial=0))  # empty, where a header promises more
             clipped += int((part > CLIPPED[0]).sum())
         return Clip(clip, bool(loudest < SILENT), clipped > CLIPPED[1] * len(clip))
     except (ValueError, OSError) as error:

@@ -35,6 +35,8 @@ import tiktoken
 
 BEGIN = "<|begin_of_text|>"
 SPEECH, END_SPEECH = "<|speech|>", "<|/speech|>"
+BLANKS = 500_000  # in a row: tiktoken's regular expressions stop at twice as many
+SPOKEN = "speech", "end_speech", "first_unit", "k"  # of speech.json: ids, and how many units
 SIGNS = "#$%&*+<=>@^_|~"  # of markup: text models learn to read past them
 CUE = " transcript:"
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
@@ -160,6 +162,9 @@ def read_tokenizer(folder):
     config = {}
     if (folder / "tokenizer_config.json").exists():
         config = runs.read_json(folder / "tokenizer_config.json")
+    if (folder / "chat_template.jinja").exists():  # where newer folders keep it
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        config.setdefault("chat_template", template)
     if (folder / "tokenizer.json").exists():
         return runs.read_json(folder / "tokenizer.json"), config
     if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
@@ -262,6 +267,11 @@ class Said(list):
         return sum(bool(word) for word, _ in self)
 
 
+def longest_blank(text):
+    """How many blanks stand in a row, if they may be too many."""
+    return max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > BLANKS else 0
+
+
 class Vocab:
     """The tokens of a model folder. Text is encoded as text even where it spells a special token.
 
@@ -273,9 +283,15 @@ class Vocab:
     def __init__(self, folder):
         self.name = Path(folder).name
         self.json, self.config = read_tokenizer(folder)
-        self._read_bpe(folder)
-        self.pattern = pattern_of(self.json, folder)
-        self._read_special(folder)
+        try:
+            self._read_bpe(folder)
+            self.pattern = pattern_of(self.json, folder)
+            self._read_special(folder)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{folder}: its tokenizer.json has not the form of one ({error}); the file is "
+                "damaged"
+            ) from None
         known = self.pattern in (GPT2, QWEN2, LLAMA3, SMOLLM2)
         if not known and self.decode(self.encode(SAMPLE)) != self.normalize(SAMPLE):
             raise ValueError(
@@ -292,16 +308,12 @@ class Vocab:
         file = Path(folder) / "speech.json"
         self.speech = None
         if file.exists():
-            self.speech = runs.read_json(file, ["speech", "end_speech", "first_unit", "k"])
+            self.speech = runs.read_json(file, SPOKEN)
+            if not all(isinstance(self.speech[name], int) for name in SPOKEN):
+                raise ValueError(f"{file}: wanted whole numbers as {', '.join(SPOKEN)}")
 
     def _read_bpe(self, folder):
         """id_of_rank: tiktoken's ranks (merging order) to ids; bytes_of: of each id its bytes."""
-        for part in ("model", "normalizer", "pre_tokenizer"):
-            if not isinstance(self.json.get(part) or {}, dict):
-                raise ValueError(
-                    f"{folder}: its tokenizer.json has {part} = "
-                    f"{str(self.json[part])[:40]}, wanted an object; the file is damaged"
-                )
         bpe = self.json.get("model") or {}
         byte_level = (
             bpe.get("type") == "BPE"
@@ -410,6 +422,8 @@ class Vocab:
         for part in parts:
             if part in tokens:
                 ids.append(tokens[part])
+            elif longest_blank(part) > BLANKS:
+                raise ValueError(f"a text with over {BLANKS:,} blanks in a row; take them out")
             else:
                 ranks = self.tiktoken.encode_ordinary(self.normalize(part))
                 ids += [i for i in self.id_of_rank[ranks].tolist() if i != NO_ID]

@@ -16,7 +16,6 @@ from pathlib import Path
 import runs  # before torch: it sets how OpenMP waits
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 # As safetensors and torch name them.
@@ -89,9 +88,10 @@ class Tensors:
             raise FileNotFoundError(f"{path}: shard missing; the index names it")
         try:
             if file.endswith(".bin"):
-                self.files[file] = torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=True
-                )
+                held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
+                    raise TypeError  # refused below
+                self.files[file] = held
             else:
                 self.files[file] = safe_open(path, framework="pt")
             return list(self.files[file].keys())
@@ -197,6 +197,8 @@ def load_into(module, folder, rename=lambda name: name, optional=()):
                 f"{tensors.path(name)}: {name} has shape {tensors.shape(name)}, "
                 f"the config wants {tuple(want[ours].shape)}"
             )
+        if want[ours].is_floating_point():
+            tensors.dtype(name)  # an error for whole numbers, and for floats of 8 bits
         state[ours] = tensors[name].clone()  # no tensor stays tied to a file that may change
         if not torch.isfinite(state[ours]).all():
             raise ValueError(f"{tensors.path(name)}: {name} holds NaN or infinity")
@@ -208,11 +210,8 @@ def load_into(module, folder, rename=lambda name: name, optional=()):
 
 def save(folder, tensors):
     """Write {name: tensor} as folder/model.safetensors, without storage shared (tied weights)."""
-    file = Path(folder) / "model.safetensors"
-    partial = file.with_suffix(".tmp")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, partial, {"format": "pt"})
-    os.replace(partial, file)
+    runs.write_tensors(Path(folder) / "model.safetensors", whole)
 
 
 def allocate(file, tensors):

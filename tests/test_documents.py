@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -5,14 +7,15 @@ import align
 import toy
 from conftest import call
 from documents import (
+    Documents,
     GROWTH,
     HELD_OUT,
-    Documents,
     cut,
     interleaved,
     pack,
     read_chats,
     spoken,
+    text_of,
     transcribed,
 )
 from vocab import Document
@@ -241,6 +244,31 @@ def test_what_would_be_trained_on_can_be_looked_at(speedrun, monkeypatch, capsys
         )
     with pytest.raises(ValueError, match="nothing to show"):
         call(["documents.py", str(speedrun / "base")], monkeypatch)
+
+
+def test_chats_without_a_reply_are_told(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(chat) + "\n")
+    with pytest.raises(ValueError, match="no message of an assistant"):
+        read_chats(tmp_path / "c.jsonl")
+
+
+def test_words_that_lie_inside_of_others_share_their_units():
+    class Corpus:
+        entries = [{"words": [["a", 0.0, 0.5], ["b", 0.1, 0.2], ["c", 0.3, 0.4]]}]
+        meta = {"frame_rate": 50}
+
+        def __getitem__(self, i):
+            return np.arange(40), np.full(40, 1)
+
+    shared = [units.tolist() for _, units in spoken(Corpus(), 0, 0, 3)]
+    assert sum(shared, []) == list(range(40)), "each unit once"
+
+
+def test_what_is_said_in_a_clip_is_its_text_or_else_its_words():
+    assert text_of({"text": "hi", "words": [["ho", 0, 1]]}) == "hi"
+    assert text_of({"words": [["a", 0, 1], ["b", 1, 2]]}) == "a b"
+    assert text_of({"audio": "x.wav"}) == ""
 
 
 def test_the_units_of_pauses_between_words_stay_in_the_documents():

@@ -156,6 +156,23 @@ def test_a_folder_without_the_mask_vector_hears_as_one_with_it(tmp_path):
         assert torch.equal(loaded(samples, 2), model.eval()(samples, 2))
 
 
+def test_what_a_config_lacks_is_as_transformers_has_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
+    made = Config.read(tmp_path)
+    assert made.do_stable_layer_norm is transformers.HubertConfig().do_stable_layer_norm
+    assert made.do_normalize is False, "a model alone does not"
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    theirs = transformers.Wav2Vec2FeatureExtractor()
+    assert Config.read(tmp_path).do_normalize is theirs.do_normalize
+
+
+def test_lists_of_layers_of_unlike_length_are_refused(tmp_path):
+    raw = {"model_type": "hubert", "conv_kernel": [10, 3]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="differ in length"):
+        Config.read(tmp_path)
+
+
 @pytest.mark.parametrize("wrong", [{"conv_stride": [5, 0]}, {"hidden_size": "48"}, {"conv_dim": 3}])
 def test_a_config_with_a_size_that_is_none_is_refused(wrong, tmp_path):
     raw = {"model_type": "hubert"} | wrong

@@ -422,6 +422,23 @@ def test_nothing_is_overwritten_and_lam_must_be_a_number(speedrun, tmp_path, mon
         call([*words, "--signs", "nan", "--out", str(tmp_path / "x")], monkeypatch)
 
 
+def test_models_that_compute_otherwise_with_the_same_shapes_are_refused(
+    speedrun, tmp_path, monkeypatch
+):
+    base, instruct, speech = folders(speedrun)
+    shutil.copytree(instruct, tmp_path / "instruct")
+    config = json.loads((tmp_path / "instruct/config.json").read_text())
+    (tmp_path / "instruct/config.json").write_text(json.dumps(config | {"rope_theta": 1e7}))
+    with pytest.raises(ValueError, match="instruct has rope_theta = 10000000.0, .*one base"):
+        call(
+            [
+                "merge.py", "--base", base, "--instruct", str(tmp_path / "instruct"),
+                "--speech", speech, "--dry-run",
+            ],
+            monkeypatch,
+        )
+
+
 def test_a_base_that_changed_after_speech_was_trained_from_it_is_noticed(
     speedrun, tmp_path, monkeypatch
 ):

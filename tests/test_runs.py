@@ -92,11 +92,30 @@ def test_a_users_own_setting_of_openmp_stays():
     ), "a user's own setting stays"
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1", "cuda:x", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:1", "cpu:", "cuda:x", ""])
 def test_a_device_that_is_not_there_is_told_in_one_line(device, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(["chat.py", "folder", "--device", device], monkeypatch)
     assert "not on this machine; wanted cpu" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 11 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_want_of_memory_is_one_line_and_other_errors_of_torch_are_not(error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match=r"out of memory \(.*allocate [^\n]*; give smaller"):
+        runs.run(main)
+    error = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="do not match"):
+        runs.run(main)
 
 
 def test_work_in_pieces_is_kept_now_and_then_and_when_it_stops(tmp_path, monkeypatch):

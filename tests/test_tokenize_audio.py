@@ -245,11 +245,15 @@ def test_killed_and_started_again_it_encodes_what_is_left_and_nothing_twice(
 def test_several_processes_write_what_one_does(speedrun, tmp_path, monkeypatch):
     # One clip a batch: the same roundings however the list is cut.
     monkeypatch.setattr(tokenize_audio, "AHEAD", 1)
-    call(words_of(speedrun, tmp_path / "one"), monkeypatch)
+    exact = "--dtype", "float32"
+    call([*words_of(speedrun, tmp_path / "one"), *exact], monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in ("2", "1", "0"):
         monkeypatch.setenv("RANK", rank)
-        call(words_of(speedrun, f"{tmp_path}/three/"), monkeypatch)  # as a shell completes it
+        # The slash is as a shell completes it.
+        call([*words_of(speedrun, f"{tmp_path}/three/"), *exact], monkeypatch)
+    with pytest.raises(ValueError, match="auto for 3 processes on a CPU"):
+        call(words_of(speedrun, tmp_path / "four"), monkeypatch)
     assert same_units(tmp_path / "one", tmp_path / "three")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "three"]
 

@@ -333,13 +333,46 @@ def test_merges_of_tokens_that_the_vocabulary_lacks_are_a_damaged_file(toy, tmp_
         Vocab(changed(tmp_path, tmp_path, lambda raw: raw["model"]["merges"].append(["a", "b"])))
 
 
-@pytest.mark.parametrize("part", ["model", "normalizer", "pre_tokenizer"])
-def test_a_part_of_a_tokenizer_that_is_no_object_is_a_damaged_file(part, toy, tmp_path):
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"model": "Lowercase"}, {"normalizer": "Lowercase"}, {"pre_tokenizer": "Lowercase"},
+        {"added_tokens": None}, {"added_tokens": [{}]}, {"pre_tokenizer": {"pretokenizers": []}},
+    ],
+)
+def test_a_part_of_a_tokenizer_of_another_form_is_a_damaged_file(harm, toy, tmp_path):
     toy.save(tmp_path)
     made = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(made | {part: "Lowercase"}))
-    with pytest.raises(ValueError, match=f"has {part} = Lowercase, wanted an object"):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made | harm))
+    with pytest.raises(ValueError, match="tokenizer.json has not the form of one"):
         Vocab(tmp_path)
+
+
+def test_speech_json_holds_whole_numbers(toy, tmp_path):
+    toy.save(tmp_path)
+    speech = {"speech": 300, "end_speech": 301, "first_unit": 302, "k": None}
+    (tmp_path / "speech.json").write_text(json.dumps(speech))
+    with pytest.raises(ValueError, match="wanted whole numbers as speech, end_speech"):
+        Vocab(tmp_path)
+
+
+def test_a_text_with_a_million_blanks_is_refused_in_one_line(toy):
+    assert toy.decode(toy.encode("a" + 1000 * " \n" + "b")) == "a" + 1000 * " \n" + "b"
+    with pytest.raises(ValueError, match="over 500,000 blanks in a row"):
+        toy.encode("a" + 1_100_000 * " " + "b")
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_kept(toy, tmp_path):
+    (tmp_path / "from").mkdir()
+    toy.save(tmp_path / "from")
+    config = json.loads((tmp_path / "from/tokenizer_config.json").read_text())
+    template = config.pop("chat_template", "{{ messages }}")
+    (tmp_path / "from/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "from/chat_template.jinja").write_text(template)
+    (tmp_path / "to").mkdir()
+    Vocab(tmp_path / "from").save(tmp_path / "to")
+    kept = json.loads((tmp_path / "to/tokenizer_config.json").read_text())
+    assert kept["chat_template"] == template
 
 
 def test_the_prompt_for_a_transcript_is_how_transcripts_begin(toy):

@@ -299,6 +299,40 @@ def test_a_changed_input_is_noticed_however_its_path_is_spelled(tmp_path, spelli
         runs.unchanged(tmp_path / "speech", [spelling.format(tmp_path / "base")])
 
 
+def test_a_changed_input_is_noticed_from_another_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made(tmp_path / "base", "1")
+    made(tmp_path / "speech", "2", inputs=["base"])
+    made(tmp_path / "other/base", "3")
+    monkeypatch.chdir(tmp_path / "other")
+    runs.unchanged(tmp_path / "speech", ["base"])  # another folder of that name
+    (tmp_path / "base/x").write_text("other")
+    with pytest.raises(ValueError, match="has changed since"):
+        runs.unchanged(tmp_path / "speech", [tmp_path / "base"])
+
+
+def test_who_may_read_a_folder_may_read_its_weights(folder):
+    (folder / "as_others").touch()
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "as_others").stat().st_mode
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_of_16_bits_or_more_are_one_line(dtype, tmp_path):
+    (tmp_path / "m").mkdir()
+    tensors = {"a.weight": torch.ones(2, 3).to(dtype), "a.bias": torch.ones(2)}
+    weights.save(tmp_path / "m", tensors)
+    with pytest.raises(ValueError, match=f"a.weight is {runs.name_of(dtype)}; wanted float64"):
+        weights.load_into(module(), tmp_path / "m")
+
+
+def test_a_bin_that_holds_more_than_tensors_is_refused(tmp_path):
+    (tmp_path / "m").mkdir()
+    torch.save({"a": torch.ones(2), "step": 7}, tmp_path / "m/pytorch_model.bin")
+    with pytest.raises(ValueError, match="refused, not a plain tensor file"):
+        weights.Tensors(tmp_path / "m")
+
+
 def test_a_downloaders_cache_is_no_part_of_a_folder(tmp_path):
     made(tmp_path / "m", "1")
     before = runs.fingerprint(tmp_path / "m")
