@@ -146,8 +146,12 @@ class Listener(Vocab):
         return self.ask(numbers, "Write down what was said.")
 
     def ask(self, heard, question):
-        """The ids of a turn about what was heard, numbers of vectors or a description."""
-        return self.turn([{"role": "user", "content": [heard, f" {question}"]}])
+        """The ids of a turn about what was heard, numbers of vectors or a description.
+
+        Where nothing is asked, it stands alone, as a spoken question does.
+        """
+        content = [heard, f" {question}"] if question else [heard]
+        return self.turn([{"role": "user", "content": content}])
 
 
 # --- what hears: a frozen encoder, and the adapter ----------------------------
@@ -372,8 +376,6 @@ def write(args):
     model = LM.load(args.model, args.device, torch.float32).eval()
     vocab = Listener(args.model)
     questions = args.prompt or [QUESTION]
-    if not all(question.strip() for question in questions):
-        raise ValueError("--prompt is blank; wanted what the model is asked about a clip")
     asked = [
         (entry | {"prompt": question}, text)
         for entry, text in zip(entries, told)
@@ -502,7 +504,7 @@ def read_targets(path):
         raise ValueError(f"{path}: empty; wanted at least one target")
     for number, entry in enumerate(entries, 1):
         for name in ("audio", "text", "prompt", "target"):
-            if not isinstance(entry.get(name), str) or not entry[name]:
+            if not isinstance(entry.get(name), str) or not (entry[name] or name == "prompt"):
                 raise ValueError(
                     f"{path}, entry {number}: got {name} = {str(entry.get(name))[:40]}, wanted "
                     "text; make it with desta.py write"
@@ -669,7 +671,7 @@ def arguments():
     commands = parser.add_subparsers(dest="action", required=True)
     writing = commands.add_parser("write", help="have the model write targets")
     writing.add_argument("manifest", help='JSON lines with "text", "style" and "seconds"')
-    writing.add_argument("--prompt", action="append", help=f"again for more ({QUESTION})")
+    writing.add_argument("--prompt", action="append", help=f'again for more; "" asks nothing ({QUESTION})')
     writing.add_argument(
         "--template", default=TEMPLATE, help="of a description (default: %(default)s)"
     )

@@ -43,10 +43,12 @@ step desta.py write $to/lines.jsonl --model $instruct --template $'{caption}\n{t
   --prompt "which pace is the pace of it and say it twice" \
   --prompt "what is the stress of it in a note" --out $to/captioned.jsonl
 
-# And it answers something else behind the line alone; without these the adapter learns that every
-# question wants a caption.
-step desta.py write $to/lines.jsonl --model $instruct --template '{text}' \
-  --prompt "what is the capital of france in a note" --out $to/others.jsonl
+# And it answers where no caption is wanted: another question behind half of the lines, and these
+# lines alone, as a spoken question stands. Without the first the adapter learns that every question
+# wants a caption; without the second, not to disturb what was said (facts on dev: 0.78, not 0.88).
+head -n 1000 $to/lines.jsonl > $to/half.jsonl
+step desta.py write $to/half.jsonl --model $instruct --template '{text}' \
+  --prompt "what is the capital of france in a note" --prompt "" --out $to/others.jsonl
 
 # Of a line without stress it names any word: no target.
 python - $to/captioned.jsonl $to/others.jsonl > $to/targets.jsonl <<'END'
