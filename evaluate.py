@@ -186,7 +186,7 @@ def ratio(parts, wholes, groups=None):
 
 
 def facts(questions):
-    """What each question, or entry of a benchmark, is about; without a "fact", itself."""
+    """What each question, or one of a benchmark, is about; without a "fact", itself."""
     return [
         str(q.get("question", f"entry {n}") if q.get("fact") is None else q["fact"])
         for n, q in enumerate(questions)

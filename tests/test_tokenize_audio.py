@@ -258,6 +258,24 @@ def test_several_processes_write_what_one_does(speedrun, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "three"]
 
 
+def test_a_long_recording_may_end_before_its_estimate(monkeypatch):
+    """The length of an MP3 is estimated where its header does not tell it."""
+
+    class Promised:
+        def __init__(self, path):
+            self.samples = np.full(2 * tokenize_audio.LONG, 0.1, dtype=np.float32)
+
+        def __len__(self):
+            return len(self.samples) + 100
+
+        def __getitem__(self, part):
+            return self.samples[part]
+
+    monkeypatch.setattr(audio, "Recording", Promised)
+    clip = tokenize_audio.read_clip("x.mp3", 320)
+    assert not clip.error and not clip.silent
+
+
 def test_bad_clips_stop_the_run_in_one_line_or_are_listed_with_their_reason(
     speedrun, tmp_path, monkeypatch, capsys
 ):
