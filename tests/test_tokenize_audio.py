@@ -252,6 +252,7 @@ def test_several_processes_write_what_one_does(speedrun, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         # The slash is as a shell completes it.
         call([*words_of(speedrun, f"{tmp_path}/three/"), *exact], monkeypatch)
+    monkeypatch.setenv("RANK", "1")  # which waits for nobody
     with pytest.raises(ValueError, match="auto for 3 processes on a CPU"):
         call(words_of(speedrun, tmp_path / "four"), monkeypatch)
     assert same_units(tmp_path / "one", tmp_path / "three")
