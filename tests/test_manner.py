@@ -887,7 +887,7 @@ def test_the_pages_tell_what_the_results_hold():
         assert f"{what} {', '.join(scores)}" in readme
     plugged = json.loads((ROOT / "results/desta-plugged.json").read_text())
     scores = [value(plugged, "heard", group) for group in ("fact", "manner", "stress")]
-    assert f"on today's, seed 0: {', '.join(scores)} (" in readme
+    assert f"seed 0, has {', '.join(scores)} (fact, manner, stress;" in readme
     for table in (reuse, paper, desta, plugged):
         assert " ".join(benchmark.table(table).split()) in page
     lora = json.loads((ROOT / "results/manner-lora.json").read_text())["seeds"]
