@@ -671,7 +671,9 @@ def arguments():
     commands = parser.add_subparsers(dest="action", required=True)
     writing = commands.add_parser("write", help="have the model write targets")
     writing.add_argument("manifest", help='JSON lines with "text", "style" and "seconds"')
-    writing.add_argument("--prompt", action="append", help=f'again for more; "" asks nothing ({QUESTION})')
+    writing.add_argument(
+        "--prompt", action="append", help=f'again for more; "" asks nothing ({QUESTION})'
+    )
     writing.add_argument(
         "--template", default=TEMPLATE, help="of a description (default: %(default)s)"
     )
