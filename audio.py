@@ -292,7 +292,7 @@ def read_manifest(path):
 
 
 def check_entry(entry, where):
-    """A ValueError for an entry of a manifest that has not the form that read_manifest says."""
+    """A ValueError for an entry of another form than read_manifest says."""
     if not isinstance(entry.get("audio"), str):
         raise ValueError(f'{where}: got no "audio", wanted a path relative to the manifest')
     if not isinstance(entry.get("text", ""), str):
@@ -300,7 +300,9 @@ def check_entry(entry, where):
             f"{where}: got text = {str(entry['text'])[:40]}, wanted a string, or no text"
         )
     if not isinstance(entry.get("caption") or "", str):
-        raise ValueError(f"{where}: got caption = {str(entry['caption'])[:40]}, wanted a string")
+        raise ValueError(
+            f"{where}: got caption = {str(entry['caption'])[:40]}, wanted a string"
+        )
     words = entry.get("words") or []
     if not isinstance(words, list):
         raise ValueError(f'{where}: got "words" = {str(words)[:40]}, wanted a list')

@@ -14,8 +14,8 @@ a model that has to be told the words gets it.
 Metrics: "exact" (in lower case), "ends" (the reply ends with the answer), "contains" (the
 answer's words stand in the reply), "wer" (word error rate), "choice" (by the likeliest
 letter). Questions with a "group" are scored group by group, too. Those that name the same
-"fact" count once in an interval. A reply is cut behind --limit tokens; one that
-has not ended there is wrong by "exact" and "ends".
+"fact" count once in an interval. A reply is cut behind --limit tokens; one that has not
+ended there is wrong by "exact" and "ends".
 
 What has been done is kept in OUT.pieces: after a stop the same command goes on there.
 `lam` asks the sums of three models at several lam, in memory, and names the best.
@@ -66,7 +66,8 @@ def in_batches(args, items, work, clips):
     runs.may_write(args.out, args.overwrite)
     settings = runs.recipe(inputs(args))["inputs"] | {"limit": args.limit}
     settings["audio"] = audio.identity([{"audio": str(path)} for path in clips])
-    return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, args.action[:-1])
+    unit = args.action.removesuffix("s")
+    return runs.in_pieces(args.out, settings, items, work, BATCH, args.action, unit)
 
 
 def inputs(args):
@@ -193,7 +194,8 @@ def answering(args, model, vocab, ears):
         names = ["instruction"] if transcribed else ["text", "instruction"]
         words = [question[name] for name in names if question.get(name)]
         if question["metric"] == "choice":
-            words += [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(question["choices"])]
+            choices = enumerate(question["choices"])
+            words += [f"{chr(65 + i)}. {choice}" for i, choice in choices]
             words.append("Answer with the letter.")
         text = "\n".join(words)
         heard = args.transcriber and question.get("audio")
@@ -230,7 +232,7 @@ def answering(args, model, vocab, ears):
 
 
 def can_hear(args, questions, ears):
-    """A ValueError now, not when its turn comes, if a model cannot hear what is in a question."""
+    """A ValueError now, not when its turn comes, if a model cannot hear a question."""
     if any(q.get("audio") or q.get("said") for q in questions) and not ears:
         raise ValueError(f"{args.folder}: cannot hear, and a question has audio")
     if any(q.get("said") for q in questions) and not isinstance(ears, prosody.Ears):
@@ -292,7 +294,7 @@ def spoken_words(text):
 
 
 def scores_by_metric(questions, replied):
-    """{metric: cell} of what was replied to questions; intervals by "fact", where it is named."""
+    """{metric: cell} of what was replied to questions; intervals by "fact", where named."""
     right = {
         "exact": lambda text, q: text == normal(q["answer"]),
         "ends": lambda text, q: ends(text, q["answer"]),

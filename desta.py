@@ -433,7 +433,7 @@ def encode(args, out):
         while len(counts) < len(entries):
             part = entries[len(counts) : len(counts) + AT_ONCE]
             clips = [audio.load(entry["audio"]) for entry in part]
-            for entry, states in zip(part, encoder.states(clips)):    # (taps, frames, C)
+            for entry, states in zip(part, encoder.states(clips)):  # (taps, frames, C)
                 kept = states.half()
                 if not kept.isfinite().all():
                     raise ValueError(
@@ -531,7 +531,7 @@ def loss_of(model, table, listener, adapter, entries, states, transcript):
 
     # What fills up a row stands behind its document, where nothing sees it.
     T = max(len(asked) + len(target) for asked, target in documents)
-    ids = torch.full((len(entries), T), listener.eos)                  # (B, T)
+    ids = torch.full((len(entries), T), listener.eos)               # (B, T)
     bears = torch.zeros(len(entries), T, dtype=torch.bool)          # (B, T): is it a target?
     for n, (asked, target) in enumerate(documents):
         ids[n, : len(asked) + len(target)] = torch.tensor(asked + target)

@@ -128,7 +128,7 @@ def spoken(corpus, i, a, b):
 
 
 def interleaved(vocab, corpus, i, rng, texts=()):
-    """Entry i, spoken and written by turns; without word times, it spoken, the next one written.
+    """Entry i, spoken and written by turns. Without word times: i spoken, i + 1 written.
 
     Half of the time one of `texts` follows, below or right behind; a third of the time
     one stands above. Text of any kind beside speech has to be read as if the speech were

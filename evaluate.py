@@ -867,7 +867,7 @@ def probe(args):
 
     def means(entries):
         """(clips, taps * C): each block as loud as the others, its mean over time."""
-        of_clips = [states[entry["audio"]] for entry in entries]           # (taps, frames, C) each
+        of_clips = [states[entry["audio"]] for entry in entries]    # (taps, frames, C) each
         return torch.stack([F.layer_norm(x, x.shape[-1:]).mean(1).flatten() for x in of_clips])
 
     x, asked = means(learnt), means(clips)

@@ -410,7 +410,7 @@ def draw(report, path):
     )
     left.legend()
     cosines = [math.nan if row["cosine"] is None else row["cosine"] for row in rows]
-    most = max([0.25, *(abs(cosine) for cosine in cosines if cosine == cosine)])
+    most = max([0.25, *(abs(cosine) for cosine in cosines if not math.isnan(cosine))])
     right.plot(blocks, cosines, "o-", color="0.3")
     right.axhline(0, color="grey", linewidth=0.5)
     right.set(

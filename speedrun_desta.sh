@@ -45,7 +45,7 @@ step desta.py write $to/lines.jsonl --model $instruct --template $'{caption}\n{t
 
 # And it answers where no caption is wanted: another question behind half of the lines, and these
 # lines alone, as a spoken question stands. Without the first the adapter learns that every question
-# wants a caption; without the second, not to disturb what was said (facts on dev: 0.78, not 0.88).
+# wants a caption; without the second it disturbs what a line says.
 head -n 1000 $to/lines.jsonl > $to/half.jsonl
 step desta.py write $to/half.jsonl --model $instruct --template '{text}' \
   --prompt "what is the capital of france in a note" --prompt "" --out $to/others.jsonl

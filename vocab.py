@@ -36,7 +36,7 @@ import tiktoken
 BEGIN = "<|begin_of_text|>"
 SPEECH, END_SPEECH = "<|speech|>", "<|/speech|>"
 BLANKS = 500_000  # in a row: tiktoken's regular expressions stop at twice as many
-SPOKEN = "speech", "end_speech", "first_unit", "k"  # of speech.json: ids, and how many units
+SPOKEN = "speech", "end_speech", "first_unit", "k"  # of speech.json
 SIGNS = "#$%&*+<=>@^_|~"  # of markup: text models learn to read past them
 CUE = " transcript:"
 DOCUMENT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "</s>"]
@@ -289,8 +289,8 @@ class Vocab:
             self._read_special(folder)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"{folder}: its tokenizer.json has not the form of one ({error}); the file is "
-                "damaged"
+                f"{folder}: its tokenizer.json has not the form of one ({error}); "
+                "the file is damaged"
             ) from None
         known = self.pattern in (GPT2, QWEN2, LLAMA3, SMOLLM2)
         if not known and self.decode(self.encode(SAMPLE)) != self.normalize(SAMPLE):
@@ -423,7 +423,9 @@ class Vocab:
             if part in tokens:
                 ids.append(tokens[part])
             elif longest_blank(part) > BLANKS:
-                raise ValueError(f"a text with over {BLANKS:,} blanks in a row; take them out")
+                raise ValueError(
+                    f"a text with over {BLANKS:,} blanks in a row; take them out"
+                )
             else:
                 ranks = self.tiktoken.encode_ordinary(self.normalize(part))
                 ids += [i for i in self.id_of_rank[ranks].tolist() if i != NO_ID]
@@ -637,13 +639,13 @@ class Vocab:
         return Document(ids, loss)
 
     def turn(self, messages):
-        """The prompt for the next reply: the conversation so far, and an open assistant turn."""
+        """The prompt for the next reply: the conversation, and an open assistant turn."""
         template = self.template()
         opened = self.literal(template.before + "assistant" + template.after_role)
         return self.chat(messages).ids + opened
 
     def page(self, question):
-        """A plain page of question and answer, up to the answer: for a model that never chatted."""
+        """A page of question and answer, up to the answer: for a model that never chatted."""
         asked = self.encode("question: ") + self.content(question)
         return self.begin + asked + self.encode("\nanswer:")
 
