@@ -350,13 +350,13 @@ def read_folder(path):
     # LibriSpeech: "84-121123-0000 GO DO YOU HEAR".
     for file in inside:
         if file.name.endswith(".trans.txt"):
-            for line in filter(None, text_of(file).split("\n")):
+            for line in filter(None, runs.utf8(file).split("\n")):
                 name, _, text = line.partition(" ")
                 texts[name] = text.lower()
 
     # LJSpeech: "LJ001-0001|as written|as read".
     if (path / "metadata.csv").exists():
-        for line in filter(None, text_of(path / "metadata.csv").split("\n")):
+        for line in filter(None, runs.utf8(path / "metadata.csv").split("\n")):
             name, *text = line.split("|")
             texts[name] = (text or [""])[-1]
 
@@ -370,14 +370,6 @@ def read_folder(path):
     if not entries:
         raise ValueError(f"{path}: no audio files in it; wanted {' '.join(sorted(AUDIO))}")
     return entries
-
-
-def text_of(file):
-    """The text of a file; a ValueError names it where it is not UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error}); save it as that") from None
 
 
 def files_under(folder):

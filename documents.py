@@ -41,14 +41,7 @@ def read_text(path):
     """Texts of a JSON-lines file of {"text"}, or of a .txt with one document a line."""
     if Path(path).suffix != ".txt":
         return [field(entry, "text", path) for entry in runs.read_lines(path)]
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); "
-            "convert it first"
-        ) from None
-    return [line for line in lines if line.strip()]
+    return [line for line in runs.utf8(path).split("\n") if line.strip()]
 
 
 def read_chats(path):

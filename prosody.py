@@ -301,7 +301,7 @@ class Ears:
 def read_edges(folder):
     """The bins of a folder, (kinds, BINS - 1)."""
     made = runs.read_json(Path(folder) / "codebook.json", ["features", "k", "sha256"])
-    if made["features"].get("kind") != "prosody":
+    if made["features"] != {"kind": "prosody"}:
         raise ValueError(f"{folder}: its codebook is of {made['features']}, wanted prosody")
     file = Path(folder) / "codebook.safetensors"
     if runs.fingerprint(file) != made["sha256"]:
@@ -318,7 +318,7 @@ def is_prosody(folder):
     """Is it a folder of this command, or a model that hears so?"""
     file = Path(folder) / "codebook.json"
     made = runs.read_json(file) if file.exists() else {}
-    return made.get("features", {}).get("kind") == "prosody"
+    return made.get("features") == {"kind": "prosody"}
 
 
 class Prosody:

@@ -125,17 +125,21 @@ def read_json(path, keys=()):
     return value
 
 
-def read_lines(path):
-    """The objects of a JSON-lines file. A ValueError names the first line that is not one."""
+def utf8(path):
+    """The text of a file. A ValueError names it where it is in another encoding."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); "
+            "convert it first"
         ) from None
 
+
+def read_lines(path):
+    """The objects of a JSON-lines file. A ValueError names the first line that is not one."""
     entries = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -13,8 +13,8 @@ about the length of a phone. Repeats are collapsed: 7 7 7 2 2 7 -> 7 2 7. The re
 string over an alphabet of K units.
 
 `encode` goes on behind its last mark when started again. Under torchrun (`torchrun
---nproc-per-node 8 tokenize_audio.py encode ...`) each process takes its stretch of the
-list; the first joins them.
+--nproc-per-node 8 tokenize_audio.py encode ...`; on a CPU with --dtype) each process takes
+its stretch of the list; the first joins them.
 
 Every folder that can turn sound into units (codebook, units folder, model that hears)
 holds codebook.safetensors, codebook.json and, if its features come from a HuBERT under 50
@@ -69,8 +69,6 @@ def feature_function(recipe, folder, device, dtype=torch.float32):
     width) on `device`. A clip gives in any list what it gives alone. A HuBERT is taken
     from folder/hubert, if a folder is given and has one.
     """
-    if recipe.get("kind") not in ("mfcc", "hubert"):
-        raise ValueError(f"{folder}: got features {recipe}, wanted those of mfcc or hubert")
     if recipe["kind"] == "mfcc":
 
         def mfccs(clips):
@@ -340,9 +338,17 @@ class AudioTokenizer:
                 f"{folder}: codebook.safetensors is not the one codebook.json "
                 "describes (its sha256 differs); fit again"
             )
-        if hubert and self.recipe["features"]["kind"] != "hubert":
+        features = self.recipe["features"]
+        kind = features.get("kind") if isinstance(features, dict) else None
+        wanted = {"mfcc": set(), "hubert": {"path", "sha256", "layer"}}
+        if kind not in wanted or not wanted[kind] <= features.keys():
+            raise ValueError(
+                f"{folder}/codebook.json: got features {str(features)[:60]}, wanted those of mfcc "
+                "or hubert; fit again"
+            )
+        if hubert and kind != "hubert":
             raise ValueError(f"--hubert {hubert}: {folder} hears without one; leave the flag out")
-        features = self.recipe["features"] | ({"path": hubert} if hubert else {})
+        features = features | ({"path": hubert} if hubert else {})
         self.features, self.hop = feature_function(
             features, None if hubert else folder, device, dtype
         )
@@ -501,7 +507,7 @@ def encode(args):
             f"WORLD_SIZE {world} for {len(entries)} clips: wanted no more processes than "
             "clips"
         )
-    if world > 1 and (args.dtype, args.device) == ("auto", "cpu"):
+    if world > 1 and args.dtype == "auto" and args.device.startswith("cpu"):
         raise ValueError(
             f"--dtype auto for {world} processes on a CPU: each measures for itself, and they "
             "must agree; give float32 or bfloat16"

@@ -163,8 +163,7 @@ def read_tokenizer(folder):
     if (folder / "tokenizer_config.json").exists():
         config = runs.read_json(folder / "tokenizer_config.json")
     if (folder / "chat_template.jinja").exists():  # where newer folders keep it
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        config.setdefault("chat_template", template)
+        config.setdefault("chat_template", runs.utf8(folder / "chat_template.jinja"))
     if (folder / "tokenizer.json").exists():
         return runs.read_json(folder / "tokenizer.json"), config
     if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
@@ -174,7 +173,7 @@ def read_tokenizer(folder):
 
     # GPT-2's vocab.json lists the end-of-document token among ordinary ones.
     vocab = runs.read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = runs.utf8(folder / "merges.txt").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     added = config.get("added_tokens_decoder", {})
     special = {token["content"]: int(i) for i, token in added.items()}

@@ -166,6 +166,13 @@ def test_what_a_config_lacks_is_as_transformers_has_it(tmp_path):
     assert Config.read(tmp_path).do_normalize is theirs.do_normalize
 
 
+def test_a_switch_that_is_a_word_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
+    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": "no"}')
+    with pytest.raises(ValueError, match="do_normalize = 'no', wanted true or false"):
+        Config.read(tmp_path)
+
+
 def test_lists_of_layers_of_unlike_length_are_refused(tmp_path):
     raw = {"model_type": "hubert", "conv_kernel": [10, 3]}
     (tmp_path / "config.json").write_text(json.dumps(raw))

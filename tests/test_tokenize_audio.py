@@ -259,6 +259,15 @@ def test_several_processes_write_what_one_does(speedrun, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "three"]
 
 
+@pytest.mark.parametrize("features", [["mfcc"], {"kind": "wavlm"}, {"kind": "hubert"}])
+def test_a_codebook_of_unknown_features_is_one_line(features, speedrun, tmp_path):
+    shutil.copytree(speedrun / "codebook", tmp_path / "c")
+    made = json.loads((tmp_path / "c/codebook.json").read_text()) | {"features": features}
+    (tmp_path / "c/codebook.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="codebook.json: got features .*fit again"):
+        AudioTokenizer(tmp_path / "c")
+
+
 def test_a_long_recording_may_end_before_its_estimate(monkeypatch):
     """The length of an MP3 is estimated where its header does not tell it."""
 

@@ -373,6 +373,9 @@ def test_a_chat_template_in_a_file_of_its_own_is_kept(toy, tmp_path):
     Vocab(tmp_path / "from").save(tmp_path / "to")
     kept = json.loads((tmp_path / "to/tokenizer_config.json").read_text())
     assert kept["chat_template"] == template
+    (tmp_path / "from/chat_template.jinja").write_bytes(b"\xff{{")
+    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8"):
+        Vocab(tmp_path / "from")
 
 
 def test_the_prompt_for_a_transcript_is_how_transcripts_begin(toy):
