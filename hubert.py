@@ -68,9 +68,9 @@ class Config:
             "do_normalize", True
         )
         raw.setdefault("do_stable_layer_norm", False)
-        for name in ("do_normalize", "do_stable_layer_norm"):
+        for file, name in ((path, "do_stable_layer_norm"), (preprocessor, "do_normalize")):
             if not isinstance(raw[name], bool):
-                raise ValueError(f"{path}: got {name} = {raw[name]!r}, wanted true or false")
+                raise ValueError(f"{file}: got {name} = {raw[name]!r}, wanted true or false")
         for name in ("hidden_act", "feat_extract_activation"):
             if raw.get(name, "gelu") != "gelu":
                 raise ValueError(
