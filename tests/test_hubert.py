@@ -169,7 +169,7 @@ def test_what_a_config_lacks_is_as_transformers_has_it(tmp_path):
 def test_a_switch_that_is_a_word_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
     (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": "no"}')
-    with pytest.raises(ValueError, match="preprocessor_config.json: got do_normalize = 'no', wanted"):
+    with pytest.raises(ValueError, match="preprocessor_config.json: got do_normalize = 'no'"):
         Config.read(tmp_path)
 
 
