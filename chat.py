@@ -23,7 +23,7 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from desta import Listener
+from adapter import Listener
 from listen import add_ears, hear, load, wants_words, written_down
 from model import generate
 from vocab import Said

@@ -40,9 +40,11 @@ import torch
 import torch.nn.functional as F
 
 import audio
-import desta
 import listen
 import prosody
+import targets
+from adapter import CLOSE, OPEN, Listener
+from encoder import States
 from merge import Merge, signs_of
 from model import LM, Config, generate
 from tokenize_audio import AudioTokenizer, add_ears
@@ -749,11 +751,11 @@ def manner(args):
     they stand: what it quotes counts, and a "not" does not.
     """
     runs.may_write(args.out, args.overwrite)
-    clips = desta.described_clips(args.clips)
-    told = [desta.description(clip, args.template) for clip in clips]
+    clips = targets.described_clips(args.clips)
+    told = [targets.description(clip, args.template) for clip in clips]
     can_be_told_apart(clips, args.clips)
     model, vocab, ears = listen.load(args.folder, args.device, None, torch.float32)
-    if not isinstance(vocab, desta.Listener) and not isinstance(ears, prosody.Ears):
+    if not isinstance(vocab, Listener) and not isinstance(ears, prosody.Ears):
         raise ValueError(
             f"{args.folder}: wanted a folder of desta.py train, or a model that hears prosody"
         )
@@ -763,10 +765,10 @@ def manner(args):
         listen.hear(ears, audio.load(clip["audio"]), clip["text"], clip.get("words"))
         for clip in bar
     ]
-    if isinstance(vocab, desta.Listener):
+    if isinstance(vocab, Listener):
         words = vocab.transcripts
         written = [words.get(int(n[0]), clip["text"]) for n, clip in zip(heard, clips)]
-        written = [f"{desta.OPEN}{text}{desta.CLOSE}" for text in written]
+        written = [f"{OPEN}{text}{CLOSE}" for text in written]
     else:
         written = [clip["text"] for clip in clips]
     asked = {"heard": heard, "read": told, "cascade": written}
@@ -775,7 +777,7 @@ def manner(args):
     for name, contents in runs.Bar(asked.items(), desc="answering", unit="row"):
         turns = [[content, f" {args.prompt}"] for content in contents]
         prompts = [vocab.turn([{"role": "user", "content": turn}]) for turn in turns]
-        replied[name] = replies(model, vocab, prompts, limit=desta.LIMIT, whole=False)
+        replied[name] = replies(model, vocab, prompts, limit=targets.LIMIT, whole=False)
         rows[name] = named(replied[name], clips)
     kept = "text", "speaker", "style"
     answers = [{name: clip.get(name) for name in kept} for clip in clips]
@@ -846,9 +848,10 @@ def probe(args):
     regression, and asked about voices that it never met.
     """
     runs.may_write(args.out, args.overwrite)
-    learnt = list({entry["audio"]: entry for entry in desta.described_clips(args.learnt)}.values())
-    clips = desta.described_clips(args.clips)
-    states = desta.States(args.states)
+    described = targets.described_clips(args.learnt)
+    learnt = list({entry["audio"]: entry for entry in described}.values())
+    clips = targets.described_clips(args.clips)
+    states = States(args.states)
     states.must_have(learnt + clips)
     for key in ("audio", "speaker"):
         met, new = (
@@ -985,7 +988,7 @@ def arguments():
     how.add_argument("--clips", required=True, help='a manifest with "style", of other voices')
     how.add_argument("--prompt", required=True, help="what is asked about every clip")
     how.add_argument(
-        "--template", default=desta.TEMPLATE, help="of a description (default: %(default)s)"
+        "--template", default=targets.TEMPLATE, help="of a description (default: %(default)s)"
     )
     knows = commands.add_parser("probe", help="what an encoder knows of how clips were said")
     knows.add_argument("states", help="a folder of desta.py encode")

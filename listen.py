@@ -2,7 +2,7 @@
 
 in   a text model, one that hears units or prosody, or an adapter of desta.py
 out  (model, vocabulary, ears); ears turn samples into what a turn may hold
-see  tokenize_audio.py, prosody.py and desta.py, whose ears these are
+see  tokenize_audio.py, prosody.py and adapter.py, whose ears these are
 run  python listen.py out/merged out/question.wav      # the ids of a spoken turn
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import runs  # before torch: it sets how OpenMP waits
 import torch
 
+import adapter
 import audio
-import desta
 import prosody
 import tokenize_audio
 from model import LM, generate
@@ -30,7 +30,7 @@ def load(folder, device="cpu", hubert=None, dtype=None, transcriber=None):
     transcriber  the folder that writes down the words, for ears that lack them
     """
     if (Path(folder) / "desta.json").exists():
-        model, vocab, ears = desta.load(folder, device, dtype)
+        model, vocab, ears = adapter.load(folder, device, dtype)
     else:
         model = LM.load(folder, device, dtype).eval()
         vocab = Vocab(folder)

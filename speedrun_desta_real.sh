@@ -94,7 +94,8 @@ import json, sys
 from pathlib import Path
 
 import audio
-import desta
+import targets
+from whisper_model import SECONDS
 
 clips, out, of, seed, answer, questions = sys.argv[1:]
 out, of = Path(out), Path(of)
@@ -103,9 +104,9 @@ adverbs = {
     "loudness": {"quiet": "quietly", "normal": "at a normal volume", "loud": "loudly"},
 }
 try:
-    entries = desta.described_clips(clips)
+    entries = targets.described_clips(clips)
     asked = audio.read_manifest(questions) if questions else []
-    audio.can_be_heard(entries + asked, audio.HOP, desta.SECONDS)
+    audio.can_be_heard(entries + asked, audio.HOP, SECONDS)
 except (ValueError, OSError) as error:
     sys.exit(str(error))
 for number, entry in enumerate(entries, 1):

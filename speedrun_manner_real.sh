@@ -60,7 +60,7 @@ import json, random, sys
 from pathlib import Path
 
 import audio
-import desta
+import targets
 
 clips, out, seed, prompt, questions = sys.argv[1:]
 adverbs = {
@@ -75,7 +75,7 @@ def write(name, entries):
 
 
 try:
-    entries = desta.described_clips(clips)
+    entries = targets.described_clips(clips)
     asked_aloud = audio.read_manifest(questions) if questions else []
     audio.lengths(entries + asked_aloud)  # all of them can be opened
 except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Promises about desta.py: on the small HuBERT and instruct model of the shrunken speedrun,
+"""Promises about DeSTA2's files: on the small HuBERT and instruct model of the shrunken speedrun,
 and a small random Whisper.
 """
 
@@ -12,16 +12,20 @@ import pytest
 import soundfile
 import torch
 
+import adapter
 import audio
 import desta
+import encoder
 import evaluate
 import hubert
 import runs
+import targets
 from chat import Chat, parts_of, take
 from conftest import ROOT, call, first_on_path
 from model import LM
 from test_hubert import KINDS, SMALL
 from test_whisper import folder_of
+from vocab import Vocab
 
 STYLES = [{"gender": "man", "rate": "fast"}, {"gender": "woman", "rate": "slow"}]
 
@@ -82,15 +86,15 @@ def trained(clips, speedrun):
 def test_a_description_is_what_was_said_when_and_how():
     entry = {"text": "hello there", "seconds": 2.2, "style": {"gender": "woman", "rate": "fast"}}
     assert (
-        desta.description(entry, desta.TEMPLATE)
+        targets.description(entry, targets.TEMPLATE)
         == "<start_audio>[00:00-00:03] hello there (Gender: woman, Rate: fast)<end_audio>\n\n"
     )
     assert (
-        desta.description(entry, "a {gender}: {text}")
+        targets.description(entry, "a {gender}: {text}")
         == "<start_audio>a woman: hello there<end_audio>\n\n"
     )
     with pytest.raises(ValueError, match="accent"):
-        desta.description(entry, "{accent}")
+        targets.description(entry, "{accent}")
 
 
 @pytest.mark.parametrize("kind", ["qformer", "concat"])
@@ -106,9 +110,9 @@ def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkey
         return real(self, ids, *rest, **named)
 
     monkeypatch.setattr("model.Body.forward", forward)
-    model, vocab, ears = desta.load(trained[kind])
+    model, vocab, ears = adapter.load(trained[kind])
     entry = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
-    states = desta.States(clips / "states")
+    states = encoder.States(clips / "states")
     desta.loss_of(
         model, model.model.embed_tokens, vocab, ears.adapter, [entry], states, transcript=False
     )
@@ -128,8 +132,8 @@ def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkey
 def test_the_loss_is_on_targets_and_their_end_alone_behind_vectors_and_the_true_words(
     clips, trained
 ):
-    model, vocab, ears = desta.load(trained["concat"])
-    table, states = model.model.embed_tokens, desta.States(clips / "states")
+    model, vocab, ears = adapter.load(trained["concat"])
+    table, states = model.model.embed_tokens, encoder.States(clips / "states")
     entries = [json.loads(line) for line in (clips / "targets.jsonl").read_text().splitlines()[:3]]
     with torch.no_grad():
         got = desta.loss_of(model, table, vocab, ears.adapter, entries, states, transcript=True)
@@ -155,7 +159,7 @@ def test_the_loss_is_on_targets_and_their_end_alone_behind_vectors_and_the_true_
 
 @pytest.mark.parametrize("kind", ["qformer", "concat"])
 def test_in_a_batch_every_clip_has_the_vectors_that_it_has_alone(kind, trained):
-    _, _, ears = desta.load(trained[kind])
+    _, _, ears = adapter.load(trained[kind])
     shape = ears.adapter.shape
     states = [torch.randn(shape["taps"], n, shape["width"]) for n in (40, 7, 23)]
     with torch.no_grad():
@@ -175,12 +179,12 @@ def test_every_query_weighs_the_taps_by_itself_evenly_to_begin_with():
         "out": 6,
         "loudness": 1.0,
     }
-    adapter = desta.Adapter(shape).eval()
-    assert torch.equal(adapter.kind.mixing.softmax(-1), torch.full((4, 3), 1 / 3))
+    ours = adapter.Adapter(shape).eval()
+    assert torch.equal(ours.kind.mixing.softmax(-1), torch.full((4, 3), 1 / 3))
     states = torch.randn(3, 9, 8)
-    before = adapter([states])[0]
-    adapter.kind.mixing.data[1] = torch.tensor([9.0, 0, 0])
-    changed = (adapter([states])[0] - before).abs().amax(1) > 1e-4
+    before = ours([states])[0]
+    ours.kind.mixing.data[1] = torch.tensor([9.0, 0, 0])
+    changed = (ours([states])[0] - before).abs().amax(1) > 1e-4
     assert changed.tolist() == [False, True, False, False]
 
 
@@ -207,7 +211,7 @@ def test_the_adapter_learns_and_nothing_else_does(
     ]
     # A model of six steps of training says hardly more.
     assert losses[-1] < losses[0] - less, losses
-    model, vocab, ears = desta.load(tmp_path / "longer")
+    model, vocab, ears = adapter.load(tmp_path / "longer")
     assert all(
         torch.equal(a, b)
         for a, b in zip(model.parameters(), LM.load(speedrun / "instruct").parameters())
@@ -231,7 +235,7 @@ def test_a_transcript_stands_beside_the_vectors(clips, speedrun, trained, tmp_pa
     words = train(clips, speedrun, tmp_path / "with", "--transcriber", str(whisper))
     words.remove("--no-transcript")
     call(words, monkeypatch)
-    model, vocab, ears = desta.load(tmp_path / "with")
+    model, vocab, ears = adapter.load(tmp_path / "with")
     samples = audio.load(json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"])
     numbers, _ = ears(samples)
     said = ears.transcriber(samples)
@@ -265,7 +269,7 @@ def test_beside_a_hubert_who_listens_says_the_words(
         heard.append({**vocab.transcripts})
         return [1]
 
-    monkeypatch.setattr(desta.Listener, "span", span)
+    monkeypatch.setattr(adapter.Listener, "span", span)
     for change in ({}, {"metric": "wer"}, {"words": None}):
         (tmp_path / "entries.jsonl").write_text(json.dumps(asked | change) + "\n")
         score = [
@@ -302,7 +306,7 @@ def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
             ]
         )
 
-    vocab = desta.Vocab(speedrun / "instruct")
+    vocab = Vocab(speedrun / "instruct")
     monkeypatch.setattr(desta, "generate", generate)
     call(
         [
@@ -316,7 +320,7 @@ def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
     assert "11 targets of 12" in capsys.readouterr().out
     assert len(entries) == 11
     assert {entry["prompt"] for entry in entries} == {"who", ""}
-    read = desta.description(entries[0], desta.TEMPLATE).lower()
+    read = targets.description(entries[0], targets.TEMPLATE).lower()
     assert f"{read} who\nassistant" in asked[0], "a question is typed behind it"
     assert f"{read}\nassistant" in asked[1], "or nothing is"
     assert entries[0]["target"]
@@ -340,9 +344,9 @@ def test_targets_that_no_adapter_could_learn_are_not_written(
 
 
 def test_states_that_float16_cannot_hold_are_refused(clips, speedrun, tmp_path, monkeypatch):
-    real = desta.Encoder.states
+    real = encoder.Encoder.states
     monkeypatch.setattr(
-        desta.Encoder, "states", lambda self, clips: [x * 1e9 for x in real(self, clips)]
+        encoder.Encoder, "states", lambda self, clips: [x * 1e9 for x in real(self, clips)]
     )
     with pytest.raises(ValueError, match="no number of float16; take the clip out"):
         call(encode(clips, speedrun, tmp_path / "s"), monkeypatch)
@@ -390,18 +394,18 @@ def test_a_model_or_an_encoder_that_has_changed_is_refused(clips, trained, tmp_p
         json.dumps(made | {"sha256": dict.fromkeys(made["sha256"], "0")})
     )
     with pytest.raises(ValueError, match="has changed since"):
-        desta.load(tmp_path)
+        adapter.load(tmp_path)
 
 
 def test_a_hubert_runs_once_and_hands_on_the_states_behind_its_taps(speedrun, tmp_path):
     config = hubert.Config.read(speedrun / "hubert")
     config.num_hidden_layers = 8
     hubert.Hubert.fresh(config, 0).save(tmp_path)
-    encoder, samples = desta.Encoder(tmp_path), np.ones(6400, np.float32)
-    [states] = encoder.states([samples])
+    ours, samples = encoder.Encoder(tmp_path), np.ones(6400, np.float32)
+    [states] = ours.states([samples])
     with torch.inference_mode():
         for tap, got in zip((1, 3, 5, 7), states, strict=True):
-            assert torch.equal(got, encoder.hubert(torch.tensor(samples)[None], tap + 1)[0])
+            assert torch.equal(got, ours.hubert(torch.tensor(samples)[None], tap + 1)[0])
 
 
 def test_a_reply_names_a_value_or_not_and_speakers_are_drawn_together():
@@ -567,11 +571,11 @@ def test_what_cannot_go_well_is_refused_before_the_work(
     ]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with pytest.raises(ValueError, match="entry 2: wanted text, seconds, and a style"):
-        desta.described_clips(tmp_path / "m.jsonl")
+        targets.described_clips(tmp_path / "m.jsonl")
     entries[1] = entries[0] | {"seconds": float("inf")}
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with pytest.raises(ValueError, match="entry 2: wanted text, seconds, and a style"):
-        desta.described_clips(tmp_path / "m.jsonl")
+        targets.described_clips(tmp_path / "m.jsonl")
 
 
 def test_a_clip_that_cannot_be_heard_is_told_before_the_first_is_encoded(
@@ -594,7 +598,7 @@ def test_a_clip_that_cannot_be_heard_is_told_before_the_first_is_encoded(
     with pytest.raises(ValueError, match=r"600 samples are under one frame \(640\)"):
         call(words, monkeypatch)
     with pytest.raises(ValueError, match="300 samples are under one frame"):
-        desta.load(trained["concat"])[2](np.zeros(300, np.float32))
+        adapter.load(trained["concat"])[2](np.zeros(300, np.float32))
     (tmp_path / "clips.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="clips.jsonl: empty"):
         call(encode(tmp_path, speedrun, tmp_path / "s"), monkeypatch)
@@ -605,7 +609,7 @@ def test_a_clip_that_cannot_be_heard_is_told_before_the_first_is_encoded(
 def test_a_hubert_encodes_in_the_arithmetic_that_was_asked_for(clips, speedrun):
     path = json.loads((clips / "clips.jsonl").read_text().splitlines()[0])["audio"]
     full, half = (
-        desta.Encoder(speedrun / "hubert", dtype=dtype).states([audio.load(path)])[0]
+        encoder.Encoder(speedrun / "hubert", dtype=dtype).states([audio.load(path)])[0]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert full.dtype == half.dtype == torch.float32
@@ -691,14 +695,14 @@ def test_a_damaged_file_is_one_line(name, harm, said, clips, speedrun, trained, 
         entry = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
         (tmp_path / "t.jsonl").write_text(json.dumps(harm(entry)) + "\n")
         with pytest.raises(ValueError, match=said):
-            desta.read_targets(tmp_path / "t.jsonl")
+            targets.read(tmp_path / "t.jsonl")
         return
     shutil.copytree(trained["concat"], tmp_path / "m")
     (tmp_path / "m/desta.json").write_text(
         json.dumps(harm(json.loads((tmp_path / "m/desta.json").read_text())))
     )
     with pytest.raises((ValueError, FileNotFoundError), match=said):
-        desta.load(tmp_path / "m")
+        adapter.load(tmp_path / "m")
 
 
 def test_states_that_are_cut_are_refused(clips, trained, tmp_path):
@@ -706,10 +710,10 @@ def test_states_that_are_cut_are_refused(clips, trained, tmp_path):
     with open(tmp_path / "s/states.bin", "ab") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match="cut, or of another encoding"):
-        desta.States(tmp_path / "s")
+        encoder.States(tmp_path / "s")
     (tmp_path / "s/index.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="index.npy: cut; encode again"):
-        desta.States(tmp_path / "s")
+        encoder.States(tmp_path / "s")
 
 
 @pytest.fixture

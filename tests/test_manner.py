@@ -13,9 +13,9 @@ import pytest
 import soundfile
 import torch
 
+import adapter
 import audio
 import benchmark
-import desta
 import documents
 import evaluate
 import listen
@@ -654,8 +654,8 @@ exec {quick}/python "$@" $fewer
     assert {entry["target"] for entry in answers} == {"x"}, "no caption, and no guess"
 
     # Its adapter, and no other, in front of models that it was not trained with.
-    adapter = home / "out/desta/adapter"
-    of = runs.read_json(adapter / "desta.json")
+    trained = home / "out/desta/adapter"
+    of = runs.read_json(trained / "desta.json")
     for name, model in (("in_sum", "merged"), ("in_thanks", "reuse/thanks/instruct")):
         plugged = tmp_path / "out/desta" / name
         made = runs.read_json(plugged / "desta.json")
@@ -663,8 +663,8 @@ exec {quick}/python "$@" $fewer
         sha = of["sha256"] | {"model": runs.fingerprint(path)}
         assert made == of | {"model": str(path), "sha256": sha}
         ours = (plugged / "model.safetensors").read_bytes()
-        assert ours == (adapter / "model.safetensors").read_bytes()
-    assert isinstance(desta.load(tmp_path / "out/desta/in_sum")[1], desta.Listener)
+        assert ours == (trained / "model.safetensors").read_bytes()
+    assert isinstance(adapter.load(tmp_path / "out/desta/in_sum")[1], adapter.Listener)
     thanks = rows_of(tmp_path / "out/manner/reuse/thanks/spoken.jsonl")
     wanted = rows_of(tmp_path / "out/manner/world/test.jsonl")
     assert [e["answer"] for e in thanks] == [f"{e['answer']} thank you" for e in wanted]

@@ -20,7 +20,8 @@ from conftest import call, real, shared
 from model import LM, generate
 from vocab import Vocab
 from voices import Speaker
-from whisper import Whisper, log_mel
+from whisper import Whisper
+from whisper_model import log_mel
 
 pytestmark = pytest.mark.real
 HARD = [
