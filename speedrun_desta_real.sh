@@ -48,9 +48,11 @@ esac
 # says a tenth of rates and loudness, and runs on.
 template='A {gender} with a {accent} accent, speaking {rate} and {loudness}, says: "{text}"'
 prompt="Describe the speaker in one sentence."
-# A second prompt, about the words: without it the adapter forgets that there are others. Its
-# answers are written on reading the words alone. Told who speaks, and how, the model answers two
-# thirds as many questions.
+# A second prompt, about the words: without it the adapter forgets that there are others. What the
+# clips say asks for no answer, so questions stand in its place. They may: vectors without a
+# transcript answer no question, so they hold no words. Targets are written on a question alone;
+# told who speaks, and how, the model answers two thirds as many. One that only says the question
+# again is left out: the adapter would learn to do so.
 answer="Answer it."
 
 for file in "$clips" ${QUESTIONS:+"$QUESTIONS"}; do
@@ -97,6 +99,33 @@ import audio
 import targets
 from whisper_model import SECONDS
 
+ASKED = """
+What is two plus three? What is eight divided by two? What is a baby dog called? What is a baby
+cat called? What is a baby cow called? What is a baby sheep called? What sound does a dog make?
+What sound does a cat make? What sound does a duck make? Who invented the telephone? Who was the
+first president of the United States? Who was the first person to walk on the moon? Who is the
+author of War and Peace? What is the plural of mouse? What is the plural of child? What is the
+plural of foot? What is the past tense of go? What is the past tense of run? What is the largest
+animal in the sea? What is the highest mountain in the world? What is the longest river in
+Africa? Which season comes before autumn? Which letter comes after B? Which letter comes before
+Z? Which number comes after nine? Which number comes before twenty? What is paper made from?
+What is glass made from? Where does the sun rise? Where does the sun set? What do you call a
+person who teaches? What do you call a person who cooks in a restaurant? What do you call a
+person who writes books? What do you call the place where books are kept? What do you call the
+place where planes land? What tells us the time? Which shape has three sides? Which shape has no
+corners? What is the chemical symbol for gold? What is the chemical symbol for water? In which
+country is the Eiffel Tower? In which country are the pyramids? In which country is the Great
+Wall? In which city is Big Ben? In which city is the Statue of Liberty? Which sport is played
+with a racket? Which sport is played at Wimbledon? Which instrument has six strings? What is the
+center of our solar system? Which organ do we think with? Which part of the body do we see with?
+Which part of the body do we hear with? What do we use our nose for? What do doctors do? What
+does a baker make? What does a camera do? Which is heavier, iron or wood? Which is faster, a car
+or a bicycle? Which is colder, ice or steam? What do you say when you meet someone? What do you
+say when you leave? What is the name of our galaxy? What is the currency of Japan? What is the
+currency of the United States? Which ocean is between Europe and America? Which vegetable makes
+you cry when you cut it?
+"""
+
 clips, out, of, seed, answer, questions = sys.argv[1:]
 out, of = Path(out), Path(of)
 adverbs = {
@@ -120,9 +149,17 @@ if not 0 < len(test) < len(entries):
     sys.exit(f"{clips}: wanted at least three speakers")
 made = {out / "clips.jsonl": entries, of / "test.jsonl": test}
 
+# Every second clip again, with a question to learn from in place of its words.
+learnt = [f"{question.strip()}?" for question in " ".join(ASKED.split()).split("?") if question]
+made[out / "asked.jsonl"] = [
+    entry | {"text": learnt[n % len(learnt)]} for n, entry in enumerate(entries[::2])
+]
+
 # Questions, spoken and typed.
 typed, heard = [], []
 for number, entry in enumerate(asked, 1):
+    if entry.get("text") in learnt:
+        sys.exit(f"{questions}, entry {number}: the adapter learns from it; take it out")
     told = [entry.get(key) for key in ("text", "answer")]
     if not all(isinstance(text, str) and text.strip() for text in told):
         sys.exit(f"{questions}, entry {number}: wanted audio, text and answer")
@@ -145,23 +182,24 @@ answers=$out/answers-$(basename "$writer").jsonl
 states=$out/states-$(basename "$whisper")
 step desta.py write "$out/clips.jsonl" --model "$writer" --template "$template" \
   --prompt "$prompt" --out "$targets"
-step desta.py write "$out/clips.jsonl" --model "$writer" --template "{text}" \
+step desta.py write "$out/asked.jsonl" --model "$writer" --template "{text}" \
   --prompt "$answer" --out "$answers"
 step desta.py encode "$out/clips.jsonl" --encoder "$whisper" --out "$states"
 
 # The adapter. Targets of the test's voices are left out. A task is one prompt, with right answers.
 task=
 if [ "$adapter" = task_sft ]; then task="${template%%, says*}."; fi
-python - "$of/test.jsonl" "$task" "$targets" "$answers" > "$of/train.jsonl" <<'END'
+python - "$of/test.jsonl" "$task" "$answer" "$targets" "$answers" > "$of/train.jsonl" <<'END'
 import json, sys
 
-test, task, *targets = sys.argv[1:]
+test, task, answer, *targets = sys.argv[1:]
 unheard = {json.loads(line)["speaker"] for line in open(test)}
 for path in targets[:1] if task else targets:
     for entry in map(json.loads, open(path)):
         if task:
             entry["target"] = task.format(**entry["style"])
-        if entry["speaker"] not in unheard:
+        again = entry["text"].rstrip("?").lower() in entry["target"].lower()
+        if entry["speaker"] not in unheard and not (again and entry["prompt"] == answer):
             print(json.dumps(entry))
 END
 step desta.py train "$of/train.jsonl" --model "$llm" --states "$states" --queries 16 \

@@ -5,7 +5,6 @@ and a small random Whisper.
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
