@@ -306,7 +306,7 @@ def test_a_model_writes_targets_on_descriptions_and_says_how_many_failed(
         )
 
     vocab = Vocab(speedrun / "instruct")
-    monkeypatch.setattr(desta, "generate", generate)
+    monkeypatch.setattr(targets, "generate", generate)
     call(
         [
             "desta.py", "write", str(clips / "clips.jsonl"),
@@ -358,7 +358,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
     command = {"encode": encode, "train": train}[what]
     call(command(clips, speedrun, tmp_path / "straight"), monkeypatch)
     monkeypatch.setattr(desta, "SAVE_EVERY", 2)
-    monkeypatch.setattr(desta, "AT_ONCE", 2)
+    monkeypatch.setattr(encoder, "AT_ONCE", 2)
     real, saves = runs.Checkpoint.write, []
 
     def write(self, **state):
@@ -726,12 +726,19 @@ def recipe(clips, speedrun, quick, tmp_path):
     style = {"gender": "man", "accent": "British", "rate": "slow", "loudness": "loud"}
     entries = [entry | {"speaker": "abc"[n % 3], "style": style} for n, entry in enumerate(entries)]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    # So small a model does not end its replies: its targets are there already.
+    # So small a model does not end its replies: its targets are there already. One says the
+    # question again.
     (tmp_path / "o").mkdir()
-    described = "Describe the speaker in one sentence."
-    for name, prompt, target in (("described", described, "a man"), ("answers", "what", "paris")):
+    asked = [entry | {"text": "Who is it?"} for entry in entries]
+    for name, prompt, target, clips in (
+        ("described", "Describe the speaker in one sentence.", "a man", entries),
+        ("answers", "Answer it.", "paris", asked),
+    ):
+        lines = [entry | {"prompt": prompt, "target": target} for entry in clips]
+        if name == "answers":
+            lines[0]["target"] = 'The answer to "Who is it" is:'
         (tmp_path / f"o/{name}-llm.jsonl").write_text(
-            "".join(json.dumps(e | {"prompt": prompt, "target": target}) + "\n" for e in entries)
+            "".join(json.dumps(line) + "\n" for line in lines)
         )
 
     def run(seed="1", **names):
@@ -759,7 +766,10 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     assert {answer["style"]["rate"] for answer in made["answers"]} == {"slowly"}
     targets = [json.loads(line) for line in (of / "train.jsonl").read_text().splitlines()]
     assert {entry["speaker"] for entry in targets} <= {"a", "c"}
-    assert {entry["target"] for entry in targets} == {"a man", "paris"}
+    assert {entry["target"] for entry in targets} == {"a man", "paris"}, "none says it again"
+    asked = [json.loads(line) for line in (tmp_path / "o/asked.jsonl").read_text().splitlines()]
+    assert [entry["audio"] for entry in asked] == [entry["audio"] for entry in entries[::2]]
+    assert all(entry["text"].endswith("?") for entry in asked), "a question in place of its words"
     assert set(made["rows"]) == {"heard", "read", "cascade"}
     assert set(made["probe"]) == set(entries[0]["style"])
     written = made["written"]["gender"]
@@ -774,6 +784,15 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     other = run(**questions)
     assert other.returncode == 1
     assert "made with another CLIPS; remove it, or give another OUT" in other.stderr
+
+
+def test_the_recipe_on_open_weights_asks_nothing_that_it_learnt_from(recipe, tmp_path):
+    entries, run = recipe
+    question = {"audio": entries[0]["audio"], "text": "Where does the sun rise?", "answer": "east"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    done = run(QUESTIONS=str(tmp_path / "questions.jsonl"))
+    assert done.returncode == 1
+    assert "entry 1: the adapter learns from it; take it out" in done.stderr
 
 
 def test_other_ways_to_train_the_adapter_stand_beside_it(recipe, tmp_path):
