@@ -7,6 +7,9 @@ run  python chat.py out/desta out/question.wav
 
 Two adapters: *qformer* (DeSTA2's), in which learned queries look at the states, and
 *concat*, which joins some frames at a time.
+
+Dimension key:  B clips   T frames   C width of the encoder   Q queries   V rows of the embedding
+                E their width, "out"
 """
 
 import math
@@ -22,12 +25,11 @@ import audio
 import weights
 from encoder import Encoder
 from model import LM
+from targets import CLOSE, OPEN
 from vocab import Vocab
 from whisper import Whisper
 from whisper_model import SECONDS
 
-# Around what was heard, or its description.
-OPEN, CLOSE = "<start_audio>", "<end_audio>\n\n"
 DROPOUT = 0.1  # in a Q-Former, as in BERT
 
 
@@ -35,10 +37,10 @@ DROPOUT = 0.1  # in a Q-Former, as in BERT
 
 
 class QFormer(nn.Module):
-    """Learned queries look at the states of every tap; each mixes what it got from them.
+    """Learned queries look at the states; each mixes what it got from the taps.
 
-    One stack of layers for all taps, norms behind each part, as in BERT. A clip becomes as
-    many vectors as there are queries, however long it is.
+    Each tap has queries of its own, and all taps share the layers, with norms behind each
+    part, as in BERT. A clip becomes as many vectors as there are queries, however long it is.
     """
 
     def __init__(self, shape):
@@ -63,7 +65,7 @@ class QFormer(nn.Module):
             x = layer(x, states.flatten(0, 1), memory_key_padding_mask=padding)
         x = x.view(B, taps, -1, C)                                  # (B, taps, Q, C)
         x = torch.einsum("btqc,qt->bqc", x, self.mixing.softmax(-1))  # (B, Q, C)
-        return self.proj(self.norm(x))                              # (B, Q, out)
+        return self.proj(self.norm(x))                              # (B, Q, E)
 
     def count(self, frames):
         return self.mixing.shape[0]
@@ -79,10 +81,10 @@ class Concat(nn.Module):
         self.proj = nn.Linear(2 * shape["out"], shape["out"])
 
     def forward(self, states, real):
-        x = states[:, -1] * real[:, :, None]                        # (B, T, C)
+        x = states[:, -1]                                           # (B, T, C)
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.join))
         x = x.unflatten(1, (-1, self.join)).flatten(2)           # (B, T / join, join * C)
-        return self.proj(F.gelu(self.up(x)))                        # (B, T / join, out)
+        return self.proj(F.gelu(self.up(x)))                        # (B, T / join, E)
 
     def count(self, frames):
         return -(-frames // self.join)
@@ -104,7 +106,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.kind.proj.bias)
 
     def forward(self, states):
-        """[(vectors, out)] of a list of states (taps, frames, C)."""
+        """[(vectors, E)] of a list of states (taps, frames, C)."""
         frames = [x.shape[1] for x in states]
         x = torch.stack([F.pad(x, (0, 0, 0, max(frames) - x.shape[1])) for x in states])
         x = F.layer_norm(x, x.shape[-1:])  # blocks differ in loudness; (B, taps, T, C)
@@ -121,8 +123,8 @@ class Table(nn.Module):
 
     def __init__(self, embedding):
         super().__init__()
-        self.weight = embedding.weight                              # (V, C)
-        self.heard = self.weight.new_zeros(0, self.weight.shape[1])  # (vectors, C)
+        self.weight = embedding.weight                              # (V, E)
+        self.heard = self.weight.new_zeros(0, self.weight.shape[1])  # (vectors, E)
 
     def forward(self, ids):
         is_vector = ids >= len(self.weight)
@@ -136,7 +138,7 @@ class Table(nn.Module):
 class Listener(Vocab):
     """A model's tokens. A clip is the numbers of its vectors; it stands where text would.
 
-    first        id of the first vector: as many as the embedding has rows
+    first        the id of vector 0: the number of rows of the embedding
     transcripts  {the number of a clip's first vector: what is said in it}
     """
 
@@ -156,24 +158,14 @@ class Listener(Vocab):
         self.transcripts.clear()
         self.special = {name: i for name, i in self.special.items() if i < self.first}
 
-    def heard(self, numbers):
-        """The prompt that asks for a transcript."""
-        return self.ask(numbers, "Write down what was said.")
-
-    def ask(self, heard, question):
-        """The ids of a turn about what was heard, numbers of vectors or a description.
-
-        Where nothing is asked, it stands alone, as a spoken question does.
-        """
-        content = [heard, f" {question}"] if question else [heard]
-        return self.turn([{"role": "user", "content": content}])
-
 
 class Ears:
-    """Sound -> (numbers of its vectors, None), for the model and the listener that share them.
+    """Sound -> (numbers of its vectors, None), for the model and listener that share them.
+
+    None stands where units would have their durations.
 
     has_words    does a transcript stand beside the vectors?
-    transcriber  samples -> text; None if there is none, or who calls it says the words
+    transcriber  samples -> text; None if the caller gives the words
     """
 
     most = SECONDS  # of a clip
@@ -220,6 +212,17 @@ def frozen(folder, device, dtype=None):
     return model, table, Listener(folder, len(table.weight))
 
 
+def still(path, digest, name, folder):
+    """Refuse what a folder was trained with, its `name`, where it is gone or has changed."""
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path}: the {name} of {folder} is not there; put it back, or write its new place "
+            f"into {folder}/desta.json"
+        )
+    if runs.fingerprint(path) != digest:
+        raise ValueError(f"{path} has changed since {folder} was trained with it")
+
+
 def load(folder, device="cpu", dtype=None):
     """(model, vocabulary, ears) of a folder of `train`."""
     made = runs.read_json(
@@ -234,7 +237,7 @@ def load(folder, device="cpu", dtype=None):
     made.setdefault("has_words", bool(made["transcriber"]))  # files of earlier versions lack it
     for name in ("model", "encoder", "transcriber"):
         if made[name]:
-            runs.still(made[name], made["sha256"].get(name), name, folder)
+            still(made[name], made["sha256"].get(name), name, folder)
     model, table, listener = frozen(made["model"], device, dtype)
     if made["adapter"].get("kind") not in ADAPTERS:
         raise ValueError(

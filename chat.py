@@ -155,7 +155,7 @@ class Chat:
                 self.took = speeds(len(prompt), times)
 
     def heard(self, units):
-        """The model's own transcript of units: what it understood."""
+        """What was said: the transcript in the turn, or the model's own of units."""
         if isinstance(self.vocab, Listener):  # it stands in the turn
             return self.vocab.transcripts.get(int(units[0]), "")
         if isinstance(units, Said):
@@ -271,8 +271,8 @@ def take(chat, parts, transcribe):
         content.append(units)
         notes["seconds"] = round(notes["seconds"] + seconds, 2)
         notes["units"] += units.words() if isinstance(units, Said) else len(units)
-        if transcribe:
-            notes["heard"].append(chat.heard(units))
+        if transcribe and (said := chat.heard(units)):
+            notes["heard"].append(said)
     return content, {name: value for name, value in notes.items() if value}
 
 

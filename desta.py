@@ -14,8 +14,8 @@ train   (here) The model gets the same prompt, and the clip in place of its desc
         adapter (adapter.py) learns to turn the states into vectors that make the model say
         what it said before.
 
-No weight of the instruct model moves, so typed turns are its own, to the bit. It needs no
-data but descriptions: nobody wrote an answer.
+In training the words beside a clip are the manifest's; in a chat a Whisper writes them, or who
+speaks gives them. No weight of the instruct model moves, so typed turns are its own, to the bit.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import encoder
 import targets
 import weights
 from adapter import ADAPTERS, Adapter, frozen
-from encoder import States, is_whisper
+from encoder import States, kind_of
 from fused import linear_cross_entropy
 from whisper import Whisper
 
@@ -71,7 +71,7 @@ def train(args, out):
     steps = range(step + 1, args.steps + 1)
     about = {"desc": f"training {args.out}", "unit": "step", "total": args.steps}
     for step in runs.Bar(steps, initial=step, **about):
-        # Warm-up over a tenth, then a cosine to zero.
+        # A warm-up over a tenth, times a cosine that falls to zero over all steps.
         warm = min(1, step / (0.1 * args.steps))
         rate = args.lr * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
         for group in optimizer.param_groups:
@@ -111,7 +111,8 @@ def loss_of(model, table, listener, adapter, entries, states, transcript):
     for entry, heard in zip(entries, vectors):
         if transcript:
             listener.transcripts[first] = entry["text"]
-        asked = listener.ask(np.arange(first, first + len(heard)), entry["prompt"])
+        numbers = np.arange(first, first + len(heard))
+        asked = targets.turn_about(listener, numbers, entry["prompt"])
         end = listener.special[listener.template().end]
         documents.append((asked, listener.encode(entry["target"]) + [end]))
         first += len(heard)
@@ -172,14 +173,12 @@ def provenance(args, meta):
     if args.no_transcript and args.transcriber:
         raise ValueError("--no-transcript with --transcriber: give one of the two")
     transcriber = args.transcriber
-    if not (transcriber or args.no_transcript) and is_whisper(meta["encoder"]):
+    if not (transcriber or args.no_transcript) and kind_of(meta["encoder"]) == "whisper":
         transcriber = meta["encoder"]
     if transcriber:
-        if not is_whisper(transcriber):
+        if kind_of(transcriber) != "whisper":
             raise ValueError(
-                f"{transcriber}: not a Whisper folder, so no transcript comes from it; give "
-                "one as --transcriber, or --no-transcript, or neither: then the encoder writes "
-                "the words if it is a Whisper, and else who listens says them"
+                f"{transcriber}: not a Whisper folder; give one, or leave --transcriber out"
             )
         Whisper(transcriber)  # an error now if a file of it is missing
     made["transcriber"] = transcriber and str(Path(transcriber).resolve())
@@ -225,8 +224,8 @@ def add_flags(add):
     add("--no-transcript", action="store_true", help="vectors alone, no words beside them")
     add(
         "--transcriber",
-        help="the Whisper that writes those words (default: the encoder; if that is a HuBERT, who "
-        "listens says them)",
+        help="the Whisper that writes those words in a chat (default: the encoder; if that is a "
+        "HuBERT, who speaks gives them); in training they are the manifest's",
     )
     add("--steps", type=runs.count, default=1000, help="optimizer steps (default 1000)")
     add("--batch", type=runs.count, default=8, help="targets in a step (default 8)")

@@ -16,16 +16,16 @@ import torch
 import audio
 from hubert import Hubert
 from whisper import Whisper
-from whisper_model import SECONDS
+from whisper_model import FRAME, SECONDS
 
 TAPS = 4  # blocks of the encoder that are listened to
 AT_ONCE = 8  # clips encoded at once
 
 
-def is_whisper(folder):
-    """Is it a folder of a Whisper?"""
+def kind_of(folder):
+    """What a folder's config.json says that it is; None without one."""
     file = Path(folder) / "config.json"
-    return file.exists() and runs.read_json(file).get("model_type") == "whisper"
+    return runs.read_json(file).get("model_type") if file.exists() else None
 
 
 class Encoder:
@@ -33,10 +33,16 @@ class Encoder:
 
     def __init__(self, folder, device="cpu", dtype=torch.float32):
         self.device, self.dtype = device, dtype
-        self.whisper = Whisper(folder, device, dtype) if is_whisper(folder) else None
+        kind = kind_of(folder)
+        if kind not in ("whisper", "hubert"):
+            raise ValueError(
+                f"{folder}: wanted a Whisper or HuBERT folder, whose config.json has such a "
+                f"model_type; got {kind}"
+            )
+        self.whisper = Whisper(folder, device, dtype) if kind == "whisper" else None
         if self.whisper:
             config = self.whisper.config
-            self.hop = audio.HOP
+            self.hop = FRAME
             blocks, self.width = config.encoder_layers, config.d_model
             self.heads = config.encoder_attention_heads
         else:
@@ -67,7 +73,7 @@ class Encoder:
 
 
 def add_flags(add):
-    """Those of desta.py encode."""
+    """Flags of desta.py encode alone."""
     add("manifest", help="JSON lines, or a folder of audio")
     add("--encoder", required=True, help="a Whisper or HuBERT folder")
 
@@ -95,8 +101,8 @@ def encode(args, out):
                 kept = states.half()
                 if not kept.isfinite().all():
                     raise ValueError(
-                        f"{entry['audio']}: a state of {args.encoder} is no number of float16; "
-                        "take the clip out, or another encoder"
+                        f"{entry['audio']}: a state of {args.encoder} does not fit float16 (above "
+                        "65504, or no number); take the clip out, or another encoder"
                     )
                 file.write(kept.cpu().numpy().tobytes())
                 counts.append(states.shape[1])

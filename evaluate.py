@@ -43,10 +43,11 @@ import audio
 import listen
 import prosody
 import targets
-from adapter import CLOSE, OPEN, Listener
+from adapter import Listener
 from encoder import States
 from merge import Merge, signs_of
 from model import LM, Config, generate
+from targets import CLOSE, OPEN
 from tokenize_audio import AudioTokenizer, add_ears
 from vocab import Vocab
 
@@ -775,8 +776,7 @@ def manner(args):
 
     rows, replied = {}, {}
     for name, contents in runs.Bar(asked.items(), desc="answering", unit="row"):
-        turns = [[content, f" {args.prompt}"] for content in contents]
-        prompts = [vocab.turn([{"role": "user", "content": turn}]) for turn in turns]
+        prompts = [targets.turn_about(vocab, content, args.prompt) for content in contents]
         replied[name] = replies(model, vocab, prompts, limit=targets.LIMIT, whole=False)
         rows[name] = named(replied[name], clips)
     kept = "text", "speaker", "style"

@@ -334,16 +334,6 @@ def made_from(folder, base):
     return not made or fingerprint(base) in made.values()
 
 
-def still(path, digest, name, folder):
-    """Refuse what a folder was trained with, its `name`, where it is gone or has changed."""
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"{path}: the {name} of {folder} is not there; put it back, or train again"
-        )
-    if fingerprint(path) != digest:
-        raise ValueError(f"{path} has changed since {folder} was trained with it")
-
-
 def fingerprint(path):
     """sha256 of a file; of a folder, that of the names and fingerprints of its files.
 

@@ -6,7 +6,8 @@ see  DeSTA2 (arXiv:2409.20007), DeSTA2.5-Audio (arXiv:2507.02768)
 run  python desta.py write clips.jsonl --model weights/SmolLM2-135M-Instruct \
          --out targets.jsonl
 
-Nobody writes an answer, and the model is only ever asked to say what it says anyway.
+No person writes an answer. An adapter must only make the model say, on hearing a clip, what it
+would say on reading this.
 """
 
 import json
@@ -17,10 +18,14 @@ import runs  # before torch: it sets how OpenMP waits
 import torch
 
 import audio
-from adapter import CLOSE, OPEN, Listener
 from model import LM, generate
+from vocab import Vocab
 
-# DeSTA2's own. A small model wants a plain sentence, and a question that it can answer.
+# Around a description, and around what was heard.
+OPEN, CLOSE = "<start_audio>", "<end_audio>\n\n"
+
+# The question and the template of DeSTA2. A small model wants a plain sentence, and a question
+# that it can answer.
 QUESTION = "What can you hear from the audio?"
 TEMPLATE = "[00:00-{end}] {text} ({style})"
 LIMIT = 64  # tokens of a target; a longer one goes round in circles
@@ -66,16 +71,29 @@ def description(entry, template):
         text = template.format(**entry["style"] | names)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"--template {template!r}: {error} cannot be filled in; a clip has "
+            f"{entry['audio']}: --template {template!r} does not fit it ({error}); it has "
             f"{', '.join(entry['style'] | names)}"
         ) from None
     return OPEN + text + CLOSE
 
 
+def turn_about(vocab, heard, question):
+    """The ids of a turn about what was heard: numbers of vectors, or a description.
+
+    Where nothing is asked, it stands alone, as a spoken question does.
+    """
+    content = [heard, f" {question}"] if question else [heard]
+    return vocab.turn([{"role": "user", "content": content}])
+
+
 def add_flags(add):
-    """Those of desta.py write."""
+    """Flags of desta.py write alone."""
     add("manifest", help='JSON lines with "text", "style" and "seconds"')
-    add("--prompt", action="append", help=f'again for more; "" asks nothing ({QUESTION})')
+    add(
+        "--prompt",
+        action="append",
+        help=f'what to ask; again for more, "" asks nothing (default: {QUESTION})',
+    )
     add("--template", default=TEMPLATE, help="of a description (default: %(default)s)")
 
 
@@ -84,7 +102,7 @@ def write(args):
     entries = described_clips(args.manifest)
     told = [description(entry, args.template) for entry in entries]
     model = LM.load(args.model, args.device, torch.float32).eval()
-    vocab = Listener(args.model)
+    vocab = Vocab(args.model)
     questions = args.prompt or [QUESTION]
     asked = [
         (entry | {"prompt": question}, text)
@@ -93,7 +111,8 @@ def write(args):
     ]
 
     def work(part):
-        prompts = [torch.tensor(vocab.ask(text, entry["prompt"])) for entry, text in part]
+        turns = [turn_about(vocab, text, entry["prompt"]) for entry, text in part]
+        prompts = [torch.tensor(turn) for turn in turns]
         steps = list(generate(model, prompts, LIMIT, vocab.stop, vocab.text_rows()))
         texts = []
         for ids in torch.stack(steps).T.tolist():                   # (B, steps)
@@ -123,7 +142,7 @@ def write(args):
 
 def read(path):
     """The entries of a file of targets, checked."""
-    entries = runs.read_lines(path)
+    entries = audio.read_manifest(path)
     if not entries:
         raise ValueError(f"{path}: empty; wanted at least one target")
     for number, entry in enumerate(entries, 1):

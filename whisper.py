@@ -26,7 +26,7 @@ from torch import nn
 import audio
 import weights
 from vocab import Vocab
-from whisper_model import SECONDS, TICK, Config, Model, log_mel
+from whisper_model import FRAME, SECONDS, TICK, Config, Model, log_mel
 
 FIRST_BY = 1.0  # seconds: a window's first word begins by then
 MULTILINGUAL = 51865  # tokens, at least; an English model has one less
@@ -117,7 +117,7 @@ class Whisper(nn.Module):
             x = self.encode(clips, each)                            # (B, 1500, C)
         if layers is not None:
             x = torch.stack([each[n] for n in layers], 1)           # (B, layers, 1500, C)
-        frames = [max(1, len(clip) // audio.HOP) for clip in clips]
+        frames = [max(1, len(clip) // FRAME) for clip in clips]
         return [row[..., :n, :].float() for row, n in zip(x, frames)]
 
     @torch.inference_mode()
@@ -244,7 +244,7 @@ class Whisper(nn.Module):
         """
         written = text.split()
         spelled = [self.vocab.encode(" " + word) for word in written]
-        frames = max(1, len(samples) // audio.HOP)
+        frames = max(1, len(samples) // FRAME)
         seen = []
         with runs.autocast(self.device, self.dtype):
             heard = self.model.decoder.hear(self.encode([samples]))
@@ -260,9 +260,9 @@ class Whisper(nn.Module):
         scores = torch.stack(
             [seen[layer][0, head, first:] for layer, head in self.alignment]
         )
-        look = scores[..., :frames].float().softmax(-1)          # (heads, tokens, frames)
+        look = scores[..., :frames].float().softmax(-1)          # (heads, tokens + 1, frames)
         look = (look - look.mean(1, keepdim=True)) / look.std(1, keepdim=True)
-        begins = warp(median(look).mean(0).cpu().numpy()) * TICK    # (tokens,)
+        begins = warp(median(look).mean(0).cpu().numpy()) * TICK    # (tokens + 1,)
         edges = np.cumsum([0, *map(len, spelled)])
         times = begins[edges].round(2).tolist()
         return [[word, *pair] for word, pair in zip(written, zip(times, times[1:]))]
@@ -325,9 +325,10 @@ def write_words(args, whisper):
         for entry, clip in zip(part, clips):
             short = len(clip) <= SECONDS * audio.SAMPLE_RATE
             words = whisper.words(clip[:], entry["text"]) if short else None
-            entry.pop("words", None)  # of another text, perhaps
             if words:
                 entry["words"] = words
+            elif audio.wrong_words(entry, len(clip)):
+                del entry["words"]  # of another text
         return part
 
     entries = audio.read_manifest(args.manifest)
@@ -340,7 +341,10 @@ def write_words(args, whisper):
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     runs.finish_pieces(args.out, lines, args.overwrite)
     lacking = sum("words" not in entry for entry in entries)
-    print(f"{args.out}: {len(entries)} clips, {lacking} of them too long or silent: no words")
+    print(
+        f"{args.out}: {len(entries)} clips, {lacking} without words: silent, or above {SECONDS} "
+        "seconds, or of a text that is too long"
+    )
 
 
 def main():

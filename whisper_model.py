@@ -27,7 +27,8 @@ import audio
 
 SECONDS = 30  # of sound that the encoder hears
 WINDOW, HOP = 400, 160  # samples that a mel frame sees, and between two of them
-TICK = 0.02  # seconds of an encoder frame
+FRAME = 2 * HOP  # samples of an encoder frame
+TICK = 0.02  # seconds of an encoder frame, and between two time tokens
 
 
 @dataclass
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
         return [layer.encoder_attn.keys_values(states) for layer in self.layers]
 
     def forward(self, ids, heard, past=None, seen=None):
-        """(logits (B, T, V), past) of ids (B, T) behind the `past` that an earlier call gave."""
+        """(logits (B, T, V), past) of ids (B, T); behind a `past`, T is 1."""
         past = past or [None] * len(self.layers)
         done = past[0][0].shape[2] if past[0] else 0
         at = self.embed_positions.weight[done : done + ids.shape[1]]  # (T, C)

@@ -83,7 +83,8 @@ def trained(clips, speedrun):
 
 
 def test_a_description_is_what_was_said_when_and_how():
-    entry = {"text": "hello there", "seconds": 2.2, "style": {"gender": "woman", "rate": "fast"}}
+    style = {"gender": "woman", "rate": "fast"}
+    entry = {"audio": "a.wav", "text": "hello there", "seconds": 2.2, "style": style}
     assert (
         targets.description(entry, targets.TEMPLATE)
         == "<start_audio>[00:00-00:03] hello there (Gender: woman, Rate: fast)<end_audio>\n\n"
@@ -92,7 +93,7 @@ def test_a_description_is_what_was_said_when_and_how():
         targets.description(entry, "a {gender}: {text}")
         == "<start_audio>a woman: hello there<end_audio>\n\n"
     )
-    with pytest.raises(ValueError, match="accent"):
+    with pytest.raises(ValueError, match="a.wav: .*accent"):
         targets.description(entry, "{accent}")
 
 
@@ -118,7 +119,7 @@ def test_training_hears_what_a_chat_hears(kind, clips, speedrun, trained, monkey
     ((ids, embedded),) = seen
     model.model.embed_tokens.heard = model.model.embed_tokens.heard[:0]
     numbers, _ = ears(audio.load(entry["audio"]))
-    asked = vocab.ask(numbers, entry["prompt"])
+    asked = targets.turn_about(vocab, numbers, entry["prompt"])
     assert ids[0, : len(asked)].tolist() == asked
     assert len(numbers) == (
         5 if kind == "qformer" else -(-(len(audio.load(entry["audio"])) // 320) // 4)
@@ -347,7 +348,7 @@ def test_states_that_float16_cannot_hold_are_refused(clips, speedrun, tmp_path, 
     monkeypatch.setattr(
         encoder.Encoder, "states", lambda self, clips: [x * 1e9 for x in real(self, clips)]
     )
-    with pytest.raises(ValueError, match="no number of float16; take the clip out"):
+    with pytest.raises(ValueError, match="does not fit float16 .above 65504, or no number.; take"):
         call(encode(clips, speedrun, tmp_path / "s"), monkeypatch)
 
 
@@ -704,6 +705,20 @@ def test_a_damaged_file_is_one_line(name, harm, said, clips, speedrun, trained, 
         adapter.load(tmp_path / "m")
 
 
+def test_targets_name_their_audio_from_where_they_lie(clips, tmp_path):
+    entry = json.loads((clips / "targets.jsonl").read_text().splitlines()[0])
+    (tmp_path / "t.jsonl").write_text(json.dumps(entry | {"audio": "a.wav"}) + "\n")
+    assert targets.read(tmp_path / "t.jsonl")[0]["audio"] == str(tmp_path.resolve() / "a.wav")
+
+
+@pytest.mark.parametrize("config", [None, '{"model_type": "llama"}'])
+def test_an_encoder_is_a_whisper_or_a_hubert(config, tmp_path):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="wanted a Whisper or HuBERT folder"):
+        encoder.Encoder(tmp_path)
+
+
 def test_states_that_are_cut_are_refused(clips, trained, tmp_path):
     shutil.copytree(clips / "states", tmp_path / "s")
     with open(tmp_path / "s/states.bin", "ab") as file:
@@ -729,7 +744,11 @@ def recipe(clips, speedrun, quick, tmp_path):
     # So small a model does not end its replies: its targets are there already.
     (tmp_path / "o").mkdir()
     described = "Describe the speaker in one sentence."
-    for name, prompt, target in (("described", described, "a man"), ("answers", "what", "paris")):
+    for name, prompt, target in (
+        ("described", described, "a man"),
+        ("asked-answered", "what", "paris"),
+        ("clips-answered", "what", "rome"),
+    ):
         (tmp_path / f"o/{name}-llm.jsonl").write_text(
             "".join(json.dumps(e | {"prompt": prompt, "target": target}) + "\n" for e in entries)
         )
@@ -753,7 +772,7 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
     done = run(**questions)
     assert done.returncode == 0, done.stderr
     of = tmp_path / "o/llm-whisper-seed1"
-    made = json.loads((of / "desta.json").read_text())
+    made = json.loads((of / "report.json").read_text())
     assert (made["seed"], made["adapter"], made["writer"]) == (1, "desta", "llm")
     assert {answer["speaker"] for answer in made["answers"]} == {"b"}
     assert {answer["style"]["rate"] for answer in made["answers"]} == {"slowly"}
@@ -781,7 +800,7 @@ def test_the_recipe_on_open_weights_runs_to_its_figures_and_goes_on_after_a_stop
 
 def test_the_recipe_on_open_weights_asks_nothing_that_it_learnt_from(recipe, tmp_path):
     entries, run = recipe
-    question = {"audio": entries[0]["audio"], "text": "Where does the sun rise?", "answer": "east"}
+    question = {"audio": entries[0]["audio"], "text": "where does the sun rise", "answer": "east"}
     (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
     done = run(QUESTIONS=str(tmp_path / "questions.jsonl"))
     assert done.returncode == 1
@@ -799,12 +818,14 @@ def test_other_ways_to_train_the_adapter_stand_beside_it(recipe, tmp_path):
     assert {entry["target"] for entry in targets} == {
         "A man with a British accent, speaking slow and loud."
     }
-    assert json.loads((beside / "desta.json").read_text())["adapter"] == "task_sft"
+    assert json.loads((beside / "report.json").read_text())["adapter"] == "task_sft"
 
     done = run(ADAPTER="no_transcript")
     assert done.returncode == 0, done.stderr
     beside = tmp_path / "o/llm-whisper-seed1-no_transcript"
     assert not json.loads((beside / "desta/desta.json").read_text())["has_words"]
+    targets = [json.loads(line) for line in (beside / "train.jsonl").read_text().splitlines()]
+    assert {entry["target"] for entry in targets} == {"a man", "rome"}, "on the clips' own words"
     assert not (tmp_path / "o/llm-whisper-seed1").exists()
 
 

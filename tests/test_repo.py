@@ -38,10 +38,11 @@ ARROWS = {  # module -> what it imports; the design draws the same picture
     "whisper_model": {"runs", "audio"},
     "whisper": {"runs", "weights", "vocab", "audio", "whisper_model"},
     "encoder": {"runs", "audio", "hubert", "whisper", "whisper_model"},
+    "targets": {"runs", "model", "vocab", "audio"},
     "adapter": {
-        "runs", "weights", "model", "vocab", "audio", "encoder", "whisper", "whisper_model",
+        "runs", "weights", "model", "vocab", "audio", "encoder", "targets", "whisper",
+        "whisper_model",
     },
-    "targets": {"runs", "model", "audio", "adapter"},
     "desta": {"runs", "weights", "fused", "audio", "encoder", "adapter", "targets", "whisper"},
     "listen": {
         "runs", "model", "vocab", "audio", "tokenize_audio", "whisper", "prosody", "adapter",

@@ -241,11 +241,12 @@ def test_a_manifest_gets_words_and_resumes_after_a_kill(tmp_path, monkeypatch):
             (tmp_path / "inside.jsonl").unlink()
 
 
-def test_words_of_another_text_do_not_stay(tmp_path, monkeypatch):
+def test_words_of_another_text_do_not_stay_and_those_of_a_long_clip_do(tmp_path, monkeypatch):
     folder, _ = folder_of(tmp_path / "w", many=False)
     soundfile.write(tmp_path / "long.wav", clips_of(31.0)[0], 16_000)
     entry = {"audio": "long.wav", "text": "hello", "words": [["world", 0.0, 1.0]]}
-    (tmp_path / "m.jsonl").write_text(json.dumps(entry) + "\n")
+    entries = entry, entry | {"text": "World!"}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     call(
         [
             "whisper.py", "words", str(tmp_path / "m.jsonl"), "--whisper", str(folder),
@@ -253,7 +254,8 @@ def test_words_of_another_text_do_not_stay(tmp_path, monkeypatch):
         ],
         monkeypatch,
     )
-    assert "words" not in json.loads((tmp_path / "o.jsonl").read_text())
+    other, same = map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())
+    assert "words" not in other and same["words"] == entry["words"]
 
 
 def test_what_is_no_whisper_is_refused(tmp_path):
