@@ -100,7 +100,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.shape = shape
         self.kind = ADAPTERS[shape["kind"]](shape)
-        # As loud as a row of the embedding, to begin with.
+        # As loud as a row of the embedding, to begin with (joined frames: a third of it).
         fan_in = self.kind.proj.in_features
         nn.init.normal_(self.kind.proj.weight, std=shape["loudness"] / math.sqrt(fan_in))
         nn.init.zeros_(self.kind.proj.bias)

@@ -235,21 +235,22 @@ def add_flags(add):
 
 def main():
     args = arguments().parse_args()
-    if args.action == "train":
-        if args.queries and args.adapter != "qformer":
-            raise ValueError(f"--queries {args.queries}: {args.adapter} has none; leave it out")
-        args.queries = 64 if args.queries is None else args.queries
     if args.action == "write":
         runs.may_write(args.out, args.overwrite)
         return targets.write(args)
-    notes = {}
+
+    # The others make a folder.
     if args.action == "encode":
         work = encoder.encode
         inputs = [args.encoder]
-        notes["audio"] = audio.identity(audio.read_manifest(args.manifest))
+        notes = {"audio": audio.identity(audio.read_manifest(args.manifest))}
     else:
+        if args.queries and args.adapter != "qformer":
+            raise ValueError(f"--queries {args.queries}: {args.adapter} has none; leave it out")
+        args.queries = args.queries or 64
         work = train
         inputs = [args.model, args.states, args.targets]
+        notes = {}
     args.dtype = runs.name_of(runs.arithmetic(args.dtype, args.device))
     scratch = ["checkpoint.pt"]
     with runs.new_folder(args.out, inputs, args.overwrite, notes, scratch) as out:
