@@ -845,6 +845,8 @@ def test_what_the_recipe_on_open_weights_cannot_run_on_is_told_first(recipe, tmp
     two = [entry | {"speaker": "ab"[n % 2]} for n, entry in enumerate(entries)]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in two))
     assert "clips.jsonl: wanted at least three speakers" in run("2").stderr
-    (tmp_path / "o/WEIGHTS").write_text("elsewhere\n")
-    assert "made with another WEIGHTS" in run().stderr
+    for name in ("PROMPTS", "WEIGHTS"):
+        (tmp_path / "clips.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+        (tmp_path / "o" / name).write_text("others\n")
+        assert f"made with another {name}" in run().stderr
     assert not list((tmp_path / "o").glob("*/train.jsonl"))
