@@ -101,18 +101,23 @@ class Adapter(nn.Module):
         self.shape = shape
         self.kind = ADAPTERS[shape["kind"]](shape)
         # As loud as a row of the embedding, to begin with (joined frames: a third of it).
-        fan_in = self.kind.proj.in_features
-        nn.init.normal_(self.kind.proj.weight, std=shape["loudness"] / math.sqrt(fan_in))
-        nn.init.zeros_(self.kind.proj.bias)
+        proj = self.kind.proj
+        std = shape["loudness"] / math.sqrt(proj.in_features)
+        nn.init.normal_(proj.weight, std=std)
+        nn.init.zeros_(proj.bias)
 
     def forward(self, states):
         """[(vectors, E)] of a list of states (taps, frames, C)."""
         frames = [x.shape[1] for x in states]
-        x = torch.stack([F.pad(x, (0, 0, 0, max(frames) - x.shape[1])) for x in states])
+        T = max(frames)
+        x = torch.stack([F.pad(x, (0, 0, 0, T - x.shape[1])) for x in states])
         x = F.layer_norm(x, x.shape[-1:])  # blocks differ in loudness; (B, taps, T, C)
-        at = torch.arange(max(frames), device=x.device)
-        real = at < torch.tensor(frames, device=x.device)[:, None]  # (B, T)
-        return [y[: self.kind.count(n)] for y, n in zip(self.kind(x, real), frames)]
+        ends = torch.tensor(frames, device=x.device)
+        real = torch.arange(T, device=x.device) < ends[:, None]     # (B, T)
+
+        # Vectors of the padding behind a clip are cut off.
+        counts = [self.kind.count(n) for n in frames]
+        return [y[:count] for y, count in zip(self.kind(x, real), counts)]
 
 
 # --- what was heard, in a turn ------------------------------------------------
@@ -142,7 +147,7 @@ class Listener(Vocab):
     transcripts  {the number of a clip's first vector: what is said in it}
     """
 
-    def __init__(self, folder, first=0):
+    def __init__(self, folder, first):
         super().__init__(folder)
         self.first = first
         self.transcripts = {}
@@ -189,10 +194,11 @@ class Ears:
             raise ValueError(f"more than {SECONDS} seconds; give a part of it")
         if len(samples) < self.hop:
             raise ValueError(f"{len(samples)} samples are under one frame ({self.hop})")
-        states = [x.to(self.table.weight.device) for x in self.encoder.states([samples])]
+        [states] = self.encoder.states([samples])                   # (taps, frames, C)
+        [vectors] = self.adapter([states.to(self.table.weight.device)])  # (vectors, E)
         first = len(self.table.heard)
-        self.table.heard = torch.cat([self.table.heard, *self.adapter(states)])
-        numbers = np.arange(first, len(self.table.heard))
+        self.table.heard = torch.cat([self.table.heard, vectors])
+        numbers = np.arange(first, first + len(vectors))
         if self.has_words:
             words = self.transcriber(samples) if text is None else text
             self.listener.transcripts[first] = words

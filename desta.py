@@ -73,7 +73,8 @@ def train(args, out):
     for step in runs.Bar(steps, initial=step, **about):
         # A warm-up over a tenth, times a cosine that falls to zero over all steps.
         warm = min(1, step / (0.1 * args.steps))
-        rate = args.lr * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
+        done = (step - 1) / args.steps
+        rate = args.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -101,7 +102,8 @@ def train(args, out):
 
 def loss_of(model, table, listener, adapter, entries, states, transcript):
     """Mean cross-entropy of the targets, each behind the turn about its clip's sound."""
-    vectors = adapter([states[entry["audio"]].to(table.weight.device) for entry in entries])
+    device = table.weight.device
+    vectors = adapter([states[entry["audio"]].to(device) for entry in entries])
 
     # This batch's vectors stand behind the embedding's rows, in place of the last batch's.
     table.heard = torch.cat(vectors)
@@ -114,7 +116,8 @@ def loss_of(model, table, listener, adapter, entries, states, transcript):
         numbers = np.arange(first, first + len(heard))
         asked = targets.turn_about(listener, numbers, entry["prompt"])
         end = listener.special[listener.template().end]
-        documents.append((asked, listener.encode(entry["target"]) + [end]))
+        target = listener.encode(entry["target"]) + [end]
+        documents.append((asked, target))
         first += len(heard)
 
     # What fills up a row stands behind its document, where nothing sees it.
@@ -122,11 +125,13 @@ def loss_of(model, table, listener, adapter, entries, states, transcript):
     ids = torch.full((len(entries), T), listener.eos)               # (B, T)
     bears = torch.zeros(len(entries), T, dtype=torch.bool)          # (B, T): is it a target?
     for n, (asked, target) in enumerate(documents):
-        ids[n, : len(asked) + len(target)] = torch.tensor(asked + target)
-        bears[n, len(asked) : len(asked) + len(target)] = True
-    ids, bears = ids.to(table.weight.device), bears.to(table.weight.device)
+        whole = len(asked) + len(target)
+        ids[n, :whole] = torch.tensor(asked + target)
+        bears[n, len(asked) : whole] = True
+    ids = ids.to(device)
+    bears = bears.to(device)
     hidden = model.model(ids[:, :-1])[bears[:, 1:]]                 # (N, C)
-    ones = torch.ones(len(hidden), device=hidden.device)
+    ones = torch.ones(len(hidden), device=device)
     total, _ = linear_cross_entropy(hidden, model.lm_head.weight, ids[bears], ones)
     return total / len(hidden)
 
@@ -144,8 +149,9 @@ def shuffled(n, seed, passes):
 
 def write_log(path, step, steps, loss, rate):
     """A line of the log, and one on the screen."""
+    line = json.dumps({"step": step, "loss": round(loss, 4)})
     with open(path, "a") as log:
-        log.write(json.dumps({"step": step, "loss": round(loss, 4)}) + "\n")
+        log.write(line + "\n")
     tqdm.write(f"step {step}/{steps} | loss {loss:.3f} | lr {rate:.1e}")
 
 
@@ -169,7 +175,8 @@ def provenance(args, meta):
 
     Taken before training: they must be those that it used.
     """
-    made = {"model": str(Path(args.model).resolve()), "encoder": meta["encoder"]}
+    made = {"encoder": meta["encoder"]}
+    made["model"] = str(Path(args.model).resolve())
     if args.no_transcript and args.transcriber:
         raise ValueError("--no-transcript with --transcriber: give one of the two")
     transcriber = args.transcriber

@@ -273,7 +273,8 @@ def median(x):
     half = MEDIAN // 2
     if x.shape[-1] <= half:
         return x
-    return F.pad(x, (half, half), mode="reflect").unfold(-1, MEDIAN, 1).median(-1).values
+    x = F.pad(x, (half, half), mode="reflect")
+    return x.unfold(-1, MEDIAN, 1).median(-1).values
 
 
 def warp(gain):
@@ -292,7 +293,11 @@ def warp(gain):
     begins, t, f = np.zeros(tokens, dtype=int), tokens, frames
     while t and f:
         begins[t - 1] = f - 1
-        steps = {(1, 1): best[t - 1, f - 1], (1, 0): best[t - 1, f], (0, 1): best[t, f - 1]}
+        steps = {
+            (1, 1): best[t - 1, f - 1],
+            (1, 0): best[t - 1, f],
+            (0, 1): best[t, f - 1],
+        }
         down, left = max(steps, key=steps.get)
         t, f = t - down, f - left
     return begins

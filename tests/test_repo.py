@@ -165,7 +165,6 @@ def test_importing_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# The two files without a command.
 @pytest.mark.parametrize(
     "name", [path.name for path in SOURCES if path.stem not in LIBRARIES]
 )
