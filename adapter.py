@@ -242,8 +242,13 @@ def load(folder, device="cpu", dtype=None):
             )
     made.setdefault("has_words", bool(made["transcriber"]))  # files of earlier versions lack it
     for name in ("model", "encoder", "transcriber"):
-        if made[name]:
-            still(made[name], made["sha256"].get(name), name, folder)
+        if name == "transcriber" and not made[name]:
+            continue
+        if not isinstance(made[name], str):
+            raise ValueError(
+                f"{folder}/desta.json: got {name} = {made[name]!r}, wanted a path"
+            )
+        still(made[name], made["sha256"].get(name), name, folder)
     model, table, listener = frozen(made["model"], device, dtype)
     if made["adapter"].get("kind") not in ADAPTERS:
         raise ValueError(

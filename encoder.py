@@ -131,11 +131,16 @@ class States:
         self.meta = runs.read_json(
             folder / "meta.json", ["encoder", "taps", "width", "heads", "sha256"]
         )
+        for name, kind in {"encoder": str, "taps": list, "width": int, "heads": int}.items():
+            if not isinstance(self.meta[name], kind):
+                raise ValueError(
+                    f"{folder}/meta.json: got {name} = {self.meta[name]!r}; encode again"
+                )
         try:
             self.at = np.load(folder / "index.npy")
         except (EOFError, ValueError):
             raise ValueError(f"{folder}/index.npy: cut; encode again") from None
-        entries = runs.read_lines(folder / "manifest.jsonl")
+        entries = audio.read_manifest(folder / "manifest.jsonl")
         self.number = {entry["audio"]: n for n, entry in enumerate(entries)}
         self.per_frame = len(self.meta["taps"]) * self.meta["width"]
         file = folder / "states.bin"

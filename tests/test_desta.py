@@ -688,6 +688,8 @@ def test_a_new_conversation_frees_what_was_heard(clips, trained):
             "desta.json: no such adapter can be made",
         ),
         ("shape", lambda made: made | {"model": "/gone"}, "/gone: the model of .* is not there"),
+        ("shape", lambda made: made | {"model": 3}, "got model = 3, wanted a path"),
+        ("shape", lambda made: made | {"encoder": None}, "got encoder = None, wanted a path"),
     ],
 )
 def test_a_damaged_file_is_one_line(name, harm, said, clips, speedrun, trained, tmp_path):
@@ -725,6 +727,12 @@ def test_states_that_are_cut_are_refused(clips, trained, tmp_path):
         file.truncate(1000)
     with pytest.raises(ValueError, match="cut, or of another encoding"):
         encoder.States(tmp_path / "s")
+    meta = json.loads((tmp_path / "s/meta.json").read_text())
+    for harm in ({"taps": 5}, {"width": "x"}, {"encoder": None}):
+        (tmp_path / "s/meta.json").write_text(json.dumps(meta | harm))
+        with pytest.raises(ValueError, match="meta.json: got .*; encode again"):
+            encoder.States(tmp_path / "s")
+    (tmp_path / "s/meta.json").write_text(json.dumps(meta))
     (tmp_path / "s/index.npy").write_bytes(b"")
     with pytest.raises(ValueError, match="index.npy: cut; encode again"):
         encoder.States(tmp_path / "s")
